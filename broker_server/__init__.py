@@ -1,0 +1,1 @@
+"""What runs beside the broker: select clients, aggregate their updates, publish the global model."""

@@ -1,0 +1,1 @@
+"""Aggregators as pure functions over explicit state."""

@@ -1,0 +1,1 @@
+"""A vector of floats to few bytes and back."""

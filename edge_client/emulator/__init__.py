@@ -1,0 +1,1 @@
+"""Emulated phones: device profiles, link conditions, fleets."""

@@ -1,0 +1,105 @@
+"""What a bundle says of itself: ``manifest.json`` as typed structs.
+
+A bundle (``*.fedge``) is a zip, stored without compression, that holds ``manifest.json``, ``train.onnx``, ``eval.onnx``,
+``infer.onnx`` and ``weights.safetensors``. It holds no code and no pickle.
+
+Graph inputs and outputs follow one naming scheme:
+
+=====================  ==================================================================================
+``param.<tensor>``     parameter or buffer, input of all three graphs
+``next.<tensor>``      its value after the step, output of ``train.onnx``
+``slot.<slot>.<t>``    optimizer state (say ``slot.momentum.fc.weight``), float32 of the tensor's shape, input
+``next.<slot>.<t>``    its value after the step, output of ``train.onnx``
+``anchor.<tensor>``    the model as received, where the proximal term was exported for; input of ``train.onnx``
+``hyper.<name>``       a float32 scalar (shape ``[]``), input of ``train.onnx``
+``<input name>``       the batch, as the manifest's ``inputs`` and ``targets`` name it; first dimension symbolic
+``loss``               mean loss of the batch, float32 scalar, output of ``train.onnx``
+``sum.<metric>``       sum over the batch, float32 scalar, output of ``train.onnx`` and ``eval.onnx``;
+                       ``sum.loss`` and ``sum.count`` are always outputs of ``eval.onnx``
+``<output name>``      the model's outputs, outputs of ``infer.onnx``
+=====================  ==================================================================================
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from edge_client.codec.layout import Layout, TensorSpec
+
+FORMAT = 1
+
+Role = Literal["trainable", "frozen", "personal", "buffer"]
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Parameter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor of the model. All trainable ones are float32."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    dtype: str = "float32"
+
+
+class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One batch input, target or output: its shape without the batch dimension, and what its values mean."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "int64"]
+    scale: float = 1.0
+    """Integer data (such as uint8 pixels) given for a float32 input is multiplied by this on the device."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, where the feature is a class index or a row of class scores."""
+
+
+class Hyper(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A scalar input of the training graph, with its default."""
+
+    name: str
+    default: float
+
+
+class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The update rule inside ``train.onnx``; ``slots`` name its state, one tensor a slot for each trainable parameter."""
+
+    name: str
+    slots: tuple[str, ...] = ()
+
+
+class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far ONNX Runtime and PyTorch were apart when the bundle was written."""
+
+    worst_relative_error: float
+    tolerance: float
+    cases: int
+    torch: str
+    onnxruntime: str
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a bundle holds and how its graphs are fed."""
+
+    format: int
+    name: str
+    parameters: tuple[Parameter, ...]
+    inputs: tuple[Feature, ...]
+    targets: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+    loss: str
+    metrics: tuple[str, ...]
+    """Names of the sums that eval.onnx returns beside ``loss`` and ``count``, such as ``correct``."""
+    optimizer: Optimizer
+    hypers: tuple[Hyper, ...]
+    proximal: bool
+    """Whether train.onnx takes ``anchor.*`` inputs and ``hyper.mu``."""
+    opset: int
+    least_runtime: str
+    files: dict[str, Digest]
+    parity: Parity | None = None
+
+    def layout(self, *roles: Role) -> Layout:
+        """The layout of all parameters of the given roles, in the manifest's order; trainable ones when none is given."""
+        wanted = roles or ("trainable",)
+        return Layout(tuple(TensorSpec(p.name, p.shape) for p in self.parameters if p.role in wanted))

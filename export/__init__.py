@@ -1,0 +1,1 @@
+"""PyTorch to bundle: a whole training step as plain ONNX."""
