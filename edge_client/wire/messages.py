@@ -1,0 +1,225 @@
+"""Every message as a typed struct, in one numbered table.
+
+On the wire a message is the MessagePack array ``[protocol, number, body, signature]``: ``number`` is the message's place
+in `TABLE`, ``body`` the struct as an array, ``signature`` an empty byte string until federations sign what they say.
+Decoding checks the type, length and range of each field; a payload that breaks any of them raises WireError.
+"""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edge_client.errors import WireError
+
+PROTOCOL = 1
+INLINE_LIMIT = 16 * 1024
+"""Bytes of a blob that may travel inside a message."""
+MESSAGE_LIMIT = 128 * 1024
+"""Bytes of the largest message; anything longer is dropped unread."""
+CHUNK_MIN, CHUNK_MAX = 1024, 1024 * 1024
+
+ClientId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$")]
+FederationName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Natural = Annotated[int, Meta(ge=0, le=2**48)]
+Seconds = Annotated[float, Meta(ge=0, le=1e8)]
+Text = Annotated[str, Meta(max_length=500)]
+Indices = Annotated[tuple[Natural, ...], Meta(max_length=4096)]
+
+
+class BlobRef(Struct, frozen=True, array_like=True):
+    """A blob by its SHA-256, its size in bytes and the size of its chunks; the bytes themselves where they are few."""
+
+    sha256: Hash
+    size: Natural
+    chunk: Annotated[int, Meta(ge=CHUNK_MIN, le=CHUNK_MAX)]
+    inline: Annotated[bytes, Meta(max_length=INLINE_LIMIT)] | None = None
+
+
+class TrainPlan(Struct, frozen=True, forbid_unknown_fields=True):
+    """How a client trains: ``epochs`` over its data, or exactly ``steps`` mini-batches where that is not zero.
+
+    ``hypers`` override the defaults of the bundle's scalar inputs by name (``lr``, ``momentum``, ``mu`` and the like).
+    """
+
+    epochs: Annotated[int, Meta(ge=1, le=10_000)] = 1
+    steps: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
+    batch_size: Annotated[int, Meta(ge=1, le=65_536)] = 32
+    hypers: dict[Annotated[str, Meta(max_length=64)], float] = {}
+
+
+class UpdatePlan(Struct, frozen=True, forbid_unknown_fields=True):
+    """How a client encodes its update; ``step`` and ``dead_zone`` as in `edge_client.codec.update.CodecSettings`."""
+
+    kind: Literal["quantized", "none"] = "quantized"
+    step: Annotated[float, Meta(gt=0, le=1000)] = 4.0
+    dead_zone: Annotated[float, Meta(ge=0.5, le=1)] = 0.7
+    feedback: bool = True
+    """Whether what the encoding loses is kept and added to the next update (error feedback)."""
+
+
+class Traffic(Struct, frozen=True, array_like=True):
+    """Bytes that a client's transport has counted since the client started."""
+
+    sent: Natural = 0
+    received: Natural = 0
+
+
+# From a client to the server.
+
+
+class Hello(Struct, frozen=True, array_like=True):
+    """What a client is and holds; the answer to each epoch's offer, and repeated while it is idle."""
+
+    epoch: Natural
+    boot: Annotated[bytes, Meta(min_length=8, max_length=8)]
+    """Random for each start of the client, so that an old last will does not end a new life."""
+    bundle: Hash
+    version: Natural
+    digest: Hash
+    samples: Natural
+    available: bool
+    traffic: Traffic = Traffic()
+    software: Annotated[str, Meta(max_length=64)] = ""
+
+
+class Goodbye(Struct, frozen=True, array_like=True):
+    """A client leaves; also its last will."""
+
+    boot: Annotated[bytes, Meta(min_length=8, max_length=8)]
+
+
+class Upload(Struct, frozen=True, array_like=True):
+    """A client's result of a task: the encoded update inline, or an announcement of its blob."""
+
+    epoch: Natural
+    task: Natural
+    blob: BlobRef
+    traffic: Traffic = Traffic()
+
+
+class Decline(Struct, frozen=True, array_like=True):
+    """A client cannot do a task."""
+
+    epoch: Natural
+    task: Natural
+    reason: Text
+
+
+class Missing(Struct, frozen=True, array_like=True):
+    """Chunks of a published blob that a client subscribed to and did not get."""
+
+    sha256: Hash
+    indices: Indices
+
+
+# From the server to clients.
+
+
+class Offer(Struct, frozen=True, array_like=True):
+    """What the federation is about; retained. A higher epoch replaces everything said under a lower one."""
+
+    federation: FederationName
+    epoch: Natural
+    bundle: BlobRef
+    version: Natural
+    spread: Seconds
+    """A client waits a random part of this before it answers, so that a fleet does not answer as one."""
+    heartbeat: Annotated[float, Meta(ge=1, le=1e6)] = 300.0
+    finished: bool = False
+
+
+class Invitation(Struct, frozen=True, array_like=True):
+    """One task for one client."""
+
+    epoch: Natural
+    task: Natural
+    round: Natural
+    kind: Literal["train", "evaluate"]
+    plan: TrainPlan
+    update: UpdatePlan
+    seed: Natural
+    deadline: Seconds
+    held: Natural
+    """The version that ``delta`` starts from: the one that the client said it holds."""
+    version: Natural
+    digest: Hash
+    delta: BlobRef | None = None
+    """Leads from ``held`` to ``version``; none where they are the same."""
+
+
+class Credit(Struct, frozen=True, array_like=True):
+    """Leave to send these chunks of an announced blob now."""
+
+    sha256: Hash
+    indices: Indices
+
+
+class Receipt(Struct, frozen=True, array_like=True):
+    """What became of an update: recorded (durably, and counted once), late, refused (``detail`` says why) or void."""
+
+    epoch: Natural
+    task: Natural
+    status: Literal["recorded", "late", "refused", "void"]
+    detail: Text = ""
+
+
+Message = Hello | Goodbye | Upload | Decline | Missing | Offer | Invitation | Credit | Receipt
+
+TABLE: dict[int, type[Struct]] = {
+    1: Hello,
+    2: Goodbye,
+    3: Upload,
+    4: Decline,
+    5: Missing,
+    6: Offer,
+    7: Invitation,
+    8: Credit,
+    9: Receipt,
+}
+_NUMBERS = {kind: number for number, kind in TABLE.items()}
+_DECODERS: dict[int, msgspec.msgpack.Decoder[Any]] = {
+    number: msgspec.msgpack.Decoder(kind) for number, kind in TABLE.items()
+}
+
+
+class _Envelope(Struct, frozen=True, array_like=True):
+    protocol: int
+    number: int
+    body: msgspec.Raw
+    signature: Annotated[bytes, Meta(max_length=64)] = b""
+
+
+_ENVELOPE = msgspec.msgpack.Decoder(_Envelope)
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """One message as bytes."""
+    body = msgspec.Raw(_ENCODER.encode(message))
+    return _ENCODER.encode(_Envelope(PROTOCOL, _NUMBERS[type(message)], body))
+
+
+def decode(payload: bytes) -> Message:
+    """One message from bytes.
+
+    Raises:
+        WireError: the payload is too long, is not a message, is of another protocol, or a field is out of bounds.
+    """
+    if len(payload) > MESSAGE_LIMIT:
+        raise WireError(f"message of {len(payload)} bytes; at most {MESSAGE_LIMIT} are accepted")
+    try:
+        envelope = _ENVELOPE.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"not a fedge message: {error}") from error
+    if envelope.protocol != PROTOCOL:
+        raise WireError(f"message of protocol {envelope.protocol}; this side speaks {PROTOCOL}")
+    decoder = _DECODERS.get(envelope.number)
+    if decoder is None:
+        raise WireError(f"message number {envelope.number}; known are 1 to {max(TABLE)}")
+    try:
+        message: Message = decoder.decode(envelope.body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"{TABLE[envelope.number].__name__}: {error}") from error
+    return message
