@@ -1,0 +1,56 @@
+# make demo · make test · make bench · make lint      (needs python3 and make; everything else is installed in .venv)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Threads are fedge's to place; libraries that each start their own pool take the cores from one another.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test lint bench bench-round clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo         train the digits on 20 emulated phones; results in build/demo"
+	@echo "make test         run the tests"
+	@echo "make lint         ruff and mypy"
+	@echo "make bench-round  seconds per round beside a plain PyTorch loop; results in build/bench/round.json"
+	@echo "make bench        every benchmark"
+	@echo "make clean        remove build results and caches, keep $(VENV)"
+
+demo: $(VENV)/.demo
+	$(BIN)/fedge demo -o build/demo
+
+test: $(VENV)/.dev
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-round: $(VENV)/.dev
+	$(BIN)/python tests/bench/round.py $(ARGS)
+
+bench: bench-round
+	$(BIN)/python tests/bench/steps.py
+	for run in fashion-mnist mnist-writers shakespeare; do $(BIN)/python tests/bench/real.py $$run || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find edge_client broker_server export tests -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp stands for an installation; what it was made from is what it depends on.
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo]'
+	touch $@
+
+# The developer's extra holds the demo's.
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.demo
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "fedge needs Python 3.11 or later; no '$(PYTHON)' here: make PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"fedge needs Python 3.11 or later, this is {sys.version.split()[0]}: make PYTHON=/path/to/a/newer/python")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.maxsize < 2**32 and "fedge needs a 64-bit Python: ONNX Runtime has no 32-bit wheels")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "venv is missing: on Debian, apt-get install python3-venv" >&2; exit 2; }

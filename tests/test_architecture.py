@@ -1,0 +1,134 @@
+"""Imports point one way, and a device loads nothing that it does not have (design, section 2)."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("edge_client", "broker_server", "export")
+
+# What each room may import of the project beside itself. The longest matching prefix decides.
+ARROWS = {
+    "edge_client": {"edge_client"},
+    "edge_client.wire": {"edge_client.wire", "edge_client.errors"},
+    "edge_client.codec": {"edge_client.codec", "edge_client.errors"},
+    "broker_server": {"broker_server", "edge_client"},
+    "export": {
+        "export",
+        "edge_client.bundle",
+        "edge_client.codec",
+        "edge_client.errors",
+        "edge_client.manifest",
+        "edge_client.runtime",
+        "edge_client.wire",
+    },
+}
+# Emulated phones are the client's business: a server must run without them.
+FORBIDDEN = {"broker_server": {"edge_client.emulator"}}
+
+# Distributions whose import name is not their own name.
+IMPORT_NAMES = {"paho-mqtt": "paho"}
+NEVER_ON_A_DEVICE = {"torch", "onnx", "onnxscript", "rich", "amqtt", "matplotlib", "sklearn", *ROOMS[1:]}
+
+
+def modules():
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+MODULES = dict(modules())
+
+
+def imports(module):
+    """Dotted names of everything a module imports, wherever in the module; ``from a import b`` is ``a.b``."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively; imports are absolute here"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def inside(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def rule(module, table):
+    matches = [package for package in table if inside(module, package)]
+    return table[max(matches, key=len)] if matches else set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module):
+    own = [name for name in imports(module) if name.split(".")[0] in ROOMS]
+    allowed, forbidden = rule(module, ARROWS), rule(module, FORBIDDEN)
+    wrong = [name for name in own if not any(inside(name, package) for package in allowed)]
+    wrong += [name for name in own if any(inside(name, package) for package in forbidden)]
+    assert not wrong, f"{module} must not import {wrong}; allowed: {sorted(allowed)} without {sorted(forbidden)}"
+
+
+def declared(project, extra=None):
+    requirements = project["dependencies"] if extra is None else project["optional-dependencies"][extra]
+    names = {re.split(r"[^A-Za-z0-9-]", requirement)[0] for requirement in requirements} - {"fedge"}
+    return {IMPORT_NAMES.get(name, name) for name in names}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_third_party_imports_are_declared(room):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    base = declared(project)
+    extras = {"edge_client": set(), "broker_server": {"server", "demo"}, "export": {"export"}}[room]
+    known = base.union(*(declared(project, extra) for extra in extras)) | set(sys.stdlib_module_names) | set(ROOMS)
+    known |= {"matplotlib", "sklearn"} if "demo" in extras else set()
+    for module in MODULES:
+        if not inside(module, room):
+            continue
+        # The emulator is no device: it shows its progress with the server's extra.
+        allowed = known | (declared(project, "server") if inside(module, "edge_client.emulator") else set())
+        unknown = {name.split(".")[0] for name in imports(module)} - allowed
+        assert not unknown, f"{module} imports {sorted(unknown)}, which its extra does not install"
+
+
+def test_a_device_loads_nothing_that_it_does_not_have():
+    device = [module for module in MODULES if inside(module, "edge_client") and not module.endswith("__main__")]
+    script = (
+        "import importlib, json, sys\n"
+        "guilty = {}\n"
+        f"for module in {device!r}:\n"
+        "    importlib.import_module(module)\n"
+        f"    for name in {sorted(NEVER_ON_A_DEVICE)!r}:\n"
+        "        if name in sys.modules:\n"
+        "            guilty.setdefault(name, module)\n"
+        "print(json.dumps(guilty))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {}, "loaded, and by which module first"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_says_what_it_is(module):
+    text = MODULES[module].read_text()
+    assert text == "" or ast.get_docstring(ast.parse(text)), f"{module} has no docstring"
+
+
+def test_telemetry_is_off_before_the_runtime_loads():
+    """Only edge_client.runtime imports onnxruntime: it is where its telemetry is switched off."""
+    direct = {module for module in MODULES if any(inside(name, "onnxruntime") for name in imports(module))}
+    # onnxruntime.quantization is pure tooling, but it loads the runtime too: such a module imports ours first.
+    for module in direct - {"edge_client.runtime"}:
+        names = list(imports(module))
+        assert any(inside(name, "edge_client.runtime") for name in names), f"{module} must import edge_client.runtime"
+
+
+def test_no_module_unpickles():
+    for module in MODULES:
+        assert not {name.split(".")[0] for name in imports(module)} & {"pickle", "dill", "cloudpickle"}, module
