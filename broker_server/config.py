@@ -1,0 +1,352 @@
+"""The federation's settings: one TOML file, read once into frozen structs, every mistake named by its dotted key."""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import msgspec
+from msgspec import Meta, inspect
+
+from edge_client.errors import ConfigError
+
+Count = Annotated[int, Meta(ge=0, le=10_000_000)]
+Positive = Annotated[int, Meta(ge=1, le=10_000_000)]
+Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
+Duration = Annotated[float, Meta(ge=0, le=31_536_000)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Factor = Annotated[float, Meta(gt=0, le=1000)]
+Bytes = Annotated[int, Meta(ge=0, le=2**62)]
+Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,63}\Z")]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all sections: immutable, strict about its keys (mypy wants ``frozen`` repeated)."""
+
+
+class Identity(_Section, frozen=True):
+    """``[federation]``: what is trained, and where its state lives. Paths are absolute once loaded."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
+    bundle: str
+    state: str = "state"
+    seed: Annotated[int, Meta(ge=0, le=2**62)] = 0
+
+
+class Broker(_Section, frozen=True):
+    """``[broker]``: the broker named by ``url``, or an embedded one on loopback when ``url`` is empty."""
+
+    url: Annotated[str, Meta(pattern=r"^\Z|^mqtts?://[^/\s]+\Z")] = ""
+    kind: Literal["auto", "mosquitto", "amqtt"] = "auto"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    """0 picks a free one."""
+    username: str = ""
+    password_file: str = ""
+
+
+class Round(_Section, frozen=True):
+    """``[round]``: who is asked, how many answers are wanted, and how long the server waits for them."""
+
+    cohort: Positive = 10
+    """Updates that end the round (the goal count)."""
+    over_select: Annotated[float, Meta(ge=1, le=10)] = 1.0
+    deadline: Seconds = 600.0
+    minimum: Positive = 1
+    """With fewer updates at the deadline the round is void."""
+    clients: Count = 0
+    """Clients that must have said hello before the first round; 0 means ``cohort``."""
+
+    @property
+    def invited(self) -> int:
+        """Clients invited to one round."""
+        return math.ceil(self.cohort * self.over_select)
+
+    @property
+    def quorum(self) -> int:
+        """Clients that must be there before the first round starts."""
+        return self.clients or self.cohort
+
+
+class Train(_Section, frozen=True):
+    """``[train]``: what a client does with a task. ``steps`` above 0 replaces ``epochs``."""
+
+    epochs: Annotated[int, Meta(ge=1, le=10_000)] = 1
+    steps: Count = 0
+    batch_size: Annotated[int, Meta(ge=1, le=65536)] = 32
+    hypers: dict[Word, Annotated[float, Meta(ge=-1e9, le=1e9)]] = {}
+    """Values for the bundle's scalar inputs, such as ``lr``; the manifest's defaults hold for the others."""
+
+
+class Aggregation(_Section, frozen=True):
+    """``[aggregation]``: how updates become one, and how far the server moves along it."""
+
+    weights: Literal["samples", "uniform"] = "samples"
+    learning_rate: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+
+
+class Codec(_Section, frozen=True):
+    """``[codec]``: the rate of updates and of the global model."""
+
+    kind: Literal["quantized", "none"] = "quantized"
+    step: Factor = 4.0
+    """Quantization step of an update, in standard deviations of that update."""
+    dead_zone: Annotated[float, Meta(ge=0.5, le=1)] = 0.7
+    """Values below this many steps become zero."""
+    feedback: bool = True
+    """Whether a client carries what quantization left over into its next update."""
+    lattice: Factor = 10.0
+    """Lattice step of the global model, in standard deviations of a round's global update."""
+
+
+class Evaluation(_Section, frozen=True):
+    """``[evaluation]``: where and how often the global model is measured."""
+
+    every: Count = 1
+    """Rounds between evaluations; 0 means never."""
+    clients: Count = 0
+    """Clients asked to evaluate; 0 means none."""
+    data: str = ""
+    """An npz file for the server's held-out evaluation; empty means none."""
+    batch_size: Annotated[int, Meta(ge=1, le=65536)] = 256
+    deadline: Seconds = 300.0
+
+
+class Stop(_Section, frozen=True):
+    """``[stop]``: the run ends when one of these holds; 0 switches a condition off."""
+
+    rounds: Count = 100
+    metric: Word = "accuracy"
+    target: float | None = None
+    patience: Count = 0
+    """Evaluations in a row without a better ``metric``."""
+    seconds: Duration = 0.0
+    bytes: Bytes = 0
+    """Budget of bytes up and down together."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger value of ``metric`` is the better one: not so for losses and errors."""
+        return not ("loss" in self.metric or "error" in self.metric)
+
+    def better(self, value: float, best: float | None) -> bool:
+        """Whether ``value`` beats ``best``; NaN never does, anything else beats None."""
+        if math.isnan(value):
+            return False
+        if best is None:
+            return True
+        return value > best if self.higher_is_better else value < best
+
+    def reached(self, value: float) -> bool:
+        """Whether ``value`` meets ``target``."""
+        if self.target is None:
+            return False
+        return value >= self.target if self.higher_is_better else value <= self.target
+
+
+class Transfer(_Section, frozen=True):
+    """``[transfer]``: how blobs cross the broker."""
+
+    chunk: Annotated[int, Meta(ge=1024, le=1_048_576)] = 65_536
+    """Bytes in one chunk."""
+    window: Annotated[int, Meta(ge=1, le=1024)] = 16
+    """Chunks that one client may have under way."""
+    uploads: Annotated[int, Meta(ge=1, le=100_000)] = 16
+    """Clients that may upload at once."""
+    inline: Annotated[int, Meta(ge=0, le=65_536)] = 16_384
+    """Bytes up to which a blob travels inside its message."""
+
+
+class Simulation(_Section, frozen=True):
+    """``[simulation]``: emulated phones, their data and their troubles."""
+
+    clients: Annotated[int, Meta(ge=1, le=1_000_000)] = 100
+    data: str = ""
+    """An npz file or ``module:callable``."""
+    split: Literal["iid", "dirichlet", "shards", "natural"] = "iid"
+    alpha: Annotated[float, Meta(gt=0, le=1e6)] = 0.3
+    shards: Annotated[int, Meta(ge=1, le=1000)] = 2
+    key: str = "user"
+    """The npz key that holds each sample's user, for the natural split."""
+    test_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Share of the samples kept for the server's evaluation where ``evaluation.data`` is empty."""
+    slots: Annotated[int, Meta(ge=0, le=1024)] = 0
+    """Phones that train at once; 0 means one for each core."""
+    availability: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Share of the time that a phone may train."""
+    dropout: Share = 0.0
+    """Probability that a phone abandons a task."""
+    speed: tuple[Factor, Factor] = (1.0, 1.0)
+    """Slowest and fastest phone, as factors of this machine's speed."""
+    bandwidth: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    """Bytes per second in each direction; 0 means unlimited."""
+    latency: Annotated[float, Meta(ge=0, le=3600)] = 0.0
+    """Seconds in each direction."""
+
+
+class Federation(_Section, frozen=True):
+    """All settings of one federation."""
+
+    federation: Identity
+    broker: Broker = Broker()
+    round: Round = Round()
+    train: Train = Train()
+    aggregation: Aggregation = Aggregation()
+    codec: Codec = Codec()
+    evaluation: Evaluation = Evaluation()
+    stop: Stop = Stop()
+    transfer: Transfer = Transfer()
+    simulation: Simulation = Simulation()
+
+
+S = TypeVar("S", bound=_Section)
+
+
+def load(path: str | Path, overrides: Mapping[str, object] | None = None) -> Federation:
+    """Read a federation file; ``overrides`` (``{"stop.rounds": 5}``) replace what it says, before it is checked.
+
+    Relative paths in it are taken from the file's own folder and come back absolute.
+
+    Raises:
+        ConfigError: the file cannot be read, or a setting is unknown, missing, of the wrong type or out of range. The
+            message names the file, the dotted key, what was found and what is allowed.
+    """
+    path = Path(path)
+    try:
+        tree: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a federation file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from error
+    for key, value in (overrides or {}).items():
+        section, _, name = key.partition(".")
+        table = tree.setdefault(section, {})
+        if isinstance(table, dict):
+            table[name] = value
+    try:
+        _check_keys(tree, Federation, "")
+        federation = _resolve(msgspec.convert(tree, Federation), path.absolute().parent)
+        _check_together(federation)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error.__cause__
+    return federation
+
+
+def _check_keys(table: Mapping[str, object], section: type[_Section], prefix: str) -> None:
+    """Convert key by key: the message can then name the key, the value and the range, where msgspec names the type."""
+    fields = {field.name: field for field in msgspec.structs.fields(section)}
+    for name, value in table.items():
+        key = prefix + name
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {prefix}{close[0]}? " if close else ""
+            raise ConfigError(f"{key} is not a known key; {hint}known here: {', '.join(fields)}")
+        kind = fields[name].type
+        if isinstance(kind, type) and issubclass(kind, _Section):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{key} is {value!r}; expected a section, [{key}]")
+            _check_keys(value, kind, f"{key}.")
+        elif isinstance(value, dict) and get_origin(kind) is dict:
+            of_names, of_values = get_args(kind)
+            for entry, number in value.items():
+                _check_value(f"name in {key}", entry, of_names)
+                _check_value(f"{key}.{entry}", number, of_values)
+        else:
+            _check_value(key, value, kind)
+    for name, field in fields.items():
+        if field.required and name not in table:
+            if isinstance(field.type, type) and issubclass(field.type, _Section):
+                _check_keys({}, field.type, f"{name}.")
+            raise ConfigError(f"{prefix}{name} is missing; expected {_allowed(inspect.type_info(field.type))}")
+
+
+def _check_value(key: str, value: object, kind: Any) -> None:
+    problem = ConfigError(f"{key} is {value!r}; expected {_allowed(inspect.type_info(kind))}")
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise problem from error
+    # TOML has nan and inf, and nan passes every comparison with a bound.
+    numbers = value if isinstance(value, list) else [value]
+    if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+        raise problem
+
+
+def _allowed(info: inspect.Type) -> str:
+    """What a setting may be, in words."""
+    match info:
+        case inspect.IntType() | inspect.FloatType():
+            words = "a whole number" if isinstance(info, inspect.IntType) else "a number"
+            low = f" from {info.ge:,}" if info.ge is not None else f" above {info.gt:,}" if info.gt is not None else ""
+            high = (
+                f" to {info.le:,}" if info.le is not None else f" to below {info.lt:,}" if info.lt is not None else ""
+            )
+            return words + low + high
+        case inspect.LiteralType():
+            return "one of " + ", ".join(f'"{value}"' for value in info.values)
+        case inspect.StrType():
+            return f"a text that matches {info.pattern}" if info.pattern else "a text"
+        case inspect.BoolType():
+            return "true or false"
+        case inspect.TupleType():
+            return f"a list of {len(info.item_types)}, each {_allowed(info.item_types[0])}"
+        case inspect.DictType():
+            return f"a section of names, each with {_allowed(info.value_type)}"
+        case inspect.UnionType():
+            return " or ".join(_allowed(kind) for kind in info.types if not isinstance(kind, inspect.NoneType))
+        case _:
+            return "a section" if isinstance(info, inspect.StructType) else "a value"
+
+
+def _resolve(federation: Federation, folder: Path) -> Federation:
+    def absolute(spec: str) -> str:
+        # "module:callable" names no file; a file whose name holds a colon still wins.
+        if not spec or (":" in spec and not (folder / spec).exists()):
+            return spec
+        return str(folder / Path(spec).expanduser())
+
+    def moved(section: S, *names: str) -> S:
+        return msgspec.structs.replace(section, **{name: absolute(getattr(section, name)) for name in names})
+
+    return msgspec.structs.replace(
+        federation,
+        federation=moved(federation.federation, "bundle", "state"),
+        broker=moved(federation.broker, "password_file"),
+        evaluation=moved(federation.evaluation, "data"),
+        simulation=moved(federation.simulation, "data"),
+    )
+
+
+def _check_together(federation: Federation) -> None:
+    """Settings that are fine alone and impossible together."""
+    rounds, stop, simulation = federation.round, federation.stop, federation.simulation
+    for name in ("bundle", "state"):
+        if not getattr(federation.federation, name):
+            raise ConfigError(f"federation.{name} is empty; expected a path")
+    if rounds.minimum > rounds.cohort:
+        raise ConfigError(f"round.minimum is {rounds.minimum}; expected at most round.cohort, {rounds.cohort}")
+    if rounds.quorum < rounds.minimum:
+        raise ConfigError(f"round.clients is {rounds.clients}; expected at least round.minimum, {rounds.minimum}")
+    if federation.broker.password_file and not federation.broker.username:
+        raise ConfigError("broker.password_file is set without broker.username; set both or none")
+    if simulation.speed[0] > simulation.speed[1]:
+        raise ConfigError(f"simulation.speed is {list(simulation.speed)}; expected [slowest, fastest]")
+    if simulation.data:
+        for key, wanted in (("cohort", rounds.cohort), ("clients", rounds.clients)):
+            if wanted > simulation.clients:
+                raise ConfigError(
+                    f"round.{key} is {wanted}; expected at most simulation.clients, {simulation.clients}: "
+                    "there are no more phones to ask"
+                )
+        if simulation.split == "natural" and not simulation.key:
+            raise ConfigError('simulation.key is empty; expected the npz key of the user for split = "natural"')
+    evaluation = federation.evaluation
+    measured = evaluation.every and (evaluation.data or evaluation.clients or simulation.test_fraction)
+    if (stop.target is not None or stop.patience) and not measured:
+        raise ConfigError(
+            "stop.target and stop.patience need an evaluation and there is none; "
+            "set evaluation.data or evaluation.clients, and evaluation.every above 0"
+        )
