@@ -1,0 +1,110 @@
+"""ONNX Runtime, set up for small devices: the one place that imports it."""
+
+import os
+from collections.abc import Mapping
+
+# Recent wheels report usage to their maker; the variable counts only when it is set before the import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from edge_client.errors import BundleError, TrainingError
+
+VERSION: str = ort.__version__
+
+
+def session(
+    model: bytes, *, threads: int = 1, initializers: Mapping[str, npt.NDArray[np.generic]] | None = None
+) -> ort.InferenceSession:
+    """A CPU session for the graph ``model`` (a serialized ONNX model that holds all its constants).
+
+    Args:
+        model: the graph; tensors stored in files beside it are refused, whatever the working directory holds.
+        threads: threads inside one operator, at least 1; operators run one after the other.
+        initializers: values that replace constants of the graph, by name; those that the graph does not have are
+            ignored. The arrays' memory is shared, not copied, for as long as the session lives.
+
+    Raises:
+        BundleError: the graph is damaged, or this onnxruntime cannot run it.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    # The pattern reserves one block per batch size: 254 MB against 170 for a training step of eight convolutions.
+    options.enable_mem_pattern = False
+    # Fatal only: what goes wrong arrives as an exception, and a user's mistake deserves one line, not two.
+    options.log_severity_level = 4
+    # A spinning pool takes the other cores from the broker, from other sessions and from the battery.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A graph that names external data would read files of the device, and training would send what it read.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    values = [shared(array) for array in (initializers or {}).values()]
+    for name, value in zip(initializers or {}, values, strict=True):
+        options.add_initializer(name, value)
+    try:
+        made = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise BundleError(
+            f"onnxruntime {VERSION} cannot load the graph ({_line(error)}); "
+            "update onnxruntime, or export the bundle again"
+        ) from error
+    # onnxruntime borrows the values without counting a reference: they must live as long as the session.
+    made.fedge_initializers = values
+    return made
+
+
+def shared(array: npt.NDArray[np.generic]) -> ort.OrtValue:
+    """An OrtValue over the memory of ``array`` (C-contiguous): what one writes, the other reads.
+
+    The value keeps the array alive.
+
+    Raises:
+        TrainingError: this onnxruntime copies instead, so that training would change nothing.
+    """
+    value = ort.OrtValue.ortvalue_from_numpy(array)
+    if array.size and value.data_ptr() != array.ctypes.data:
+        raise TrainingError(
+            f"onnxruntime {VERSION} copies a {array.dtype} array {list(array.shape)} where fedge needs it shared; "
+            "install a standard build of onnxruntime 1.24 or later"
+        )
+    return value
+
+
+def run(made: ort.InferenceSession, binding: ort.IOBinding) -> None:
+    """Run the session once with everything bound.
+
+    Raises:
+        TrainingError: the runtime failed, for instance for want of memory.
+    """
+    try:
+        made.run_with_iobinding(binding)
+    except Exception as error:
+        raise TrainingError(
+            f"onnxruntime {VERSION} failed while running the graph ({_line(error)}); "
+            "try a smaller batch, or export the bundle again"
+        ) from error
+
+
+def at_least(required: str) -> bool:
+    """Whether this onnxruntime is version ``required`` (such as ``1.24``) or later.
+
+    Raises:
+        BundleError: ``required`` is not a version.
+    """
+    try:
+        return _numbers(VERSION) >= _numbers(required)
+    except ValueError:
+        raise BundleError(
+            f"the bundle asks for onnxruntime {required!r}, which is not a version such as '1.24'; export it again"
+        ) from None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
