@@ -1,0 +1,274 @@
+"""The driver of one client: carries out what its session decides, over a link, with training slots to work in."""
+
+import asyncio
+import dataclasses
+import hashlib
+import random
+import secrets
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from edge_client.bundle import Bundle
+from edge_client.data import DataSource
+from edge_client.errors import BundleError
+from edge_client.events import (
+    Available,
+    Cancel,
+    Connected,
+    Counted,
+    Disconnected,
+    Done,
+    Event,
+    Failed,
+    Finished,
+    Install,
+    Installed,
+    Log,
+    Publish,
+    Received,
+    Rejected,
+    Settle,
+    Subscribe,
+    Tick,
+    Unsubscribe,
+    Work,
+)
+from edge_client.manifest import Manifest
+from edge_client.session import ClientSession, Held, SessionSettings
+from edge_client.store import ModelCopies, Store
+from edge_client.trainer import Trainer
+from edge_client.transport import Link
+from edge_client.worker import Worker
+
+Result = TypeVar("Result")
+
+
+class OpenData(Protocol):
+    """Opens a client's data for a bundle: what it trains on, and what it evaluates on."""
+
+    def __call__(self, manifest: Manifest) -> tuple[DataSource, DataSource]:
+        """Raise DataError when the data does not fit."""
+
+
+class Workshop:
+    """Training slots: one thread and one trainer each, shared by all the clients of a process.
+
+    Parameters and runtime sessions live here, so memory grows with the number of slots and not with that of clients.
+    """
+
+    def __init__(self, slots: int = 1, *, threads: int = 1) -> None:
+        self._pool = ThreadPoolExecutor(slots, thread_name_prefix="slot")
+        self._threads = threads
+        self._local = threading.local()
+        self._bundles: dict[bytes, Bundle] = {}
+        self._lock = threading.Lock()
+
+    def open(self, digest: bytes, data: bytes) -> Bundle:
+        """The verified bundle of these bytes; opened once for all clients.
+
+        Raises:
+            BundleError: the bytes are not a bundle that this device can use.
+        """
+        with self._lock:
+            bundle = self._bundles.get(digest)
+            if bundle is None:
+                bundle = Bundle.from_bytes(data)
+                self._bundles = {digest: bundle}
+            return bundle
+
+    async def run(self, job: Callable[[], Result]) -> Result:
+        """Do a job in a free slot."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, job)
+
+    def trainer(self, bundle: Bundle) -> Trainer:
+        """This slot's trainer for a bundle; called from within a job."""
+        trainer: Trainer | None = getattr(self._local, "trainer", None)
+        if trainer is None or trainer.bundle.digest != bundle.digest:
+            trainer = Trainer(bundle, threads=self._threads)
+            self._local.trainer = trainer
+        return trainer
+
+    def close(self) -> None:
+        """Wait for the jobs under way and end the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass
+class Device:
+    """One client on an asyncio loop.
+
+    Raises (from `run`):
+        DataError: the client's data does not fit the federation's bundle.
+        TransportError: the link gave up.
+    """
+
+    client: str
+    federation: str
+    connect: Callable[[tuple[str, bytes]], Link]
+    """Makes the link, given the topic and payload of the last will."""
+    store: Store
+    copies: ModelCopies
+    workshop: Workshop
+    open_data: OpenData
+    log: Callable[[str], None]
+    seed: int | None = None
+    software: str = ""
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the federation says that it has finished."""
+    link: Link = field(init=False)
+    _session: ClientSession = field(init=False)
+    _worker: Worker | None = field(init=False, default=None)
+    _bundle: Bundle | None = field(init=False, default=None)
+    _timer: asyncio.TimerHandle | None = field(init=False, default=None)
+    _stop: threading.Event = field(init=False, default_factory=threading.Event)
+    _closing: bool = field(init=False, default=False)
+    _jobs: set[asyncio.Task[None]] = field(init=False, default_factory=set)
+    _failure: asyncio.Future[None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rng = random.Random(self.seed if self.seed is not None else secrets.randbits(64))  # noqa: S311
+        settings = SessionSettings(self.client, self.federation, software=self.software)
+        self._session = ClientSession(settings, self._resume(), rng, boot=secrets.token_bytes(8))
+        goodbye = self._session.goodbye()
+        self.link = self.connect((goodbye.topic, goodbye.payload))
+
+    @property
+    def dropped(self) -> int:
+        """Messages that were malformed or foreign."""
+        return self._session.dropped
+
+    async def run(self) -> None:
+        """Take part until closed."""
+        self._failure = asyncio.get_running_loop().create_future()
+        link = asyncio.ensure_future(self.link.run(self))
+        try:
+            await asyncio.wait((link, self._failure), return_when=asyncio.FIRST_COMPLETED)
+            if self._failure.done():
+                self._failure.result()
+            await link
+        finally:
+            await self.close()
+            await asyncio.gather(link, return_exceptions=True)
+            if not self._failure.done():
+                self._failure.cancel()
+
+    async def close(self) -> None:
+        """Say goodbye, stop the task under way, and disconnect; what was stored is taken up at the next start."""
+        if self._closing:
+            return
+        self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._stop.set()
+        self._act(self._session.goodbye())
+        await self.link.close()
+        if self._jobs:
+            await asyncio.gather(*self._jobs, return_exceptions=True)
+
+    def available(self, available: bool) -> None:
+        """Whether the device may train now."""
+        self.feed(Available(available))
+
+    # What the link tells.
+
+    def connected(self) -> None:
+        """The broker has accepted the connection."""
+        self.feed(Connected())
+
+    def disconnected(self, reason: str) -> None:
+        """The connection is gone."""
+        self.log(f"{self.client}: {reason}; trying again")
+        self.feed(Disconnected())
+
+    def message(self, topic: str, payload: bytes) -> None:
+        """A message has arrived."""
+        self.feed(Received(topic, payload))
+
+    # What the session decides.
+
+    def feed(self, event: Event) -> None:
+        """Give the session one event and carry out what follows from it."""
+        if self._closing:
+            return
+        loop = asyncio.get_running_loop()
+        self._session.handle(Counted(self.link.traffic), loop.time())
+        for action in self._session.handle(event, loop.time()):
+            self._act(action)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._session.wake is not None:
+            self._timer = loop.call_at(self._session.wake, self.feed, Tick())
+
+    def _act(self, action: object) -> None:
+        match action:
+            case Publish(topic, payload):
+                self.link.publish(topic, payload)
+            case Subscribe(topics):
+                self.link.subscribe(topics)
+            case Unsubscribe(topics):
+                self.link.unsubscribe(topics)
+            case Install():
+                self._start(self._install(action))
+            case Work():
+                self._stop = threading.Event()
+                self._start(self._work(action))
+            case Cancel():
+                self._stop.set()
+            case Settle(epoch, task, recorded):
+                self.store.settle(epoch, task, recorded=recorded)
+            case Log(text):
+                self.log(f"{self.client}: {text}")
+            case Done():
+                self.done.set()
+
+    def _start(self, job: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(self._guard(job))
+        self._jobs.add(task)
+        task.add_done_callback(self._jobs.discard)
+
+    async def _guard(self, job: Coroutine[None, None, None]) -> None:
+        try:
+            await job
+        except Exception as error:
+            # An error that no one expected ends this client with its traceback, rather than leave it silent.
+            if not self._failure.done():
+                self._failure.set_exception(error)
+
+    async def _work(self, work: Work) -> None:
+        self.feed(await self._perform(work))
+
+    async def _perform(self, work: Work) -> Finished | Failed:
+        worker, bundle = self._worker, self._bundle
+        assert worker is not None and bundle is not None  # noqa: PT018
+        return await self.workshop.run(lambda: worker.perform(work, self.workshop.trainer(bundle), self._stop.is_set))
+
+    async def _install(self, action: Install) -> None:
+        try:
+            samples = await self.workshop.run(lambda: self._prepare(action.bundle, action.data))
+        except BundleError as error:
+            self.feed(Rejected(action.bundle, str(error)))
+            return
+        self.store.install(action.bundle, action.data)
+        self.feed(Installed(action.bundle, samples))
+
+    def _prepare(self, digest: bytes, data: bytes) -> int:
+        bundle = self.workshop.open(digest, data)
+        train, test = self.open_data(bundle.manifest)
+        self._bundle = bundle
+        self._worker = Worker(self.client, train, test, self.store, self.copies)
+        return train.samples
+
+    def _resume(self) -> Held:
+        """What the store holds; nothing, when its bundle is not whole: the session then fetches it again."""
+        data, held = self.store.bundle(), self.store.held()
+        if data is None or hashlib.sha256(data).digest() != held.bundle:
+            return Held()
+        try:
+            return dataclasses.replace(held, samples=self._prepare(held.bundle, data))
+        except BundleError as error:
+            self.log(f"{self.client}: stored bundle: {error}; fetching it again")
+            return Held()

@@ -1,0 +1,98 @@
+"""Pulling a published blob: a window of subscriptions to retained chunks, without I/O.
+
+The client subscribes to a few chunk topics at a time, so it sets the pace and the broker does the fan-out. What does
+not arrive is subscribed to again, then asked for: brokers drop retained messages that they have acknowledged.
+"""
+
+from dataclasses import dataclass, field
+
+from edge_client.wire.messages import BlobRef
+from edge_client.wire.transfer import Assembly
+
+
+@dataclass(frozen=True)
+class Pull:
+    """What to do next: chunks to unsubscribe from, to subscribe to, and to ask the server for."""
+
+    drop: tuple[int, ...] = ()
+    take: tuple[int, ...] = ()
+    ask: tuple[int, ...] = ()
+
+
+@dataclass
+class Download:
+    """One blob on its way down.
+
+    ``window`` is the number of chunks subscribed to at a time, ``patience`` the seconds without a new chunk after which
+    the open ones are subscribed to again; it doubles each time, up to a minute.
+
+    Raises:
+        WireError: the blob is larger than ``limit`` bytes.
+    """
+
+    ref: BlobRef
+    limit: int
+    window: int = 16
+    patience: float = 5.0
+    wake: float | None = None
+    _assembly: Assembly = field(init=False)
+    _open: dict[int, None] = field(init=False, default_factory=dict)
+    _arrived: list[int] = field(init=False, default_factory=list)
+    _stalls: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self._assembly = Assembly(self.ref, limit=self.limit)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk is there."""
+        return self._assembly.complete
+
+    def start(self, now: float) -> Pull:
+        """Begin, or begin again after the connection was lost: nothing is subscribed to any more."""
+        self._open.clear()
+        self._arrived.clear()
+        self.wake = now + self.patience
+        return Pull(take=self._fill())
+
+    def chunk(self, index: int, data: bytes, now: float) -> Pull:
+        """Take one chunk; the window moves on when half of it has arrived."""
+        if not self._assembly.add(index, data):
+            return Pull()
+        self._stalls = 0
+        self.wake = now + self.patience
+        if self._open.pop(index, 0) is None:
+            self._arrived.append(index)
+        if self.complete or len(self._open) <= self.window // 2:
+            return self._move()
+        return Pull()
+
+    def tick(self, now: float) -> Pull:
+        """Where nothing has come for too long, subscribe again; from the second time on, ask for the chunks too."""
+        if self.wake is None or now < self.wake:
+            return Pull()
+        self._stalls += 1
+        self.wake = now + min(60.0, self.patience * 2**self._stalls)
+        again = tuple(self._open)
+        return Pull(drop=again, take=again, ask=again if self._stalls > 1 else ())
+
+    def take(self) -> bytes:
+        """The verified bytes.
+
+        Raises:
+            WireError: they are not what the reference names; every chunk is then forgotten, to start anew.
+        """
+        try:
+            return self._assembly.take()
+        finally:
+            self._assembly.restart()
+
+    def _move(self) -> Pull:
+        arrived, self._arrived = tuple(self._arrived), []
+        return Pull(drop=arrived, take=self._fill())
+
+    def _fill(self) -> tuple[int, ...]:
+        room = self.window - len(self._open)
+        wanted = [index for index in self._assembly.missing(room + len(self._open)) if index not in self._open][:room]
+        self._open.update(dict.fromkeys(wanted))
+        return tuple(wanted)

@@ -1,0 +1,156 @@
+"""What happens to a client, and what it does about it: the session's events and actions."""
+
+from dataclasses import dataclass
+
+from edge_client.wire import messages as m
+
+# Events.
+
+
+@dataclass(frozen=True)
+class Connected:
+    """The broker has accepted the connection; nothing is subscribed to."""
+
+
+@dataclass(frozen=True)
+class Disconnected:
+    """The connection is gone."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message from the broker."""
+
+    topic: str
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What the transport has counted so far; precedes events that make the client speak."""
+
+    traffic: m.Traffic
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The bundle is open, fits the client's data, and is stored; the client holds its weights as version 0."""
+
+    bundle: bytes
+    samples: int
+    """Training samples that the client has for it."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The bundle cannot be used on this device."""
+
+    bundle: bytes
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A task is done: its encoded update is stored, and the client now holds the task's version."""
+
+    epoch: int
+    task: int
+    update: bytes
+    version: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A task could not be done; ``version`` and ``digest`` say what the client holds now."""
+
+    epoch: int
+    task: int
+    reason: str
+    version: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Available:
+    """Whether the device may train now (power, network, temperature, its owner) has changed."""
+
+    available: bool
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed; due at ``ClientSession.wake``."""
+
+
+Event = Connected | Disconnected | Received | Counted | Installed | Rejected | Finished | Failed | Available | Tick
+
+
+# Actions.
+
+
+@dataclass(frozen=True)
+class Subscribe:
+    """Subscribe to exact topics, in one packet."""
+
+    topics: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Unsubscribe:
+    """Unsubscribe from exact topics, in one packet."""
+
+    topics: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Publish to a topic, not retained."""
+
+    topic: str
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Install:
+    """Open, check and store this bundle; answer with Installed or Rejected."""
+
+    bundle: bytes
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bring the model to the task's version and do the task; answer with Finished or Failed."""
+
+    invitation: m.Invitation
+    delta: bytes | None
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Stop the task under way soon; it is still answered with Finished or Failed."""
+
+
+@dataclass(frozen=True)
+class Settle:
+    """The fate of an update is known: keep what its encoding left over when it was recorded, else restore what was."""
+
+    epoch: int
+    task: int
+    recorded: bool
+
+
+@dataclass(frozen=True)
+class Log:
+    """One line for the operator."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """The federation has reached its end; a driver may leave or wait for another."""
+
+
+Action = Subscribe | Unsubscribe | Publish | Install | Work | Cancel | Settle | Log | Done

@@ -1,0 +1,220 @@
+"""What a device must not forget across a power cut: its bundle, its copy of the model, its residual, an unsent update.
+
+Everything is a file in one folder. Files that hold data are written first, under names that nothing refers to yet; then
+the index is replaced in one atomic rename. A power cut leaves the old index or the new one, and files that no index
+names are removed at the next start.
+"""
+
+import os
+import threading
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from edge_client.codec.lattice import State, pack_state, unpack_state
+from edge_client.codec.layout import Layout
+from edge_client.errors import CodecError, StoreError
+from edge_client.session import NO_HASH, Held, Pending
+
+_INDEX = "index.msgpack"
+_SCHEMA = 1
+
+
+class _Last(msgspec.Struct, frozen=True):
+    epoch: int
+    task: int
+    update: str
+    before: str
+    after: str
+    settled: bool = False
+
+
+class _Index(msgspec.Struct, frozen=True):
+    schema: int = _SCHEMA
+    bundle: bytes = NO_HASH
+    version: int = 0
+    digest: bytes = NO_HASH
+    residual: str = ""
+    last: _Last | None = None
+    serial: int = 0
+
+
+class ModelCopies(Protocol):
+    """Where a client's copy of the global model rests between tasks, by the digest of its state."""
+
+    def load(self, digest: bytes, layout: Layout) -> State | None:
+        """The copy with that digest, None when there is none."""
+
+    def save(self, digest: bytes, state: State, replaces: bytes) -> None:
+        """Keep ``state``; the copy that it replaces is not needed any more."""
+
+
+class FileCopies:
+    """The one copy of the model that a device holds, in its store's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self, digest: bytes, layout: Layout) -> State | None:
+        """Read the copy; one that is damaged counts as none, and is fetched again."""
+        try:
+            return unpack_state(self._path(digest).read_bytes(), layout)
+        except (OSError, CodecError):
+            return None
+
+    def save(self, digest: bytes, state: State, replaces: bytes) -> None:
+        """Write the new copy beside the old one, which the store removes once its index names the new one."""
+        _write(self._path(digest), pack_state(state), durable=True)
+
+    def _path(self, digest: bytes) -> Path:
+        return self._folder / _model_file(digest)
+
+
+class Store:
+    """One client's durable state in ``folder``.
+
+    ``durable=False`` skips fsync, for emulated phones, whose host does not lose power one phone at a time. ``bundles``
+    is the folder of bundles, where several clients of one machine share it. Calls may come from several threads.
+
+    Raises:
+        StoreError: the folder cannot be used, or its index is damaged or of a newer fedge.
+    """
+
+    def __init__(self, folder: Path, *, durable: bool = True, bundles: Path | None = None) -> None:
+        self._folder = folder
+        self._durable = durable
+        self._bundles = bundles or folder
+        self._lock = threading.RLock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._bundles.mkdir(parents=True, exist_ok=True)
+            self._index = self._read()
+            self._sweep()
+        except OSError as error:
+            raise StoreError(f"state folder {folder}: {error.strerror or error}; it must be writable") from error
+
+    @property
+    def folder(self) -> Path:
+        """Where the state lies."""
+        return self._folder
+
+    def held(self) -> Held:
+        """What the session starts from."""
+        index, pending = self._index, None
+        if index.last is not None and not index.last.settled:
+            update = self._load(index.last.update)
+            if update is not None:
+                pending = Pending(index.last.epoch, index.last.task, update)
+        return Held(index.bundle, index.version, index.digest, pending)
+
+    def install(self, digest: bytes, bundle: bytes) -> None:
+        """Store a bundle; what belonged to another one is forgotten."""
+        path = self._bundles / f"bundle-{digest.hex()}.fedge"
+        with self._lock:
+            if self._bundles == self._folder or not path.exists():
+                _write(path, bundle, durable=self._durable)
+            self._commit(_Index(bundle=digest, serial=self._index.serial))
+
+    def bundle(self) -> bytes | None:
+        """The stored bundle's bytes, None when there is none."""
+        if self._index.bundle == NO_HASH:
+            return None
+        try:
+            return (self._bundles / f"bundle-{self._index.bundle.hex()}.fedge").read_bytes()
+        except OSError:
+            return None
+
+    def residual(self) -> bytes | None:
+        """What earlier encodings left over, packed; None when there is nothing."""
+        return self._load(self._index.residual) if self._index.residual else None
+
+    def hold(self, version: int, digest: bytes) -> None:
+        """The client's copy of the model is now this version."""
+        with self._lock:
+            self._commit(msgspec.structs.replace(self._index, version=version, digest=digest))
+
+    def commit(
+        self, epoch: int, task: int, update: bytes, residual: bytes | None, *, version: int, digest: bytes
+    ) -> None:
+        """Store an encoded update and the residual that is to follow if it is recorded, in one step.
+
+        ``residual`` None leaves the residual as it is, whatever becomes of the update.
+        """
+        with self._lock:
+            serial = self._index.serial + 1
+            name = self._put(f"update-{serial}.bin", update)
+            before = self._index.residual
+            after = before if residual is None else self._put(f"residual-{serial}.bin", residual)
+            last = _Last(epoch, task, name, before, after)
+            self._commit(msgspec.structs.replace(self._index, version=version, digest=digest, last=last, serial=serial))
+
+    def settle(self, epoch: int, task: int, *, recorded: bool) -> None:
+        """The fate of the last update is known; of any other one there is nothing left to settle."""
+        with self._lock:
+            last = self._index.last
+            if last is None or (last.epoch, last.task) != (epoch, task):
+                return
+            kept = last.after if recorded else last.before
+            settled = msgspec.structs.replace(last, update="", settled=True)
+            self._commit(msgspec.structs.replace(self._index, residual=kept, last=settled))
+
+    def _read(self) -> _Index:
+        path = self._folder / _INDEX
+        if not path.exists():
+            return _Index()
+        try:
+            index = msgspec.msgpack.decode(path.read_bytes(), type=_Index)
+        except msgspec.DecodeError as error:
+            raise StoreError(f"{path} is damaged ({error}); remove the folder to start this client anew") from error
+        if index.schema != _SCHEMA:
+            raise StoreError(f"{path} has schema {index.schema}; this fedge knows {_SCHEMA}: update fedge")
+        return index
+
+    def _commit(self, index: _Index) -> None:
+        _write(self._folder / _INDEX, msgspec.msgpack.encode(index), durable=self._durable)
+        self._index = index
+        self._sweep()
+
+    def _sweep(self) -> None:
+        index = self._index
+        named = {_INDEX, index.residual, _model_file(index.digest), f"bundle-{index.bundle.hex()}.fedge"}
+        if index.last is not None:
+            named |= {index.last.update, index.last.before, index.last.after}
+        for entry in os.scandir(self._folder):
+            if entry.name not in named and entry.is_file():
+                os.unlink(entry.path)
+
+    def _put(self, name: str, data: bytes) -> str:
+        _write(self._folder / name, data, durable=self._durable)
+        return name
+
+    def _load(self, name: str) -> bytes | None:
+        try:
+            return (self._folder / name).read_bytes()
+        except OSError:
+            return None
+
+
+def _model_file(digest: bytes) -> str:
+    return f"model-{digest.hex()}.bin"
+
+
+def _write(path: Path, data: bytes, *, durable: bool) -> None:
+    """Replace a file in one step; with ``durable`` it is on the medium when this returns."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if durable:
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,113 @@
+"""One task on a device: bring the model to the task's version, train or evaluate, encode what came of it."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_client.bundle import Bundle
+from edge_client.codec.lattice import State, apply_delta, origin
+from edge_client.codec.layout import Layout, Vector
+from edge_client.codec.quantize import pack_residual, unpack_residual
+from edge_client.codec.update import CodecSettings, encode_update
+from edge_client.data import DataSource
+from edge_client.errors import CodecError, FedgeError, TrainingError
+from edge_client.events import Failed, Finished, Work
+from edge_client.store import ModelCopies, Store
+from edge_client.trainer import Trainer
+from edge_client.wire.messages import Invitation
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a client needs to do tasks: its data, its store, and where its copy of the model rests."""
+
+    client: str
+    train: DataSource
+    test: DataSource
+    store: Store
+    copies: ModelCopies
+
+    def perform(self, work: Work, trainer: Trainer, stop: Callable[[], bool]) -> Finished | Failed:
+        """Do one task; whatever goes wrong with it becomes the reason of a Failed.
+
+        ``stop`` is asked between steps; once it is true, the task ends as Failed.
+        """
+        invitation = work.invitation
+        held = self.store.held()
+        version, digest = held.version, held.digest
+        try:
+            state = self._model(invitation, work.delta, trainer.bundle)
+            update, residual = self._result(invitation, state, trainer, stop)
+            if state.digest() != digest:
+                self.copies.save(state.digest(), state, digest)
+            version, digest = invitation.version, state.digest()
+            self.store.commit(invitation.epoch, invitation.task, update, residual, version=version, digest=digest)
+        except CodecError as error:
+            # The copy cannot be trusted any more: the next task starts from the bundle's weights.
+            self.store.hold(0, digest=bytes(32))
+            return Failed(invitation.epoch, invitation.task, str(error), 0, bytes(32))
+        except FedgeError as error:
+            return Failed(invitation.epoch, invitation.task, str(error), version, digest)
+        return Finished(invitation.epoch, invitation.task, update, version, digest)
+
+    def _model(self, invitation: Invitation, delta: bytes | None, bundle: Bundle) -> State:
+        layout = bundle.layout
+        held = self.store.held()
+        if (held.version, held.digest) == (invitation.version, invitation.digest) and held.version > 0:
+            state = self._copy(held.digest, layout)
+        elif delta is None:
+            state = origin(layout.size)
+        else:
+            start = origin(layout.size) if invitation.held == 0 else self._copy(held.digest, layout)
+            state = apply_delta(start, delta, layout)
+        if state.digest() != invitation.digest:
+            raise CodecError(
+                f"model version {invitation.version} has digest {state.digest().hex()[:12]} here; "
+                f"the server says {invitation.digest.hex()[:12]}"
+            )
+        return state
+
+    def _copy(self, digest: bytes, layout: Layout) -> State:
+        state = self.copies.load(digest, layout)
+        if state is None:
+            raise CodecError(f"the copy of the model with digest {digest.hex()[:12]} is lost")
+        return state
+
+    def _result(
+        self, invitation: Invitation, state: State, trainer: Trainer, stop: Callable[[], bool]
+    ) -> tuple[bytes, bytes | None]:
+        bundle, plan = trainer.bundle, invitation.update
+        received = state.parameters(bundle.initial())
+        layouts = {"delta": bundle.layout}
+        if invitation.kind == "evaluate":
+            sums = trainer.evaluate(received, self.test)
+            scalars = {f"sum.{name}": value for name, value in sums.items()} | {"samples": float(self.test.samples)}
+            return encode_update({}, layouts, scalars, CodecSettings()).data, None
+        result = trainer.train(received, self.train, invitation.plan, seed=self._seed(invitation), stop=stop)
+        if stop():
+            raise TrainingError("stopped: the server has moved on")
+        delta = result.local - received
+        stored = self.store.residual() if plan.feedback and plan.kind != "none" else None
+        if stored is not None:
+            delta += unpack_residual(stored, bundle.layout)
+        scalars = {
+            "samples": float(result.samples),
+            "steps": float(result.steps),
+            "seconds": result.seconds,
+            "loss": result.loss,
+        } | {f"sum.{name}": value for name, value in result.metrics.items()}
+        settings = CodecSettings(kind=plan.kind, step=plan.step, dead_zone=plan.dead_zone)
+        encoded = encode_update({"delta": delta}, layouts, scalars, settings)
+        return encoded.data, self._leftover(encoded.residual, delta, plan.kind != "none" and plan.feedback)
+
+    def _leftover(self, residual: Vector, delta: Vector, feedback: bool) -> bytes | None:
+        if not feedback or not np.isfinite(delta).all():
+            return None
+        return pack_residual(residual)
+
+    def _seed(self, invitation: Invitation) -> int:
+        """Each client and task shuffles its own way, and the same way again."""
+        text = f"{invitation.seed}/{invitation.epoch}/{invitation.task}/{self.client}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
