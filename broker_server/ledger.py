@@ -1,0 +1,342 @@
+"""What the server must not forget: one SQLite file, every commit on the disk before it is acknowledged.
+
+The ledger holds open tasks and the updates recorded for them, the versions of the global model, the rounds' results,
+the topics that are retained on the broker, and notes. A crash at any moment leaves the last commit; a task and the
+version made from it change in one transaction, so an update is counted in exactly one version.
+
+All calls on one ledger come from the thread that opened it.
+"""
+
+import hashlib
+import math
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Literal, Self
+
+import msgspec
+
+from broker_server.database import Database
+from broker_server.ledger_schema import MIGRATIONS
+from edge_client.errors import LedgerError
+
+BEST = "best_version"
+"""The note that holds the number of the best version, which ``prune`` keeps."""
+_EPOCH = "epoch"
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """One request to a cohort; (epoch, task) is its identity."""
+
+    epoch: int
+    task: int
+    round: int
+    kind: Literal["train", "evaluate"]
+    version: int
+    """The model version that the cohort works on."""
+    cohort: tuple[str, ...]
+    plan: bytes
+    opened: float
+    """Wall-clock seconds since 1970."""
+
+
+class Version(msgspec.Struct, frozen=True, kw_only=True):
+    """One published global model."""
+
+    version: int
+    round: int
+    """The round that made it; 0 for the untrained model."""
+    state: bytes
+    """The packed lattice state; empty once pruned."""
+    remainder: bytes = b""
+    """What rounding to the lattice left over."""
+    optimizer: bytes = b""
+    """The server optimizer's packed state."""
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """What one round did; metrics may come later."""
+
+    round: int
+    version: int
+    clients: int
+    samples: int
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    metrics: dict[str, float] = {}
+
+
+class Ledger:
+    """The ledger of one federation; see ``open`` for the server and ``read`` for everybody else."""
+
+    def __init__(self, database: Database) -> None:
+        self.path = database.path
+        self._database = database
+
+    @classmethod
+    def open(cls, path: str | Path, *, federation: str, bundle: str) -> Self:
+        """Open the ledger for writing, or create it; ``bundle`` is the bundle's SHA-256.
+
+        Raises:
+            LedgerError: another server has it open; it belongs to another federation or bundle; it is damaged, foreign
+                or of a newer schema; the disk refuses.
+        """
+        ledger = cls(Database.write_to(Path(path), MIGRATIONS))
+        try:
+            ledger._identify(federation, bundle)
+        except LedgerError:
+            ledger.close()
+            raise
+        return ledger
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Open an existing ledger for reading, also while the server writes to it; every write then raises.
+
+        Raises:
+            LedgerError: there is none, or it is damaged, foreign or of another schema.
+        """
+        return cls(Database.read_from(Path(path), MIGRATIONS))
+
+    def close(self) -> None:
+        """Close the file and let the next server in; closing twice is harmless."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def group(self) -> AbstractContextManager[None]:
+        """Everything inside becomes one commit, on the disk when the block ends; an exception undoes all of it."""
+        return self._database.group()
+
+    # -- epochs and notes
+
+    def new_epoch(self) -> int:
+        """Count one more server start; the first is 1."""
+        with self.group():
+            epoch = int(self.get(_EPOCH) or 0) + 1
+            self.put(_EPOCH, str(epoch))
+        return epoch
+
+    def get(self, key: str) -> str | None:
+        """A note, or None."""
+        row = self._database.one("SELECT value FROM notes WHERE key = ?", key)
+        return None if row is None else str(row[0])
+
+    def put(self, key: str, value: str) -> None:
+        """Write a note over the one before."""
+        self._database.write(
+            "INSERT INTO notes VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", key, value
+        )
+
+    # -- tasks
+
+    def open_task(self, task: Task) -> None:
+        """Begin a task with its first cohort.
+
+        Raises:
+            LedgerError: (epoch, task) has been used before.
+        """
+        with self.group():
+            self._database.write(
+                "INSERT INTO tasks (epoch, task, round, kind, version, plan, opened) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                *(task.epoch, task.task, task.round, task.kind, task.version, task.plan, task.opened),
+            )
+            self.invite(task.epoch, task.task, task.cohort)
+
+    def invite(self, epoch: int, task: int, clients: Iterable[str]) -> None:
+        """Add members to a task's cohort; those who are in it stay where they are."""
+        with self.group():
+            for client in clients:
+                self._database.write(
+                    "INSERT INTO members VALUES (NULL, ?, ?, ?) ON CONFLICT DO NOTHING", epoch, task, client
+                )
+
+    def open_tasks(self) -> list[Task]:
+        """Tasks that are neither done nor void, of all epochs, oldest first."""
+        columns = "epoch, task, round, kind, version, plan, opened"
+        tasks = []
+        for row in self._database.all(f"SELECT {columns} FROM tasks WHERE outcome IS NULL ORDER BY epoch, task"):  # noqa: S608
+            members = self._database.all(
+                "SELECT client FROM members WHERE epoch = ? AND task = ? ORDER BY id", *row[:2]
+            )
+            fields = dict(zip(columns.split(", "), row, strict=True))
+            tasks.append(Task(cohort=tuple(client for (client,) in members), **fields))
+        return tasks
+
+    def last_task(self) -> int:
+        """The highest task number used in any epoch; 0 before the first."""
+        row = self._database.one("SELECT max(task) FROM tasks")
+        return int(row[0] or 0) if row else 0
+
+    def close_task(self, epoch: int, task: int, outcome: Literal["done", "void"]) -> None:
+        """End a task and drop its updates' data; their size and hash stay.
+
+        Raises:
+            LedgerError: there is no such open task.
+        """
+        with self.group():
+            changed = self._database.write(
+                "UPDATE tasks SET outcome = ? WHERE epoch = ? AND task = ? AND outcome IS NULL", outcome, epoch, task
+            )
+            if changed != 1:
+                raise LedgerError(f"{self.path}: task {epoch}/{task} is not open, so it cannot become {outcome}")
+            self._database.write("UPDATE updates SET data = NULL WHERE epoch = ? AND task = ?", epoch, task)
+
+    # -- updates
+
+    def record(self, epoch: int, task: int, client: str, data: bytes, samples: int) -> bool:
+        """Keep a client's update, exactly once: False, and nothing changes, when the task has one from it already.
+
+        On return (outside a ``group``) the update is on the disk: a receipt may say so.
+
+        Raises:
+            LedgerError: there is no such open task, so the update would never be counted.
+        """
+        with self.group():
+            if not self._database.one(
+                "SELECT 1 FROM tasks WHERE epoch = ? AND task = ? AND outcome IS NULL", epoch, task
+            ):
+                raise LedgerError(f"{self.path}: task {epoch}/{task} is not open; an update for it cannot be recorded")
+            digest = hashlib.sha256(data).digest()
+            added = self._database.write(
+                "INSERT INTO updates VALUES (NULL, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                *(epoch, task, client, samples, len(data), digest, data),
+            )
+        return added == 1
+
+    def updates(self, epoch: int, task: int) -> Iterator[tuple[str, int, bytes]]:
+        """(client, samples, data) of an open task's updates in the order recorded, one in memory at a time."""
+        # Ids first: a cursor that stays open would see, or not see, what is recorded while the caller works.
+        for (number,) in self._database.all(
+            "SELECT id FROM updates WHERE epoch = ? AND task = ? ORDER BY id", epoch, task
+        ):
+            row = self._database.one(
+                "SELECT client, samples, data FROM updates WHERE id = ? AND data IS NOT NULL", number
+            )
+            if row is not None:
+                client, samples, data = row
+                yield client, samples, data
+
+    def recorded(self, epoch: int, task: int) -> list[str]:
+        """Clients whose update is recorded, in that order; also for closed tasks."""
+        rows = self._database.all("SELECT client FROM updates WHERE epoch = ? AND task = ? ORDER BY id", epoch, task)
+        return [client for (client,) in rows]
+
+    # -- versions
+
+    def publish(self, version: Version, closes: tuple[int, int] | None = None) -> None:
+        """Store a new version and, in the same transaction, close the task (epoch, task) that it was made from.
+
+        Raises:
+            LedgerError: the version exists, or the task is not open: its updates are counted elsewhere.
+        """
+        with self.group():
+            if closes is not None:
+                self.close_task(*closes, "done")
+            self._database.write(
+                "INSERT INTO versions (version, round, state, remainder, optimizer) VALUES (?, ?, ?, ?, ?)",
+                *(version.version, version.round, version.state, version.remainder, version.optimizer),
+            )
+
+    def version(self, number: int) -> Version | None:
+        """One version, or None."""
+        return self._version("WHERE version = ?", number)
+
+    def latest(self) -> Version | None:
+        """The newest version, or None before the first."""
+        return self._version("ORDER BY version DESC LIMIT 1")
+
+    def versions(self) -> list[tuple[int, int, bool]]:
+        """(version, round, whether its state is still here) of every version, oldest first."""
+        rows = self._database.all("SELECT version, round, length(state) > 0 FROM versions ORDER BY version")
+        return [(number, made_in, bool(kept)) for number, made_in, kept in rows]
+
+    def prune(self, keep: Collection[int]) -> None:
+        """Drop the bytes of all versions but ``keep``, the latest and the best (note ``BEST``); their rows stay."""
+        best = self.get(BEST)
+        kept = {*keep, *({int(best)} if best else ())}
+        with self.group():
+            rows = self._database.all(
+                "SELECT version FROM versions WHERE length(state) > 0 AND version < (SELECT max(version) FROM versions)"
+            )
+            for (number,) in rows:
+                if number not in kept:
+                    self._database.write(
+                        "UPDATE versions SET state = x'', remainder = x'', optimizer = x'' WHERE version = ?", number
+                    )
+
+    # -- rounds
+
+    def finish_round(self, result: Round) -> None:
+        """Write a round's result, over one of the same number."""
+        self._database.write(
+            "INSERT OR REPLACE INTO rounds (round, version, clients, samples, seconds, bytes_up, bytes_down, metrics) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            *(result.round, result.version, result.clients, result.samples, result.seconds),
+            *(result.bytes_up, result.bytes_down, msgspec.json.encode(result.metrics).decode()),
+        )
+
+    def set_metrics(self, number: int, metrics: dict[str, float]) -> None:
+        """Write a finished round's metrics, once its evaluation is there.
+
+        Raises:
+            LedgerError: the round is not finished.
+        """
+        text = msgspec.json.encode(metrics).decode()
+        if self._database.write("UPDATE rounds SET metrics = ? WHERE round = ?", text, number) != 1:
+            raise LedgerError(f"{self.path}: round {number} is not finished, so it can have no metrics")
+
+    def rounds(self) -> list[Round]:
+        """All finished rounds, in order."""
+        columns = "round, version, clients, samples, seconds, bytes_up, bytes_down"
+        rounds = []
+        for *row, text in self._database.all(f"SELECT {columns}, metrics FROM rounds ORDER BY round"):  # noqa: S608
+            # JSON has no NaN; msgspec writes null for it.
+            stored = msgspec.json.decode(text, type=dict[str, float | None])
+            metrics = {name: math.nan if value is None else value for name, value in stored.items()}
+            rounds.append(Round(metrics=metrics, **dict(zip(columns.split(", "), row, strict=True))))
+        return rounds
+
+    # -- retained topics
+
+    def retain(self, topics: Iterable[str]) -> None:
+        """Note topics before anything is retained on them, so that they can always be cleared."""
+        with self.group():
+            for topic in topics:
+                self._database.write("INSERT INTO retained VALUES (NULL, ?) ON CONFLICT DO NOTHING", topic)
+
+    def released(self, topics: Iterable[str]) -> None:
+        """Forget topics that have been cleared."""
+        with self.group():
+            for topic in topics:
+                self._database.write("DELETE FROM retained WHERE topic = ?", topic)
+
+    def retained(self) -> list[str]:
+        """Topics that may hold a retained message, oldest first."""
+        return [topic for (topic,) in self._database.all("SELECT topic FROM retained ORDER BY id")]
+
+    # -- inside
+
+    def _identify(self, federation: str, bundle: str) -> None:
+        with self.group():
+            for key, asked in (("federation", federation), ("bundle", bundle)):
+                found = self.get(key)
+                if found is None:
+                    self.put(key, asked)
+                elif found != asked:
+                    raise LedgerError(
+                        f"{self.path}: belongs to {key} {found!r}; the federation file asks for {asked!r}: "
+                        "set federation.state to a new folder, or take the old one back"
+                    )
+
+    def _version(self, where: str, *values: object) -> Version | None:
+        row = self._database.one(f"SELECT version, round, state, remainder, optimizer FROM versions {where}", *values)  # noqa: S608
+        if row is None:
+            return None
+        number, made_in, state, remainder, optimizer = row
+        return Version(version=number, round=made_in, state=state, remainder=remainder, optimizer=optimizer)

@@ -1,0 +1,281 @@
+import math
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from broker_server.database import APPLICATION
+from broker_server.ledger import BEST, Ledger, Round, Task, Version
+from broker_server.ledger_schema import MIGRATIONS
+from edge_client.errors import LedgerError
+
+
+def open_ledger(folder: Path) -> Ledger:
+    return Ledger.open(folder / "ledger.db", federation="f", bundle="ab" * 32)
+
+
+def task(number: int = 1, *, epoch: int = 1, cohort: tuple[str, ...] = ("a", "b")) -> Task:
+    return Task(
+        epoch=epoch, task=number, round=1, kind="train", version=0, cohort=cohort, plan=b"plan", opened=1_700_000_000.5
+    )
+
+
+def version(number: int) -> Version:
+    return Version(version=number, round=number, state=b"s%d" % number, remainder=b"r", optimizer=b"o")
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    with open_ledger(tmp_path) as opened:
+        yield opened
+
+
+def test_epochs_grow_with_every_start(tmp_path):
+    for expected in (1, 2, 3):
+        with open_ledger(tmp_path) as ledger:
+            assert ledger.new_epoch() == expected
+
+
+def test_a_task_survives_reopening_with_its_cohort_in_order(tmp_path):
+    with open_ledger(tmp_path) as ledger:
+        ledger.open_task(task(cohort=("z", "a")))
+        ledger.invite(1, 1, ["m", "a"])
+    with open_ledger(tmp_path) as ledger:
+        assert ledger.open_tasks() == [task(cohort=("z", "a", "m"))]
+        assert ledger.last_task() == 1
+        ledger.close_task(1, 1, "void")
+        assert ledger.open_tasks() == []
+        with pytest.raises(LedgerError, match="task 1/1 is not open"):
+            ledger.close_task(1, 1, "done")
+
+
+def test_a_task_number_is_used_once(ledger):
+    ledger.open_task(task())
+    with pytest.raises(LedgerError, match="contradicts"):
+        ledger.open_task(task())
+    assert ledger.open_tasks() == [task()]
+
+
+def test_an_update_is_recorded_exactly_once(ledger):
+    ledger.open_task(task())
+    assert ledger.record(1, 1, "b", b"first", 10)
+    assert not ledger.record(1, 1, "b", b"second", 99)
+    assert ledger.record(1, 1, "a", b"other", 20)
+    assert list(ledger.updates(1, 1)) == [("b", 10, b"first"), ("a", 20, b"other")]
+    assert ledger.recorded(1, 1) == ["b", "a"]
+
+
+def test_updates_stream_while_others_are_recorded(ledger):
+    ledger.open_task(task())
+    ledger.record(1, 1, "a", b"a", 1)
+    stream = ledger.updates(1, 1)
+    assert next(stream) == ("a", 1, b"a")
+    ledger.record(1, 1, "b", b"b", 1)
+    assert list(ledger.updates(1, 1)) == [("a", 1, b"a"), ("b", 1, b"b")]
+
+
+@pytest.mark.parametrize("end", ["never opened", "closed"])
+def test_an_update_that_would_not_count_is_not_recorded(ledger, end):
+    if end == "closed":
+        ledger.open_task(task())
+        ledger.close_task(1, 1, "done")
+    with pytest.raises(LedgerError, match="task 1/1 is not open"):
+        ledger.record(1, 1, "a", b"data", 1)
+
+
+def test_closing_drops_the_data_and_keeps_size_and_hash(ledger, tmp_path):
+    ledger.open_task(task())
+    ledger.record(1, 1, "a", b"12345", 1)
+    ledger.close_task(1, 1, "done")
+    assert list(ledger.updates(1, 1)) == []
+    assert ledger.recorded(1, 1) == ["a"]
+    with sqlite3.connect(tmp_path / "ledger.db") as raw:
+        assert raw.execute("SELECT size, length(sha256), data FROM updates").fetchone() == (5, 32, None)
+
+
+def test_publishing_closes_the_task_in_the_same_transaction(ledger):
+    ledger.publish(version(0))
+    ledger.open_task(task())
+    with pytest.raises(LedgerError, match="contradicts"):
+        ledger.publish(version(0), closes=(1, 1))
+    assert ledger.open_tasks() == [task()], "the version failed, so the task stays open"
+    ledger.publish(version(1), closes=(1, 1))
+    assert ledger.open_tasks() == []
+    with pytest.raises(LedgerError, match="not open"):
+        ledger.publish(version(2), closes=(1, 1))
+    assert ledger.latest() == version(1)
+    assert ledger.version(0) == version(0)
+    assert ledger.version(7) is None
+
+
+def test_pruning_keeps_the_asked_the_best_and_the_latest(ledger):
+    for number in range(6):
+        ledger.publish(version(number))
+    ledger.put(BEST, "2")
+    ledger.prune([0])
+    assert [number for number, _, kept in ledger.versions() if kept] == [0, 2, 5]
+    assert ledger.version(1) == Version(version=1, round=1, state=b"")
+    assert ledger.version(2) == version(2)
+
+
+def test_rounds_and_late_metrics(ledger):
+    result = Round(round=1, version=1, clients=3, samples=30, seconds=1.5, bytes_up=2**40, bytes_down=7)
+    ledger.finish_round(result)
+    ledger.set_metrics(1, {"accuracy": 0.5, "loss": math.nan})
+    (found,) = ledger.rounds()
+    assert (found.bytes_up, found.metrics["accuracy"]) == (2**40, 0.5)
+    assert math.isnan(found.metrics["loss"])
+    ledger.finish_round(result)
+    assert ledger.rounds() == [result]
+    with pytest.raises(LedgerError, match="round 9 is not finished"):
+        ledger.set_metrics(9, {})
+
+
+def test_retained_topics_and_notes(ledger):
+    ledger.retain(["b", "a", "b"])
+    ledger.retain(["c"])
+    ledger.released(["a", "unknown"])
+    assert ledger.retained() == ["b", "c"]
+    assert ledger.get("seconds") is None
+    ledger.put("seconds", "1.5")
+    ledger.put("seconds", "2.5")
+    assert ledger.get("seconds") == "2.5"
+
+
+def test_a_group_is_one_commit(ledger, tmp_path):
+    ledger.open_task(task())
+    with Ledger.read(tmp_path / "ledger.db") as reader:
+        with ledger.group():
+            ledger.record(1, 1, "a", b"a", 1)
+            ledger.record(1, 1, "b", b"b", 1)
+            assert reader.recorded(1, 1) == []
+        assert reader.recorded(1, 1) == ["a", "b"]
+
+
+def test_a_group_that_fails_leaves_nothing(ledger):
+    def twice() -> None:
+        with ledger.group():
+            ledger.open_task(task())
+            ledger.open_task(task())
+
+    with pytest.raises(LedgerError):
+        twice()
+    assert ledger.open_tasks() == []
+    ledger.open_task(task(1))
+
+
+def test_a_caught_failure_inside_a_group_undoes_only_itself(ledger):
+    ledger.publish(version(0))
+    with ledger.group():
+        ledger.open_task(task())
+        with pytest.raises(LedgerError):
+            ledger.publish(version(0), closes=(1, 1))
+    assert ledger.open_tasks() == [task()]
+
+
+def test_a_second_server_is_refused_and_a_reader_is_not(ledger, tmp_path):
+    with pytest.raises(LedgerError, match="another server has it open"):
+        open_ledger(tmp_path)
+    with Ledger.read(tmp_path / "ledger.db") as reader:
+        assert reader.open_tasks() == []
+        with pytest.raises(LedgerError, match="readonly"):
+            reader.put("key", "value")
+    ledger.close()
+    ledger.close()
+    open_ledger(tmp_path).close()
+
+
+@pytest.mark.parametrize("other", [{"federation": "g"}, {"bundle": "cd" * 32}])
+def test_another_federation_or_bundle_is_refused(tmp_path, other):
+    open_ledger(tmp_path).close()
+    with pytest.raises(LedgerError, match=r"belongs to .* set federation\.state to a new folder"):
+        Ledger.open(tmp_path / "ledger.db", **{"federation": "f", "bundle": "ab" * 32, **other})
+    open_ledger(tmp_path).close()
+
+
+def _newer(path: Path) -> None:
+    with sqlite3.connect(path) as raw:
+        raw.execute(f"PRAGMA application_id = {APPLICATION}")
+        raw.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+
+
+def _foreign(path: Path) -> None:
+    with sqlite3.connect(path) as raw:
+        raw.execute("CREATE TABLE addresses (name)")
+
+
+def _text(path: Path) -> None:
+    path.write_bytes(b"not a database, but long enough to be taken for one " * 40)
+
+
+def _torn(path: Path) -> None:
+    with Ledger.open(path, federation="f", bundle="ab" * 32) as ledger:
+        ledger.publish(Version(version=0, round=0, state=bytes(200_000)))
+    data = bytearray(path.read_bytes())
+    data[4096 : 4096 * 12] = b"\xa5" * (4096 * 11)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(_newer, "newer fedge"), (_foreign, "another program"), (_text, "is damaged"), (_torn, "is damaged")],
+)
+def test_a_file_that_is_no_ledger_is_refused_and_left_alone(tmp_path, damage, message):
+    path = tmp_path / "ledger.db"
+    damage(path)
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match=message) as caught:
+        open_ledger(tmp_path)
+    assert str(path) in str(caught.value)
+    if damage is not _torn:
+        assert path.read_bytes() == before
+
+
+def test_reading_needs_a_ledger(tmp_path):
+    with pytest.raises(LedgerError, match="there is no ledger"):
+        Ledger.read(tmp_path / "ledger.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "state").write_text("a file")
+    with pytest.raises(LedgerError, match="cannot be created"):
+        Ledger.open(tmp_path / "state" / "ledger.db", federation="f", bundle="ab" * 32)
+
+
+_RECORDER = """
+import sys
+from broker_server.ledger import Ledger, Task
+ledger = Ledger.open(sys.argv[1], federation="f", bundle="ab" * 32)
+epoch = ledger.new_epoch()
+ledger.open_task(Task(epoch=epoch, task=1, round=1, kind="train", version=0, cohort=(), plan=b"", opened=0.0))
+number = 0
+while True:
+    with ledger.group():
+        names = [f"client-{number + extra}" for extra in range(3)]
+        for name in names:
+            ledger.record(epoch, 1, name, name.encode() * 100, 1)
+    number += 3
+    print(*names, flush=True)
+"""
+
+
+def test_kill_9_loses_nothing_that_got_a_receipt(tmp_path):
+    path = tmp_path / "ledger.db"
+    for epoch in (1, 2, 3):
+        server = subprocess.Popen([sys.executable, "-c", _RECORDER, str(path)], stdout=subprocess.PIPE, text=True)
+        assert server.stdout is not None
+        receipts = [server.stdout.readline() for _ in range(20 * epoch)]
+        server.send_signal(signal.SIGKILL)
+        receipts += [line for line in server.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
+        server.wait()
+        server.stdout.close()
+        promised = " ".join(receipts).split()
+        with open_ledger(tmp_path) as ledger:
+            recorded = ledger.recorded(epoch, 1)
+            assert recorded[: len(promised)] == promised
+            assert len(recorded) % 3 == 0, "a group is whole or absent"
+            assert all(data == client.encode() * 100 for client, _, data in ledger.updates(epoch, 1))
