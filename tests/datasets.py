@@ -97,11 +97,11 @@ def mnist_writers() -> DataSet:
 
 
 def shakespeare(sequence: int = SEQUENCE) -> DataSet:
-    """Tiny Shakespeare by speaker: ``x``, ``y`` ``[n, sequence] int64``, ``y`` one character on; ``user [n] int64``.
+    """Tiny Shakespeare by speaker: ``x``, ``y`` ``[n, sequence] int64``, ``y`` a character on; ``user [n] int64``.
 
-    A character is its place in the sorted alphabet of 65. Clients are the 141 speakers of at least 1,000 characters; the
-    first 80 % of what each says trains, the rest tests. Windows do not overlap; a last part too short for one is left
-    out.
+    A character is its place in the sorted alphabet of 65. Clients are the 141 speakers of at least 1,000
+    characters; the first 80 % of what each says trains, the rest tests. Windows do not overlap; a last part too
+    short for one is left out.
     """
     with gzip.open(folder("tinyshakespeare") / "by_speaker.json.gz", "rt", encoding="utf-8") as file:
         speeches: dict[str, list[str]] = json.load(file)
