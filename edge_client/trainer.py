@@ -1,0 +1,213 @@
+"""Training with stock ONNX Runtime: parameters stay in place, batches go in."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from edge_client import runtime
+from edge_client.bundle import Bundle
+from edge_client.codec.layout import Vector
+from edge_client.data import DataSource
+from edge_client.errors import BundleError, DataError, TrainingError
+from edge_client.graphs import Evaluation, Feed, Step, defaults
+
+
+class TrainPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to train: passes over the data or a number of steps, the batch size, and what differs from the defaults."""
+
+    epochs: Annotated[int, Meta(ge=1, le=10_000)] = 1
+    steps: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
+    """Exactly so many steps, over as many passes as that takes; 0 leaves it to ``epochs``."""
+    batch_size: Annotated[int, Meta(ge=1, le=65_536)] = 32
+    hypers: dict[str, float] = {}
+    """Values by name (such as ``lr``) that replace the manifest's defaults."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """What came of a training run."""
+
+    local: Vector
+    """The trained model: a new ``[layout.size] float32`` vector, not checked for NaN."""
+    buffers: Vector
+    """The buffers after training, flat in the manifest's order, as float32 whatever their dtype; may be empty."""
+    samples: int
+    """Different samples that the run saw."""
+    steps: int
+    seconds: float
+    loss: float
+    """Mean over the samples of the last epoch, each at the weights of its step; NaN where nothing was trained."""
+    metrics: dict[str, float]
+    """Sums over the last epoch: ``loss``, ``count`` and the manifest's metrics."""
+    finished: bool
+    """False where ``stop`` ended the run before its plan did."""
+
+
+class Trainer:
+    """Trains and evaluates one bundle. One thread at a time may use it; trainers in different threads run in parallel.
+
+    Sessions are made when first needed. ``threads`` is the number of threads inside one operator.
+
+    Raises:
+        BundleError: the bundle asks for a newer onnxruntime, or its graphs do not fit its manifest (on first use).
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int = 1) -> None:
+        manifest = bundle.manifest
+        if not runtime.at_least(manifest.least_runtime):
+            raise BundleError(
+                f"bundle {manifest.name!r} needs onnxruntime {manifest.least_runtime}, {runtime.VERSION} is installed; "
+                "run `pip install --upgrade onnxruntime`"
+            )
+        if personal := [p.name for p in manifest.parameters if p.role == "personal"]:
+            raise BundleError(
+                f"parameter {personal[0]!r} of bundle {manifest.name!r} is personal, which this version of fedge does "
+                "not train; update fedge, or export it as trainable or frozen"
+            )
+        self.bundle = bundle
+        self._threads = threads
+        # In the file they may lie at odd addresses, where operators are slow or refuse.
+        self._frozen = {
+            f"param.{p.name}": np.require(bundle.weights[p.name], p.dtype, ["C", "A"])
+            for p in manifest.parameters
+            if p.role == "frozen"
+        }
+        self._feeds: dict[int, Feed] = {}
+
+    @cached_property
+    def _step(self) -> Step:
+        return Step(self.bundle, self._frozen, self._threads)
+
+    @cached_property
+    def _evaluation(self) -> Evaluation:
+        return Evaluation(self.bundle, self._frozen, self._threads)
+
+    def train(
+        self,
+        received: Vector,
+        source: DataSource,
+        plan: TrainPlan,
+        *,
+        seed: int,
+        stop: Callable[[], bool] | None = None,
+        buffers: Vector | None = None,
+    ) -> TrainResult:
+        """Train a copy of ``received`` as ``plan`` says; the optimizer's state starts at zero.
+
+        Args:
+            received: ``[layout.size] float32``, never written to; the anchor, where the bundle has a proximal term.
+            source: the data; epoch ``e`` is shuffled by ``seed`` and ``e``, so equal seeds see equal batches.
+            plan: epochs or steps, batch size, hyperparameters.
+            seed: at least 0.
+            stop: asked before each step; True ends the run there.
+            buffers: the buffers as received, flat float32; the bundle's own when not given.
+
+        Raises:
+            CodecError: ``received`` or ``buffers`` is of another size or dtype.
+            DataError: the source is empty, or a batch does not fit the bundle.
+            TrainingError: an unknown or non-finite hyperparameter, or the runtime failed. A diverged run is no error:
+                its loss or weights are NaN or infinite, and the server refuses them.
+        """
+        hypers = self._hypers(plan)
+        if source.samples < 1:
+            raise DataError("the data source is empty; training needs at least one sample")
+        step, feed = self._step, self._feed(plan.batch_size)
+        step.begin(received, self._buffers(buffers), hypers)
+        started = time.perf_counter()
+        steps, seen, finished = 0, 0, False
+        sums = dict.fromkeys(("loss", "count", *step.metrics), 0.0)
+        for epoch in itertools.count():
+            before = steps
+            for batch in source.batches(plan.batch_size, seed=_epoch_seed(seed, epoch)):
+                if stop is not None and stop():
+                    break
+                rows = feed.take(batch)
+                if steps == before:
+                    sums = dict.fromkeys(sums, 0.0)
+                step.run(feed, rows)
+                for name, value in step.metrics.items():
+                    sums[name] += value.item()
+                # The graph's loss is a mean, and the last batch may be smaller.
+                sums["loss"] += step.loss.item() * rows
+                sums["count"] += rows
+                steps += 1
+                seen += rows
+                if steps == plan.steps:
+                    break
+            else:
+                if steps == before:
+                    raise DataError(f"the data source claims {source.samples} samples and gave no batch; repair it")
+                finished = plan.steps == 0 and epoch + 1 == plan.epochs
+                if not finished:
+                    continue
+            break
+        return TrainResult(
+            local=step.model().copy(),
+            buffers=step.buffers(),
+            samples=min(seen, source.samples),
+            steps=steps,
+            seconds=time.perf_counter() - started,
+            loss=sums["loss"] / sums["count"] if sums["count"] else math.nan,
+            metrics=sums,
+            finished=finished or steps == plan.steps > 0,
+        )
+
+    def evaluate(
+        self, vector: Vector, source: DataSource, *, batch_size: int = 256, buffers: Vector | None = None
+    ) -> dict[str, float]:
+        """Sums over all samples of ``source``: ``loss``, ``count`` and the manifest's metrics, added in float64.
+
+        ``vector`` is ``[layout.size] float32`` and is only read; ``buffers`` as in :meth:`train`.
+
+        Raises:
+            CodecError: ``vector`` or ``buffers`` is of another size or dtype.
+            DataError: a batch does not fit the bundle.
+            TrainingError: the runtime failed.
+        """
+        evaluation, feed = self._evaluation, self._feed(batch_size)
+        evaluation.begin(vector, self._buffers(buffers))
+        sums = dict.fromkeys(evaluation.sums, 0.0)
+        for batch in source.batches(batch_size, seed=None):
+            evaluation.run(feed, feed.take(batch))
+            for name, value in evaluation.sums.items():
+                sums[name] += value.item()
+        return sums
+
+    def _hypers(self, plan: TrainPlan) -> dict[str, float]:
+        known = defaults(self.bundle.manifest)
+        for name, value in plan.hypers.items():
+            if name not in known:
+                raise TrainingError(
+                    f"hyperparameter {name!r} is unknown to bundle {self.bundle.manifest.name!r}; "
+                    f"it has {', '.join(sorted(known))}"
+                )
+            if not math.isfinite(value):
+                raise TrainingError(f"hyperparameter {name!r} is {value}; expected a finite number")
+        return known | plan.hypers
+
+    def _buffers(self, buffers: Vector | None) -> Vector:
+        if buffers is None:
+            return self.bundle.initial_buffers()
+        self.bundle.manifest.layout("buffer").check(buffers)
+        return buffers
+
+    def _feed(self, capacity: int) -> Feed:
+        if capacity not in self._feeds:
+            # Two sizes are in use, one to train and one to evaluate; memory for others is given back.
+            if len(self._feeds) > 1:
+                self._feeds.clear()
+            manifest = self.bundle.manifest
+            self._feeds[capacity] = Feed((*manifest.inputs, *manifest.targets), capacity)
+        return self._feeds[capacity]
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
