@@ -280,11 +280,8 @@ def _allowed(info: inspect.Type) -> str:
     match info:
         case inspect.IntType() | inspect.FloatType():
             words = "a whole number" if isinstance(info, inspect.IntType) else "a number"
-            low = f" from {info.ge:,}" if info.ge is not None else f" above {info.gt:,}" if info.gt is not None else ""
-            high = (
-                f" to {info.le:,}" if info.le is not None else f" to below {info.lt:,}" if info.lt is not None else ""
-            )
-            return words + low + high
+            bounds = ((" from", info.ge), (" above", info.gt), (" to", info.le), (" to below", info.lt))
+            return words + "".join(f"{word} {bound:,}" for word, bound in bounds if bound is not None)
         case inspect.LiteralType():
             return "one of " + ", ".join(f'"{value}"' for value in info.values)
         case inspect.StrType():

@@ -1,0 +1,213 @@
+from pathlib import Path
+
+import pytest
+
+from broker_server.config import Federation, Stop, load
+from edge_client.errors import ConfigError
+
+LEAST = '[federation]\nname = "demo"\nbundle = "model.fedge"\n'
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_it(text: str) -> Path:
+        path = tmp_path / "federation.toml"
+        path.write_text(text)
+        return path
+
+    return write_it
+
+
+def test_the_least_file_and_its_defaults(write, tmp_path):
+    found = load(write(LEAST))
+    assert found.federation.bundle == str(tmp_path / "model.fedge")
+    assert found.federation.state == str(tmp_path / "state")
+    assert (found.round.invited, found.round.quorum) == (10, 10)
+    assert found.evaluation.data == ""
+    assert found.train.hypers == {}
+
+
+def test_every_key_is_read(write, tmp_path):
+    text = """
+[federation]
+name = "Demo_1-a"
+bundle = "/models/cnn.fedge"
+state = "run/1"
+seed = 7
+[broker]
+url = "mqtts://broker.example:8883"
+kind = "mosquitto"
+host = "localhost"
+port = 1883
+username = "server"
+password_file = "secret"
+[round]
+cohort = 7
+over_select = 1.5
+deadline = 60
+minimum = 2
+clients = 20
+[train]
+epochs = 2
+steps = 5
+batch_size = 16
+[train.hypers]
+lr = 0.05
+mu = 1
+[aggregation]
+weights = "uniform"
+learning_rate = 0.5
+momentum = 0.9
+[codec]
+kind = "none"
+step = 2.0
+dead_zone = 0.6
+feedback = false
+lattice = 30
+[evaluation]
+every = 5
+clients = 3
+data = "test.npz"
+batch_size = 512
+deadline = 30
+[stop]
+rounds = 50
+metric = "loss"
+target = 0.25
+patience = 4
+seconds = 3600
+bytes = 1000000000
+[transfer]
+chunk = 1024
+window = 4
+uploads = 8
+inline = 0
+[simulation]
+clients = 30
+data = "my_data:readings"
+split = "natural"
+alpha = 1
+shards = 3
+key = "writer"
+test_fraction = 0.1
+slots = 2
+availability = 0.5
+dropout = 0.1
+speed = [0.25, 1]
+bandwidth = 1e6
+latency = 0.05
+"""
+    found = load(write(text))
+    assert found.federation.bundle == "/models/cnn.fedge"
+    assert found.broker.password_file == str(tmp_path / "secret")
+    assert (found.round.invited, found.round.quorum) == (11, 20)
+    assert found.train.hypers == {"lr": 0.05, "mu": 1.0}
+    assert found.evaluation.data == str(tmp_path / "test.npz")
+    assert found.simulation.data == "my_data:readings"
+    assert found.simulation.speed == (0.25, 1.0)
+    # Nothing in the file equals its default: were a key ignored, its section would still show the default.
+    for section, default in ((s, getattr(load(write(LEAST)), s)) for s in Federation.__struct_fields__):
+        for name in default.__struct_fields__:
+            assert getattr(getattr(found, section), name) != getattr(default, name), f"{section}.{name}"
+
+
+def test_overrides_are_checked_like_the_file(write):
+    path = write(LEAST)
+    found = load(path, {"stop.rounds": 3, "simulation.clients": 5, "round.cohort": 2})
+    assert (found.stop.rounds, found.simulation.clients, found.round.cohort) == (3, 5, 2)
+    with pytest.raises(ConfigError, match=r"stop\.rounds is -1; expected a whole number from 0"):
+        load(path, {"stop.rounds": -1})
+
+
+BAD = {
+    "typo": (
+        "[round]\ncohrt = 3",
+        r"round\.cohrt is not a known key; did you mean round\.cohort\? known here: cohort, ",
+    ),
+    "unknown section": (
+        "[rounds]\ncohort = 3",
+        r"rounds is not a known key; did you mean round\? known here: federation, ",
+    ),
+    "far off": ("[codec]\nzzz = 1", r"codec\.zzz is not a known key; known here: kind, step, "),
+    "type": ('[round]\ncohort = "ten"', r"round\.cohort is 'ten'; expected a whole number from 1 to 10,000,000"),
+    "bool for number": ("[round]\ncohort = true", r"round\.cohort is True; expected a whole number"),
+    "number for bool": ("[codec]\nfeedback = 1", r"codec\.feedback is 1; expected true or false"),
+    "too low": ("[round]\nover_select = 0.9", r"round\.over_select is 0\.9; expected a number from 1 to 10"),
+    "too high": ("[transfer]\nchunk = 2000000", r"transfer\.chunk is 2000000; .* from 1,024 to 1,048,576"),
+    "open bound": (
+        "[aggregation]\nmomentum = 1.0",
+        r"aggregation\.momentum is 1\.0; expected a number from 0 to below 1",
+    ),
+    "above": (
+        "[aggregation]\nlearning_rate = 0",
+        r"aggregation\.learning_rate is 0; expected a number above 0 to 1,000",
+    ),
+    "choice": ('[codec]\nkind = "zip"', r'codec\.kind is \'zip\'; expected one of "none", "quantized"'),
+    "hyper": ('[train.hypers]\nlr = "x"', r"train\.hypers\.lr is 'x'; expected a number"),
+    "hyper name": ('[train.hypers]\n"l r" = 1.0', r"name in train\.hypers is 'l r'; expected a text that matches"),
+    "hypers not a section": (
+        "[train]\nhypers = 3",
+        r"train\.hypers is 3; expected a section of names, each with a number",
+    ),
+    "section not a section": ("stop = 3", r"stop is 3; expected a section, \[stop\]"),
+    "nan": ("[stop]\ntarget = nan", r"stop\.target is nan; expected a number"),
+    "infinite": ("[stop]\ntarget = -inf", r"stop\.target is -inf; expected a number"),
+    "pair": (
+        "[simulation]\nspeed = [1.0]",
+        r"simulation\.speed is \[1\.0\]; expected a list of 2, each a number above 0",
+    ),
+    "pair reversed": (
+        "[simulation]\nspeed = [2.0, 1.0]",
+        r"simulation\.speed is \[2\.0, 1\.0\]; expected \[slowest, fastest",
+    ),
+    "url": ('[broker]\nurl = "http://x"', r"broker\.url is 'http://x'; expected a text that matches"),
+    "minimum": ("[round]\nminimum = 11", r"round\.minimum is 11; expected at most round\.cohort, 10"),
+    "quorum": ("[round]\nminimum = 5\nclients = 4", r"round\.clients is 4; expected at least round\.minimum, 5"),
+    "password alone": ('[broker]\npassword_file = "x"', r"broker\.password_file is set without broker\.username"),
+    "too few phones": ('[simulation]\ndata = "x.npz"\nclients = 9', r"round\.cohort is 10; .* simulation\.clients, 9"),
+    "nothing to measure": ("[stop]\ntarget = 0.9", r"need an evaluation and there is none; set evaluation\.data or"),
+    "not TOML": ("[round\n", r"is not TOML: .*line 4"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD.values(), ids=BAD.keys())
+def test_a_mistake_is_named(write, text, message):
+    top, rest = (text + "\n", "") if text.startswith("stop") else ("", text)
+    path = write(top + LEAST + rest)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"federation\.name is missing; expected a text that matches"),
+        ('[federation]\nname = "a"', r"federation\.bundle is missing; expected a text"),
+        ('[federation]\nname = "a/b"\nbundle = "x"', r"federation\.name is 'a/b'; expected a text"),
+        ('[federation]\nname = "a\\n"\nbundle = "x"', r"federation\.name is 'a\\n'; expected a text"),
+        ('[federation]\nname = "a"\nbundle = ""', r"federation\.bundle is empty; expected a path"),
+    ],
+)
+def test_what_every_federation_needs(write, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(write(text))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read \(No such file or directory\)"):
+        load(tmp_path / "none.toml")
+
+
+def test_which_value_is_better():
+    accuracy, loss = Stop(target=0.9), Stop(metric="squared_error", target=0.1)
+    assert accuracy.better(0.6, 0.5)
+    assert not accuracy.better(0.5, 0.5)
+    assert loss.better(0.4, 0.5)
+    assert loss.better(0.5, None)
+    assert not loss.better(float("nan"), None)
+    assert accuracy.reached(0.9)
+    assert not accuracy.reached(0.89)
+    assert loss.reached(0.1)
+    assert not Stop().reached(1.0)
