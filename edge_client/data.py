@@ -252,8 +252,8 @@ def _folder(path: Path, manifest: Manifest) -> dict[str, Array]:
         columns = [header.index(name) for name in wanted]
         used.update(columns)
         values = table[:, columns].reshape(-1, *target.shape)
-        if target.dtype == "int64" and (values != np.rint(values)).any():
-            raise DataError(f"{path}: column {target.name!r} holds fractions; expected whole numbers")
+        if target.dtype == "int64" and not (np.isfinite(values) & (values == np.rint(values))).all():
+            raise DataError(f"{path}: column {target.name!r} holds fractions or NaN; expected whole numbers")
         arrays[target.name] = values.astype(target.dtype)
     rest = [column for column in range(len(header)) if column not in used]
     feature = manifest.inputs[0]
