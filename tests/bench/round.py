@@ -1,0 +1,148 @@
+"""Seconds per round of the Fashion-MNIST federation over real MQTT, beside a plain PyTorch loop: ``make bench-round``.
+
+Each pair runs fedge (broker, server and phones on all cores) and both forms of the loop in separate processes, in
+alternating order; the loop counts with the faster of its two. Nothing is evaluated in either. Results go to
+``build/bench/round.json``. What is finished is kept in ``round.parts.json``, from where an interrupted run resumes.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from federations import BUILD, RUNS, BenchError, command, data, export, machine, simulate, write_json
+
+FOLDER = BUILD / "bench" / "round"
+PARTS = BUILD / "bench" / "round.parts.json"
+RESULT = BUILD / "bench" / "round.json"
+
+WARMUP = 2
+SMALL_ROUNDS = 30
+LOOP_FORMS = {"one process, two threads": (1, 2), "two processes, one thread": (2, 1)}
+
+
+class Parts:
+    """Measurements by name, each made once and kept on disk; another machine, version or plan begins anew."""
+
+    def __init__(self, key: dict[str, Any], *, fresh: bool) -> None:
+        self.key = json.loads(json.dumps(key))
+        kept = json.loads(PARTS.read_text()) if PARTS.exists() and not fresh else {}
+        self.done: dict[str, Any] = kept["done"] if kept.get("key") == self.key else {}
+
+    def get(self, name: str, measure: Callable[[], Any]) -> Any:
+        if name not in self.done:
+            start = time.monotonic()
+            self.done[name] = measure()
+            write_json(PARTS, {"key": self.key, "done": self.done})
+            print(f"{name}: {self.done[name]['seconds_per_round']:.3f} s a round ({time.monotonic() - start:.0f} s)")
+        return self.done[name]
+
+
+def fedge(name: str, rounds: int) -> dict[str, Any]:
+    """Measure a federation: median seconds of its rounds after the warm-up."""
+    folder = FOLDER / name
+    out = simulate(
+        RUNS[name],
+        folder,
+        bundle=FOLDER / f"{name}.model" / "model.fedge",
+        settings={"stop": {"rounds": WARMUP + rounds}, "evaluation": {"every": 0}},
+        timeout=60 + 30 * (WARMUP + rounds),
+    )
+    seconds = [row["seconds"] for row in out["rounds"]]
+    if len(seconds) != WARMUP + rounds:
+        raise BenchError(f"{folder} ran {len(seconds)} rounds; expected {WARMUP + rounds}")
+    return {
+        "seconds_per_round": statistics.median(seconds[WARMUP:]),
+        "seconds": seconds,
+        "peak_rss_mib": out["peak_rss_mib"],
+        "bytes_up": sum(row["bytes_up"] for row in out["rounds"]),
+        "bytes_down": sum(row["bytes_down"] for row in out["rounds"]),
+    }
+
+
+def loop(name: str, model: str, processes: int, threads: int, rounds: int) -> dict[str, Any]:
+    """Measure the plain PyTorch loop on the same federation."""
+    run = RUNS[name]
+    train, _ = data(run)
+    settings = {
+        "data": train,
+        "model": model,
+        "processes": processes,
+        "threads": threads,
+        "clients": run.clients,
+        "cohort": run.sections["round"]["cohort"],
+        "alpha": run.sections["simulation"]["alpha"],
+        "batch": run.sections["train"]["batch_size"],
+        "lr": run.sections["train.hypers"]["lr"],
+        "rounds": rounds,
+        "warmup": WARMUP,
+    }
+    arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    script = str(Path(__file__).with_name("fedavg_torch.py"))
+    said = command(
+        [sys.executable, script, *arguments], FOLDER / f"{name}.loop.txt", timeout=60 + 30 * (WARMUP + rounds)
+    )
+    result: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return result
+
+
+def measure(pairs: int, rounds: int, *, fresh: bool) -> dict[str, Any]:
+    """All measurements, and what follows from them."""
+    here = machine()
+    parts = Parts({"machine": here, "pairs": pairs, "rounds": rounds}, fresh=fresh)
+    for name in ("fashion-mnist", "logistic"):
+        export(RUNS[name], FOLDER / f"{name}.model")
+    contenders: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+        ("fedge", partial(fedge, "fashion-mnist", rounds)),
+        *((form, partial(loop, "fashion-mnist", "cnn", *by, rounds)) for form, by in LOOP_FORMS.items()),
+    ]
+    measured: list[dict[str, dict[str, Any]]] = []
+    small: list[dict[str, Any]] = []
+    for pair in range(1, pairs + 1):
+        order = contenders if pair % 2 else contenders[::-1]
+        measured.append({name: parts.get(f"pair {pair}: {name}", how) for name, how in order})
+        small.append(parts.get(f"pair {pair}: fedge, logistic", partial(fedge, "logistic", SMALL_ROUNDS)))
+    small_loop = parts.get("loop, logistic", partial(loop, "logistic", "logistic", 1, 1, SMALL_ROUNDS))
+    ours = [pair["fedge"]["seconds_per_round"] for pair in measured]
+    theirs = [min(pair[form]["seconds_per_round"] for form in LOOP_FORMS) for pair in measured]
+    seconds, baseline = statistics.median(ours), statistics.median(theirs)
+    PARTS.unlink(missing_ok=True)
+    return {
+        "seconds_per_round": seconds,
+        "baseline_seconds_per_round": baseline,
+        "ratio": seconds / baseline,
+        "peak_rss_mib": max(pair["fedge"]["peak_rss_mib"] for pair in measured),
+        "small_seconds_per_round": statistics.median(run["seconds_per_round"] for run in small),
+        "small_baseline_seconds_per_round": small_loop["seconds_per_round"],
+        "pair_ratios": [mine / yours for mine, yours in zip(ours, theirs, strict=True)],
+        "pairs": measured,
+        "small": {"fedge": small, "loop": small_loop},
+        "machine": here,
+    }
+
+
+def main() -> int:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8, help="timed rounds in each run")
+    parser.add_argument("--fresh", action="store_true", help="do not resume an interrupted run")
+    arguments = parser.parse_args()
+    try:
+        result = measure(arguments.pairs, arguments.rounds, fresh=arguments.fresh)
+    except BenchError as error:
+        print(error, file=sys.stderr)
+        return 2
+    write_json(RESULT, result)
+    print(json.dumps({key: value for key, value in result.items() if not isinstance(value, dict | list)}, indent=2))
+    print(f"ratio of each pair: {', '.join(f'{ratio:.3f}' for ratio in result['pair_ratios'])}; all of it in {RESULT}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
