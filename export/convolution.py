@@ -1,0 +1,143 @@
+"""The gradients of convolution, in the form that ONNX Runtime computes fastest.
+
+Formulas: the input's gradient is a transposed convolution of the output's gradient with the same weights; the weight's is a
+matrix product of the output's gradient with the input's columns (im2col). onnxruntime multiplies about twice as
+fast with the columns as the left operand.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+from edge_client.errors import ExportError
+from export.lower import Lowering, Rule, Value
+
+
+def _backward(
+    b: Lowering,
+    out: Sequence[Value],
+    grad: Value,
+    x: Value,
+    weight: Value,
+    bias: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    mask: Sequence[bool],
+) -> tuple[str | None, ...]:
+    geometry = Geometry(list(stride), list(padding), list(dilation), groups)
+    name = grad.name
+    if transposed:
+        toward_input = geometry.convolve(b, name, weight.name) if mask[0] else None
+        toward_weight = geometry.weight_gradient(b, x, grad, weight) if mask[1] else None
+    else:
+        toward_input = geometry.transposed(b, grad, weight, x) if mask[0] else None
+        toward_weight = geometry.weight_gradient(b, grad, x, weight) if mask[1] else None
+    axes = [0, *range(2, grad.rank)]
+    return toward_input, toward_weight, b.reduce("ReduceSum", name, axes) if mask[2] else None
+
+
+class Geometry:
+    """Stride, padding and dilation along each spatial axis, and groups."""
+
+    def __init__(self, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> None:
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+
+    def convolve(self, b: Lowering, x: str, weight: str) -> str:
+        """The plain convolution."""
+        return b.op(
+            "Conv",
+            x,
+            weight,
+            strides=self.stride,
+            pads=self.padding * 2,
+            dilations=self.dilation,
+            group=self.groups,
+        )
+
+    def transposed(self, b: Lowering, grad: Value, weight: Value, x: Value) -> str:
+        """The transposed convolution that takes ``grad`` back to the sizes of ``x``."""
+        spatial = range(2, x.rank)
+        extra = [
+            size - ((got - 1) * s - 2 * p + d * (k - 1) + 1)
+            for size, got, k, s, p, d in zip(
+                x.static(*spatial),
+                grad.static(*spatial),
+                weight.static(*spatial),
+                self.stride,
+                self.padding,
+                self.dilation,
+                strict=True,
+            )
+        ]
+        return b.op(
+            "ConvTranspose",
+            grad.name,
+            weight.name,
+            strides=self.stride,
+            pads=self.padding * 2,
+            dilations=self.dilation,
+            group=self.groups,
+            output_padding=extra,
+        )
+
+    def weight_gradient(self, b: Lowering, grad: Value, x: Value, weight: Value) -> str:
+        """The gradient of the weights of ``grad``'s shape's convolution of ``x``: ``[out, in / groups, *kernel]``."""
+        out_channels, in_channels = grad.static(1)[0], x.static(1)[0]
+        if self.groups == 1:
+            return self._by_columns(b, grad, x, weight)
+        if self.groups == in_channels == out_channels:
+            return self._by_taps(b, grad, x, weight)
+        raise ExportError(
+            f"convolution with {self.groups} groups of {in_channels} channels has no gradient rule; "
+            "use groups=1 or a depthwise convolution"
+        )
+
+    def _taps(self, b: Lowering, grad: Value, x: Value, spatial: Sequence[int], weight: Value) -> list[str]:
+        """``x`` as every weight of the kernel sees it: one slice of the grad's spatial size for each."""
+        padded = x.name
+        if any(self.padding):
+            pads = [0] * x.rank * 2
+            for axis, p in zip(spatial, self.padding, strict=True):
+                pads[axis] = pads[x.rank + axis] = p
+            padded = b.op("Pad", x.name, b.ints(pads), b.scalar(0, x.dtype))
+        reach = [(n - 1) * s + 1 for n, s in zip(grad.static(*range(2, grad.rank)), self.stride, strict=True)]
+        kernel = weight.static(*range(2, weight.rank))
+        slices = []
+        for tap in itertools.product(*[range(k) for k in kernel]):
+            starts = [i * d for i, d in zip(tap, self.dilation, strict=True)]
+            ends = [start + n for start, n in zip(starts, reach, strict=True)]
+            steps = [] if set(self.stride) == {1} else [b.ints(self.stride)]
+            slices.append(b.op("Slice", padded, b.ints(starts), b.ints(ends), b.ints(spatial), *steps))
+        return slices
+
+    def _by_columns(self, b: Lowering, grad: Value, x: Value, weight: Value) -> str:
+        # Channels last, so that a tap of all channels is one run of memory: [N, *spatial, C].
+        last = [0, *range(2, x.rank), 1]
+        out_channels, in_channels = grad.static(1)[0], x.static(1)[0]
+        kernel = weight.static(*range(2, weight.rank))
+        moved = Value(b.transpose(x.name, last), tuple(x.shape[a] for a in last), x.dtype)
+        taps = self._taps(b, grad, moved, range(1, x.rank - 1), weight)
+        columns = b.op("Concat", *taps, axis=-1) if len(taps) > 1 else taps[0]
+        width = len(taps) * in_channels
+        left = b.op("Reshape", columns, b.ints([-1, width]))
+        right = b.op("Reshape", b.transpose(grad.name, last), b.ints([-1, out_channels]))
+        product = b.op("Gemm", left, right, transA=1)
+        shaped = b.op("Reshape", product, b.ints([*kernel, in_channels, out_channels]))
+        n = len(kernel)
+        return b.transpose(shaped, [n + 1, n, *range(n)])
+
+    def _by_taps(self, b: Lowering, grad: Value, x: Value, weight: Value) -> str:
+        kernel = weight.static(*range(2, weight.rank))
+        axes = [0, *range(2, x.rank)]
+        sums = [
+            b.reduce("ReduceSum", b.op("Mul", tap, grad.name), axes)
+            for tap in self._taps(b, grad, x, range(2, x.rank), weight)
+        ]
+        stacked = b.op("Concat", *[b.op("Unsqueeze", s, b.ints([-1])) for s in sums], axis=-1)
+        return b.op("Reshape", stacked, b.ints([x.static(1)[0], 1, *kernel]))
+
+
+CONVOLUTION: dict[str, Rule] = {"aten.convolution_backward": _backward}

@@ -1,0 +1,162 @@
+"""A small graph of ONNX operators: what lowering emits, what passes rewrite, and what becomes an ONNX model."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET = 20
+"""The first opset with Gelu; every onnxruntime since 1.17 runs it."""
+
+IR_VERSION = 9
+BATCH = "batch"
+
+Array = npt.NDArray[Any]
+ELEMENT_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float64": TensorProto.DOUBLE,
+    "int64": TensorProto.INT64,
+    "int32": TensorProto.INT32,
+    "uint8": TensorProto.UINT8,
+    "int8": TensorProto.INT8,
+    "bool": TensorProto.BOOL,
+}
+
+
+@dataclass(frozen=True)
+class Port:
+    """A graph input or output. ``None`` in ``shape`` is the batch dimension."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+@dataclass
+class Node:
+    """One ONNX operator of the default domain."""
+
+    op: str
+    inputs: list[str]
+    outputs: list[str]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for two nodes that compute the same."""
+        return self.op, tuple(self.inputs), len(self.outputs), repr(sorted(self.attributes.items()))
+
+
+@dataclass
+class Graph:
+    """Nodes in topological order, between named ports; ``shapes`` holds what is known of values in between."""
+
+    inputs: list[Port]
+    outputs: list[Port]
+    nodes: list[Node] = field(default_factory=list)
+    constants: dict[str, Array] = field(default_factory=dict)
+    shapes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+
+    def producers(self) -> dict[str, Node]:
+        """Each value's producing node."""
+        return {name: node for node in self.nodes for name in node.outputs}
+
+    def uses(self) -> Counter[str]:
+        """How often each value is read, graph outputs included."""
+        counts = Counter(name for node in self.nodes for name in node.inputs)
+        counts.update(port.name for port in self.outputs)
+        return counts
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Replace values where nodes read them; follows chains of replacements."""
+
+        def final(name: str) -> str:
+            while name in names:
+                name = names[name]
+            return name
+
+        for node in self.nodes:
+            node.inputs = [final(name) for name in node.inputs]
+
+    def prune(self) -> None:
+        """Drop nodes and constants that no output needs."""
+        needed = {port.name for port in self.outputs}
+        kept: list[Node] = []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.outputs):
+                kept.append(node)
+                needed.update(name for name in node.inputs if name)
+        self.nodes = kept[::-1]
+        self.constants = {name: value for name, value in self.constants.items() if name in needed}
+
+    def to_model(self, name: str, least_ir: int = IR_VERSION) -> bytes:
+        """Serialize as a checked ONNX model without external data."""
+        graph = helper.make_graph(
+            [
+                helper.make_node(node.op, node.inputs, node.outputs, name=f"{node.op}_{i}", **node.attributes)
+                for i, node in enumerate(self.nodes)
+            ],
+            name,
+            [value_info(port) for port in self.inputs],
+            [value_info(port) for port in self.outputs],
+            [numpy_helper.from_array(value, key) for key, value in self.constants.items()],
+        )
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=least_ir, producer_name="fedge"
+        )
+        onnx.checker.check_model(model)
+        data: bytes = model.SerializeToString()
+        return data
+
+
+def value_info(port: Port) -> onnx.ValueInfoProto:
+    """The ONNX declaration of a port."""
+    shape = [BATCH if size is None else size for size in port.shape]
+    return helper.make_tensor_value_info(port.name, ELEMENT_TYPES[port.dtype], shape)
+
+
+@dataclass
+class Builder:
+    """Appends nodes to a graph and hands out names; equal constants are stored once."""
+
+    graph: Graph
+    prefix: str = "v"
+    _count: int = 0
+    _constants: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
+
+    def name(self) -> str:
+        """A name that no other value has."""
+        self._count += 1
+        return f"{self.prefix}{self._count}"
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Append a node with one output; returns the output's name."""
+        return self.ops(kind, 1, *inputs, **attributes)[0]
+
+    def ops(self, kind: str, outputs: int, *inputs: str, **attributes: Any) -> list[str]:
+        """Append a node with several outputs; returns their names."""
+        names = [self.name() for _ in range(outputs)]
+        self.graph.nodes.append(Node(kind, list(inputs), names, attributes))
+        return names
+
+    def constant(self, value: Array) -> str:
+        """The name of a constant tensor."""
+        value = np.ascontiguousarray(value).reshape(value.shape)
+        key = (str(value.dtype), value.shape, value.tobytes())
+        if key not in self._constants:
+            self._constants[key] = name = self.name()
+            self.graph.constants[name] = value
+        return self._constants[key]
+
+    def ints(self, values: Sequence[int] | Iterable[int]) -> str:
+        """A 1-D int64 constant, as shapes and axes are given."""
+        return self.constant(np.array(list(values), np.int64))
+
+    def scalar(self, value: float, dtype: str) -> str:
+        """A 0-D constant."""
+        return self.constant(np.array(value, dtype))

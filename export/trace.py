@@ -1,0 +1,173 @@
+"""One training step as a graph of ATen operators.
+
+The step (forward, loss, backward, update) is an ordinary function over named tensors. It runs once on fake tensors whose
+only symbolic size is the batch, and `make_fx` writes down what autograd does.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._decomp import core_aten_decompositions
+from torch._dynamo.source import ConstantSource
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from edge_client.errors import ExportError, FedgeError
+from edge_client.manifest import Feature
+from export.recurrent import RecurrentMode
+
+Step = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+MODULE = "fedge_module"
+"""Key in an fx node's meta: the path of the module that the node came from."""
+
+# Lowered as they are, with fewer passes over memory than their decompositions.
+_KEPT = (
+    "slice_backward",
+    "select_backward",
+    "threshold_backward",
+    "gelu_backward",
+    "embedding_dense_backward",
+    "sigmoid_backward",
+    "tanh_backward",
+    "native_layer_norm_backward",
+    "_adaptive_avg_pool2d",
+    "max_pool2d_with_indices_backward",
+)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph of ATen operators with the names of its inputs and outputs, in order."""
+
+    graph: fx.Graph
+    owner: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    batched: tuple[str, ...]
+    """Inputs whose first dimension is the batch."""
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """PyTorch's own decompositions into core ATen, less those that are lowered directly."""
+    table = {op: rule for op, rule in core_aten_decompositions().items()}
+    return {op: rule for op, rule in table.items() if _base_name(op) not in _KEPT}
+
+
+def _base_name(op: Any) -> str:
+    return str(op).removeprefix("aten.").split(".")[0]
+
+
+def trace(function: Step, fixed: Mapping[str, Tensor], batched: Sequence[Feature], module: nn.Module) -> Traced:
+    """Trace ``function`` over ``fixed`` tensors and batches of ``batched`` features, with a symbolic batch size.
+
+    ``module`` is the one whose submodules the nodes are attributed to.
+
+    Raises:
+        ExportError: the module's Python code cannot be traced, or fixes the batch size.
+    """
+    shapes = ShapeEnv(duck_shape=False)
+    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # type: ignore[call-arg,unused-ignore]
+    batch = mode.from_tensor(torch.empty(11), source=ConstantSource("batch"), symbolic_context=context).shape[0]
+    # Clones: one tensor given twice, as weight and as slot, would become one fake tensor and one input.
+    clones = {name: tensor.clone() for name, tensor in fixed.items()}
+    values = {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in clones.items()}
+    with mode:
+        values |= {f.name: torch.empty((batch, *f.shape), dtype=getattr(torch, f.dtype)) for f in batched}
+    names: list[str] = []
+
+    def positional(*tensors: Tensor) -> list[Tensor]:
+        results = function(dict(zip(values, tensors, strict=True)))
+        names.extend(results)
+        return list(results.values())
+
+    with _attribution(module) as stack, RecurrentMode():
+        try:
+            traced = make_fx(positional, decomposition_table=decompositions())(*values.values())
+        except FedgeError:
+            raise
+        except Exception as error:
+            where = f"module {stack[-1] or type(module).__name__!r}" if stack else "the loss"
+            raise ExportError(f"{where} cannot be traced: {_first_line(error)}") from error
+    if not isinstance(batch, torch.SymInt) or batch.node.maybe_as_int() is not None:
+        raise ExportError("the model fixes the batch size; write sizes as x.shape[0] or -1 so that any batch fits")
+    return Traced(
+        _cleaned(traced.graph), traced, tuple(values), tuple(names), tuple(feature.name for feature in batched)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+@contextmanager
+def _attribution(module: nn.Module) -> Any:
+    """Mark every node that is traced inside a submodule's forward with the submodule's path."""
+    stack: list[str] = []
+    starts: list[fx.Node | None] = []
+
+    def newest() -> fx.Node | None:
+        mode = get_proxy_mode()
+        return mode.tracer.graph._root.prev if mode is not None else None
+
+    def enter(path: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            stack.append(path)
+            starts.append(newest())
+
+        return hook
+
+    def leave(*_: object) -> None:
+        path, node, last = stack.pop(), starts.pop(), newest()
+        while node is not None and node is not last:
+            node = node.next
+            node.meta.setdefault(MODULE, path)
+
+    with ExitStack() as hooks:
+        for path, submodule in module.named_modules():
+            for handle in (
+                submodule.register_forward_pre_hook(enter(path)),
+                submodule.register_forward_hook(leave),
+            ):
+                hooks.callback(handle.remove)
+        yield stack
+
+
+def _cleaned(graph: fx.Graph) -> fx.Graph:
+    _functionalize(graph)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and _base_name(node.target) in ("alias", "detach", "clone", "lift_fresh_copy"):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    merged = fx_graph_cse(graph)
+    merged.eliminate_dead_code()
+    return merged
+
+
+def _functionalize(graph: fx.Graph) -> None:
+    """Turn in-place operators on fresh values (``relu_``) into out-of-place ones."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+            continue
+        written = node.args[0] if node.args else None
+        where = node.meta.get(MODULE) or "the model"
+        packet = getattr(torch.ops.aten, _base_name(target).rstrip("_"), None)
+        overload = getattr(packet, target._overloadname, None)
+        if not isinstance(written, fx.Node) or overload is None or written.op == "placeholder":
+            what = "changes a buffer in its forward" if overload is not None else f"uses {target}"
+            raise ExportError(f"module {where!r} {what}, which is not supported; freeze it (eval mode) or replace it")
+        node.target = overload
+        for user in list(written.users):
+            if user is not node and order.get(user, math.inf) > order[node]:
+                user.replace_input_with(written, node)
