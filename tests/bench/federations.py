@@ -95,8 +95,10 @@ class BenchError(Exception):
 def data(run: Run) -> tuple[Path, Path]:
     """The run's ``train.npz`` and ``test.npz``."""
     folder = BUILD / "data" / run.data
-    command([sys.executable, str(ROOT / "tests" / "datasets.py"), run.data, str(folder)], folder / "log.txt")
-    return folder / "train.npz", folder / "test.npz"
+    train, test = folder / "train.npz", folder / "test.npz"
+    if not (train.exists() and test.exists()):
+        command([sys.executable, str(ROOT / "tests" / "datasets.py"), run.data, str(folder)], folder / "log.txt")
+    return train, test
 
 
 def export(run: Run, folder: Path) -> Path:

@@ -71,9 +71,8 @@ def main() -> int:
     for row in result["by_round"]:
         accuracy = row["metrics"].get("accuracy")
         shown = "" if accuracy is None else f"accuracy {accuracy:.4f}"
-        print(
-            f"round {row['round']:3d}  {row['seconds']:7.2f} s  {row['bytes_up']:>12,} up  {row['bytes_down']:>12,} down  {shown}"
-        )
+        moved = f"{row['bytes_up']:>12,} up  {row['bytes_down']:>12,} down"
+        print(f"round {row['round']:3d}  {row['seconds']:7.2f} s  {moved}  {shown}")
     print(
         f"{arguments.run}, codec {arguments.codec}, {result['rounds']} rounds: accuracy {result['accuracy']:.4f} "
         f"(best {result['best_accuracy']:.4f}), {result['bytes_up']:,} bytes up, {result['bytes_down']:,} down, "
