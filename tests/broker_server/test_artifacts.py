@@ -1,0 +1,160 @@
+import json
+
+import numpy as np
+import onnx
+import pytest
+import safetensors.numpy
+
+from broker_server import artifacts
+from broker_server.artifacts import write_artifacts
+from broker_server.evaluation import HeldOut
+from edge_client import runtime
+from edge_client.bundle import Bundle
+from edge_client.data import ArraySource
+from edge_client.errors import CodecError, FedgeError, TrainingError
+from edge_client.trainer import Trainer
+from edge_client.wire.messages import TrainPlan
+from tests.toy import toy_bundle, toy_data
+
+FILES = {"infer.onnx", "infer.int8.onnx", "global.safetensors", "report.json"}
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return Bundle.from_bytes(toy_bundle(hidden=16, frozen=True))
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return ArraySource(toy_data(400, seed=9))
+
+
+@pytest.fixture(scope="module")
+def vector(bundle):
+    plan = TrainPlan(epochs=20, batch_size=16, hypers={"lr": 0.2})
+    return Trainer(bundle).train(bundle.initial(), ArraySource(toy_data(400, seed=1)), plan, seed=1).local
+
+
+def test_what_is_written(bundle, held_out, vector, tmp_path):
+    folder = tmp_path / "models" / "best"
+    report = write_artifacts(folder, bundle, vector, data=held_out, about={"version": 7, "round": 3})
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert [path.name for path in folder.parent.iterdir()] == ["best"]
+    written = json.loads((folder / "report.json").read_text())
+    assert written["about"] == {"version": 7, "round": 3}
+    assert written["samples"] == 400
+    assert [model["file"] for model in written["models"]] == ["infer.onnx", "infer.int8.onnx"]
+    assert all(model["bytes"] == (folder / model["file"]).stat().st_size for model in written["models"])
+
+    fp32, int8 = (model.metrics["accuracy"] for model in report.models)
+    assert fp32 == pytest.approx(HeldOut(bundle, held_out).evaluate(vector)["accuracy"])
+    assert fp32 > 0.9
+    assert int8 > fp32 - 0.03
+
+
+def test_the_model_stands_alone(bundle, held_out, vector, tmp_path):
+    write_artifacts(tmp_path / "last", bundle, vector, data=held_out)
+    x = held_out.arrays["x"][:5]
+    given = {f"param.{name}": array for name, array in artifacts.named_tensors(bundle, vector).items()}
+    bare = runtime.session(bundle.infer)
+    wanted = {value.name for value in bare.get_inputs()}
+    (expected,) = bare.run(None, {"x": x, **{name: array for name, array in given.items() if name in wanted}})
+    session = runtime.session((tmp_path / "last" / "infer.onnx").read_bytes())
+    assert [value.name for value in session.get_inputs()] == ["x"]
+    (found,) = session.run(None, {"x": x})
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_the_8_bit_model_is_8_bit_and_standard(bundle, held_out, vector, tmp_path, calibrated):
+    report = write_artifacts(tmp_path / "last", bundle, vector, data=held_out if calibrated else None)
+    assert [model.problem for model in report.models] == ["", ""]
+    assert bool(report.models[1].metrics) == calibrated
+    graph = onnx.load(tmp_path / "last" / "infer.int8.onnx").graph
+    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
+    weights = [
+        value for value in graph.initializer if value.data_type == onnx.TensorProto.INT8 and len(value.dims) == 2
+    ]
+    assert len(weights) == 2
+
+
+def test_tensors_by_name(bundle, vector, tmp_path):
+    write_artifacts(tmp_path / "last", bundle, vector)
+    found = safetensors.numpy.load_file(tmp_path / "last" / "global.safetensors")
+    assert found.keys() == {parameter.name for parameter in bundle.manifest.parameters}
+    np.testing.assert_array_equal(bundle.layout.flatten({k: v for k, v in found.items() if k != "gain"}), vector)
+    np.testing.assert_array_equal(found["gain"], bundle.weights["gain"])
+
+
+def test_buffers_get_their_own_dtype():
+    bundle = Bundle.from_bytes(toy_bundle(buffer=True))
+    buffers = np.arange(bundle.manifest.layout("buffer").size, dtype=np.float32)
+    tensors = artifacts.named_tensors(bundle, bundle.initial(), buffers)
+    assert tensors["seen"].dtype == np.int64
+    assert tensors["mean"].dtype == np.float32
+    assert sorted(np.concatenate([tensors["seen"].ravel(), tensors["mean"].ravel()]).tolist()) == buffers.tolist()
+
+
+def test_integer_pixels_are_scaled_as_on_the_device(tmp_path):
+    bundle = Bundle.from_bytes(toy_bundle(scale=1 / 255))
+    arrays = toy_data(200, seed=2)
+    pixels = ArraySource({"x": np.clip(arrays["x"] * 60 + 128, 0, 255).astype(np.uint8), "y": arrays["y"]})
+    report = write_artifacts(tmp_path / "last", bundle, bundle.initial(), data=pixels)
+    expected = HeldOut(bundle, pixels).evaluate(bundle.initial())["accuracy"]
+    assert report.models[0].metrics["accuracy"] == pytest.approx(expected)
+
+
+def test_a_new_folder_replaces_the_old_one_and_leftovers(bundle, vector, tmp_path):
+    (tmp_path / ".best.new").mkdir()
+    (tmp_path / ".best.old").mkdir()
+    (tmp_path / ".best.new" / "half").write_text("written")
+    write_artifacts(tmp_path / "best", bundle, bundle.initial(), about={"version": 1})
+    write_artifacts(tmp_path / "best", bundle, vector, about={"version": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert {path.name for path in (tmp_path / "best").iterdir()} == FILES
+    assert json.loads((tmp_path / "best" / "report.json").read_text())["about"] == {"version": 2}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_model_that_is_no_number_leaves_the_old_folder_alone(bundle, vector, tmp_path, bad):
+    write_artifacts(tmp_path / "best", bundle, vector)
+    before = (tmp_path / "best" / "infer.onnx").read_bytes()
+    broken = vector.copy()
+    broken[3] = bad
+    with pytest.raises(TrainingError, match="NaN or infinity"):
+        write_artifacts(tmp_path / "best", bundle, broken)
+    with pytest.raises(CodecError, match="expected float32"):
+        write_artifacts(tmp_path / "best", bundle, vector[:-1])
+    assert (tmp_path / "best" / "infer.onnx").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_place_that_cannot_be_written(bundle, vector, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FedgeError, match="cannot be written"):
+        write_artifacts(tmp_path / "file" / "best", bundle, vector)
+
+
+def test_a_failed_quantization_does_not_cost_the_model(bundle, vector, tmp_path, monkeypatch):
+    from onnxruntime import quantization
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("operator\nunknown")
+
+    monkeypatch.setattr(quantization, "quantize_dynamic", fail)
+    report = write_artifacts(tmp_path / "best", bundle, vector)
+    assert report.models[1].problem.endswith("cannot quantize it: operator unknown")
+    assert {path.name for path in (tmp_path / "best").iterdir()} == FILES - {"infer.int8.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "output", "target", "mean"),
+    [
+        ("cross_entropy", [[0.0, 1.0], [2.0, 1.0]], [1, 1], 0.5),
+        ("cross_entropy", [[[0.0, 1.0], [2.0, 1.0]]], [[1, 0]], 1.0),
+        ("bce_with_logits", [[-1.0], [3.0]], [[0.0], [0.0]], 0.5),
+        ("mse", [[1.0], [3.0]], [1.0, 1.0], 2.0),
+    ],
+)
+def test_scores(loss, output, target, mean):
+    assert artifacts._scores(loss, np.float32(output), np.asarray(target)).mean() == mean
