@@ -1,0 +1,379 @@
+"""Sparse integer vectors in few bytes: context classes by row and column activity, gaps, magnitudes and signs.
+
+Model updates are mostly zero after quantization, and their non-zeros cluster: whole units (rows) and inputs (columns)
+are active or not. Each matrix is seen as ``[out, rest]``. A row with ``r`` non-zeros and a column with ``c`` in a
+tensor with ``t`` of them cross in a non-zero with probability about ``r * c / t`` (the maximum likelihood of a rank-1
+Poisson model). That expectation, on a logarithmic scale, is the element's class; the elements of one class, from all
+tensors, form one *stream* with its own statistics. Rows and columns without any non-zero cost nothing beyond their
+class. In a stream, the gaps between non-zeros are coded instead of the zeros: the same entropy, and the coder's time
+goes with the non-zeros.
+
+Byte format of an integer vector (lists and varints as in ``integers``; *section*: varint length, then that many bytes)
+--------------------------------------------------------------------------------------------------------------------------
+Activity of a count ``c``: ``cls(0) = 0``, else ``cls(c) = 1 + floor(log2(c * c))``, half octaves, exact in integers.
+
+1. varint: number of non-zeros ``m``. If 0, nothing follows.
+2. section: list of one integer for each tensor, ``4 * cls(t) + mode``, with ``t`` its non-zeros. Mode is 0 (no
+   classes), 1 (of rows), 2 (of columns) or 3 (both). A tensor is the matrix ``[shape[0], rest]``; with fewer than two
+   dimensions or elements it is ``[1, size]`` and its mode 0.
+3. for each tensor with ``cls(t) > 0``, in order: in mode 1 and 3 a section with the list of ``cls`` of each row's
+   non-zeros, then in mode 2 and 3 a section with that of the columns.
+4. varint: number of streams less one, ``S - 1``; then ``S - 1`` bytes, ascending: the edges, biased by 128.
+5. for each stream: varint, its non-zeros ``h``; then if ``h > 0``, a section with the list of ``h`` gaps (zeros of the
+   stream since the non-zero before), and a section with the list of ``h`` magnitudes less one.
+6. section: the signs of all non-zeros, stream after stream, one bit each (1: negative) from the most significant bit
+   of each byte.
+
+With ``a`` the row's class and ``b`` the column's (the class of an unclassed dimension is 0), an element's expectation
+is ``e = a + b - o``, where ``o`` is ``cls(size) - cls(t)`` in mode 0, ``cls(columns)`` in mode 1, ``cls(rows)`` in
+mode 2, ``cls(t)`` in mode 3. Its stream is the number of edges ``<= e``. Elements of a classed row or column of class
+0, and of tensors with ``cls(t) = 0``, are zero and in no stream. A stream's order: by tensor, then ``a``, then ``b``,
+then row, then column.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_client.codec.integers import Reader, pack, section, unpack, varint
+from edge_client.codec.layout import Layout, TensorSpec
+from edge_client.errors import CodecError
+
+Indices = npt.NDArray[np.int64]
+Levels = npt.NDArray[np.int32]
+
+ROWS, COLUMNS = 1, 2
+CLASSES = 64
+STREAM_BITS = 300
+"""What one more stream costs, about: two lists' headers and histograms."""
+LIST_BITS = 160
+"""What one more list of classes costs before its content."""
+
+# The least count of each class but the first: cls(c) >= k exactly when c * c >= 2^(k - 1).
+_FLOORS = np.array([math.isqrt(2 ** (k - 1) - 1) + 1 if k > 1 else 1 for k in range(1, CLASSES)], np.int64)
+
+
+def activity(counts: npt.NDArray[np.int64] | int) -> Indices:
+    """``cls`` of each count (``int64``, any shape)."""
+    return np.searchsorted(_FLOORS, counts, side="right")
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """One tensor with non-zeros: the classes of its rows and columns, and the blocks that they cut it into."""
+
+    start: int
+    mode: int
+    offset: int
+    rows: Indices
+    columns: Indices
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), len(self.columns)
+
+    def sides(self) -> list[tuple[int, Indices]]:
+        return [(ROWS, self.rows), (COLUMNS, self.columns)]
+
+
+def matrix(tensor: TensorSpec) -> tuple[int, int]:
+    """Rows and columns of a tensor's matrix view."""
+    rows = tensor.shape[0] if len(tensor.shape) > 1 and tensor.size > 0 else 1
+    return rows, tensor.size // rows
+
+
+def _offset(mode: int, rows: int, columns: int, hits: int) -> int:
+    """``o`` above; ``hits`` is ``cls(t)``."""
+    if mode == 0:
+        return int(activity(rows * columns)) - hits
+    return (0, int(activity(columns)), int(activity(rows)), hits)[mode]
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Where each block of each grid lies when all streams are laid end to end.
+
+    ``base`` ``[blocks]``: position of the block's first element, ascending; ``grid``, ``row``, ``column``, ``width``:
+    its grid, the place of its first row and column in the grid's class order, and its columns. ``ends`` ``[streams]``:
+    where each stream ends.
+    """
+
+    base: Indices
+    grid: Indices
+    row: Indices
+    column: Indices
+    width: Indices
+    ends: Indices
+
+
+def _blocks(grids: list[_Grid]) -> tuple[Indices, ...]:
+    """Blocks by grid and classes, as columns of one table.
+
+    They are: expectation, grid, row class, column class, first row, first column, height, width.
+    """
+    parts: list[tuple[Indices, ...]] = []
+    for number, grid in enumerate(grids):
+        edges = []
+        for side, classes in grid.sides():
+            count = np.bincount(classes, minlength=CLASSES)
+            first = np.cumsum(count) - count
+            if grid.mode & side:
+                count[0] = 0
+            present = np.flatnonzero(count)
+            edges.append((present, first[present], count[present]))
+        (a, row, height), (b, column, width) = edges
+        wide, high = len(b), len(a)
+        parts.append(
+            (
+                (a[:, None] + b[None, :]).ravel() - grid.offset,
+                np.full(wide * high, number, np.int64),
+                np.repeat(a, wide),
+                np.tile(b, high),
+                np.repeat(row, wide),
+                np.tile(column, high),
+                np.repeat(height, wide),
+                np.tile(width, high),
+            )
+        )
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+
+def _streams(blocks: tuple[Indices, ...], edges: Indices) -> tuple[_Streams, Indices]:
+    """Lay the blocks out; also the order that sorts them by stream."""
+    expectation, grid, _, _, row, column, height, width = blocks
+    stream = np.searchsorted(edges, expectation, side="right")
+    order = np.argsort(stream, kind="stable")
+    size = (height * width)[order]
+    stop = np.cumsum(size)
+    ends = np.append(0, stop)[np.searchsorted(stream[order], np.arange(len(edges) + 1), side="right")]
+    return _Streams(stop - size, grid[order], row[order], column[order], width[order], ends), order
+
+
+def _entropy(hits: npt.NDArray[np.int64], size: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Bits that tell which ``hits`` of ``size`` elements are non-zero, elementwise."""
+    n, h = np.maximum(size, 1).astype(np.float64), hits.astype(np.float64)
+    rest = n - h
+    return -(h * np.log2(np.maximum(h, 1) / n) + rest * np.log2(np.maximum(rest, 1e-9) / n))
+
+
+def _list_bits(values: Indices) -> float:
+    count = np.bincount(values)
+    count = count[count > 0]
+    return float(-(count * np.log2(count / len(values))).sum()) + LIST_BITS
+
+
+def _choose_grid(tensor: TensorSpec, start: int, local: Indices) -> _Grid:
+    """The mode of least estimated cost for the non-zeros at ``local`` (ascending) of one tensor."""
+    n_rows, n_columns = matrix(tensor)
+    hits = int(activity(len(local)))
+    flat = [np.zeros(n, np.int64) for n in (n_rows, n_columns)]
+    best = _Grid(start, 0, _offset(0, n_rows, n_columns, hits), *flat)
+    if n_rows < 2:
+        return best
+    least = float(_entropy(np.array(len(local)), np.array(tensor.size)))
+    row = local // n_columns
+    column = local - row * n_columns
+    sides = [activity(np.bincount(at, minlength=n)) for at, n in ((row, n_rows), (column, n_columns))]
+    lists = [_list_bits(side) for side in sides]
+    for mode in (ROWS, COLUMNS, ROWS | COLUMNS):
+        cost = sum(bits for side, bits in zip((ROWS, COLUMNS), lists, strict=True) if mode & side)
+        if cost >= least:
+            continue
+        a = sides[0] if mode & ROWS else flat[0]
+        b = sides[1] if mode & COLUMNS else flat[1]
+        sums = np.bincount(a[row] + b[column], minlength=2 * CLASSES)
+        heights, widths = np.bincount(a), np.bincount(b)
+        if mode & ROWS:
+            heights[0] = 0
+        if mode & COLUMNS:
+            widths[0] = 0
+        sizes = np.convolve(heights, widths)
+        cost += float(_entropy(sums[: len(sizes)], sizes).sum())
+        if cost < least:
+            least, best = cost, _Grid(start, mode, _offset(mode, n_rows, n_columns, hits), a, b)
+    return best
+
+
+def _choose_edges(expectation: Indices, size: Indices, hits: Indices) -> Indices:
+    """Edges between streams: neighbouring expectations share one where telling them apart would not pay."""
+    values, group = np.unique(expectation, return_inverse=True)
+    sizes = np.bincount(group, size).astype(np.int64)
+    found = np.bincount(group, hits).astype(np.int64)
+    keep = np.ones(len(values), bool)
+    while len(sizes) > 1:
+        merged = _entropy(found[:-1] + found[1:], sizes[:-1] + sizes[1:])
+        each = _entropy(found, sizes)
+        loss = merged - each[:-1] - each[1:]
+        at = int(np.argmin(loss))
+        if loss[at] > STREAM_BITS:
+            break
+        for sums in (sizes, found):
+            sums[at] += sums[at + 1]
+        sizes, found = np.delete(sizes, at + 1), np.delete(found, at + 1)
+        keep[np.flatnonzero(keep)[at + 1]] = False
+    return values[keep][1:]
+
+
+def _order(classes: Indices) -> Indices:
+    """Rows or columns sorted by class, then by number."""
+    return np.argsort(classes.astype(np.uint8), kind="stable")
+
+
+def _ranks(classes: Indices) -> Indices:
+    """Place of each row or column among those of its class."""
+    order = _order(classes)
+    count = np.bincount(classes)
+    ranks = np.empty(len(classes), np.int64)
+    ranks[order] = np.arange(len(classes)) - (np.cumsum(count) - count)[classes[order]]
+    return ranks
+
+
+def encode_levels(index: Indices, level: Levels, layout: Layout) -> bytes:
+    """Encode a sparse integer vector.
+
+    Args:
+        index: ``[m] int64``, ascending places of the non-zeros in the layout's flat vector.
+        level: ``[m] int32``, their values, none zero.
+        layout: the tensors that the flat vector holds; it may have up to 2^31 - 1 elements.
+    """
+    if len(index) == 0:
+        return varint(0)
+    grids, spans, modes = [], [], np.zeros(len(layout.tensors), np.uint32)
+    for number, (tensor, where) in enumerate(layout.slices()):
+        low, high = np.searchsorted(index, (where.start, where.stop))
+        if low < high:
+            grid = _choose_grid(tensor, where.start, index[low:high] - where.start)
+            modes[number] = 4 * int(activity(int(high - low))) + grid.mode
+            grids.append(grid)
+            spans.append((int(low), int(high)))
+    blocks = _blocks(grids)
+    expectation, owner, a, b, _, _, height, width = blocks
+    block = np.empty(len(index), np.int64)
+    within = np.empty(len(index), np.int64)
+    for number, (grid, (low, high)) in enumerate(zip(grids, spans, strict=True)):
+        local = index[low:high] - grid.start
+        row = local // grid.shape[1]
+        column = local - row * grid.shape[1]
+        mine = np.flatnonzero(owner == number)
+        table = np.zeros((CLASSES, CLASSES), np.int64)
+        table[a[mine], b[mine]] = mine
+        block[low:high] = table[grid.rows[row], grid.columns[column]]
+        within[low:high] = _ranks(grid.rows)[row] * width[block[low:high]] + _ranks(grid.columns)[column]
+    edges = _choose_edges(expectation, height * width, np.bincount(block, minlength=len(owner)))
+    streams, order = _streams(blocks, edges)
+    base = np.empty(len(order), np.int64)
+    base[order] = streams.base
+    # Sorting value and place as one integer is several times faster than an argsort.
+    keys = np.sort(((base[block] + within) << 32) | level.view(np.uint32))
+    position, level = keys >> 32, keys.astype(np.uint32).view(np.int32)
+    magnitude = (np.abs(level.astype(np.int64)) - 1).astype(np.uint32)
+    parts = [varint(len(index)), section(pack(modes))]
+    for grid in grids:
+        parts += [section(pack(side.astype(np.uint32))) for bit, side in grid.sides() if grid.mode & bit]
+    parts += [varint(len(edges)), bytes((edges + 128).tolist())]
+    begin, low = 0, 0
+    for end in streams.ends.tolist():
+        high = int(np.searchsorted(position, end))
+        parts.append(varint(high - low))
+        if high > low:
+            gaps = np.diff(position[low:high], prepend=begin - 1) - 1
+            parts += [section(pack(gaps.astype(np.uint32))), section(pack(magnitude[low:high]))]
+        begin, low = end, high
+    parts.append(section(np.packbits(level < 0).tobytes()))
+    return b"".join(parts)
+
+
+def decode_levels(data: bytes | memoryview, layout: Layout, what: str = "update") -> tuple[Indices, Levels]:
+    """Decode what ``encode_levels`` wrote: places (``[m] int64``, each once, in no order) and values (``[m] int32``,
+    none zero).
+
+    Memory stays in proportion to the layout, whatever the bytes claim.
+
+    Raises:
+        CodecError: the bytes are not an integer vector of this layout.
+    """
+    reader = Reader(data, what)
+    count = reader.varint(layout.size)
+    if count == 0:
+        reader.end()
+        return np.empty(0, np.int64), np.empty(0, np.int32)
+    grids = _read_grids(reader, layout)
+    n_edges = reader.varint(255)
+    edges = np.frombuffer(reader.take(n_edges), np.uint8).astype(np.int64) - 128
+    if not grids or bool((np.diff(edges) <= 0).any()):
+        raise CodecError(f"{what} is corrupt: its streams are not in order; fetch it again")
+    streams, _ = _streams(_blocks(grids), edges)
+    position, magnitude = _read_streams(reader, streams.ends, count)
+    signs = reader.section()
+    reader.end()
+    if len(signs) != (count + 7) // 8:
+        raise CodecError(f"{what} is corrupt: {len(signs)} bytes of signs for {count} values; fetch it again")
+    level = magnitude.astype(np.int32) + np.int32(1)
+    np.negative(level, out=level, where=np.unpackbits(np.frombuffer(signs, np.uint8), count=count).view(bool))
+    return _locate(position, streams, grids), level
+
+
+def _read_grids(reader: Reader, layout: Layout) -> list[_Grid]:
+    slices = layout.slices()
+    modes = unpack(reader.section(), len(slices), reader.what)
+    grids = []
+    for (tensor, where), word in zip(slices, modes.tolist(), strict=True):
+        hits, mode = word >> 2, word & 3
+        n_rows, n_columns = matrix(tensor)
+        if hits == 0 and word == 0:
+            continue
+        if hits == 0 or hits > int(activity(tensor.size)) or (mode and n_rows < 2):
+            raise CodecError(f"{reader.what} is corrupt: tensor {tensor.name!r} has impossible classes; fetch it again")
+        sides = []
+        for bit, size in ((ROWS, n_rows), (COLUMNS, n_columns)):
+            side = (
+                unpack(reader.section(), size, reader.what).astype(np.int64) if mode & bit else np.zeros(size, np.int64)
+            )
+            if int(side.max()) >= CLASSES:
+                raise CodecError(
+                    f"{reader.what} is corrupt: class {int(side.max())} in tensor {tensor.name!r}; fetch it again"
+                )
+            sides.append(side)
+        grids.append(_Grid(where.start, mode, _offset(mode, n_rows, n_columns, hits), *sides))
+    return grids
+
+
+def _read_streams(reader: Reader, ends: Indices, count: int) -> tuple[Indices, npt.NDArray[np.uint32]]:
+    """Positions (``[count] int64``, ascending) and magnitudes less one (``[count] uint32``) of all streams."""
+    position = np.empty(count, np.int64)
+    magnitude = np.empty(count, np.uint32)
+    begin, low = 0, 0
+    for end in ends.tolist():
+        high = low + reader.varint(min(end - begin, count - low))
+        if high > low:
+            gaps = unpack(reader.section(), high - low, reader.what)
+            magnitude[low:high] = unpack(reader.section(), high - low, reader.what)
+            # Below 2^31 gaps of below 2^32 each, the sum stays in 63 bits.
+            np.cumsum(gaps + np.int64(1), out=position[low:high])
+            position[low:high] += begin - 1
+            if position[high - 1] >= end:
+                raise CodecError(f"{reader.what} is corrupt: a value lies past the end of its stream; fetch it again")
+        begin, low = end, high
+    if low != count or int(magnitude.max()) >= 2**31 - 1:
+        raise CodecError(
+            f"{reader.what} is corrupt: its {count} values are not all there or out of range; fetch it again"
+        )
+    return position, magnitude
+
+
+def _locate(position: Indices, streams: _Streams, grids: list[_Grid]) -> Indices:
+    """Turn positions in the streams into places in the flat vector."""
+    orders = [(_order(grid.rows), _order(grid.columns)) for grid in grids]
+    shapes = np.array([(grid.start, *grid.shape) for grid in grids], np.int64)
+    rows = np.concatenate([row for row, _ in orders])
+    columns = np.concatenate([column for _, column in orders])
+    first = np.cumsum(shapes[:, 1:], axis=0) - shapes[:, 1:]
+    block = np.searchsorted(streams.base, position, side="right") - 1
+    row, column = np.divmod(position - streams.base[block], streams.width[block])
+    grid = streams.grid[block]
+    row += streams.row[block] + first[grid, 0]
+    column += streams.column[block] + first[grid, 1]
+    places: Indices = shapes[grid, 0] + rows[row] * shapes[grid, 2] + columns[column]
+    return places

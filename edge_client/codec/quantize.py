@@ -1,0 +1,173 @@
+"""From floats to integer levels and back: step, dead zone, centroid reconstruction, and the residual that error
+feedback keeps.
+
+A value ``x`` becomes 0 inside the dead zone, ``|x| < dead_zone * step``, else ``sign(x) * max(1, round(|x| / step))``.
+The decoder puts a level where the encoder's values of that level lie on average (their centroid), not at the middle of
+the interval: with the peaked distributions of model updates that lowers the distortion, for three
+bytes (Sullivan 1996, "Efficient scalar quantization of exponential and Laplacian random variables").
+
+Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847): what a client could not say it keeps and
+says later.
+"""
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_client.codec.integers import Reader, varint
+from edge_client.codec.layout import Layout, Vector
+from edge_client.errors import CodecError
+
+LEVEL_LIMIT = 2**22
+"""Largest magnitude of a level that the encoder produces; finer steps are not told apart in float32 anyway."""
+CENTROIDS = 3
+"""Levels of magnitude 1, 2, and all larger ones have a centroid each."""
+OFFSET_UNITS = 128
+"""Centroid offsets are integers in units of ``step / 128``."""
+
+_RESIDUAL_VERSION = 1
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized vector.
+
+    ``step``: distance of two levels, finite and positive; ``offsets``: for magnitude 1, 2 and above, how far the
+    centroid lies from the level, away from zero, in ``step / 128``, -128 .. 127; ``index`` ``[m] int64``: places of
+    the non-zeros; ``level`` ``[m] int32``: their values, none zero.
+    """
+
+    step: float
+    offsets: tuple[int, int, int]
+    index: npt.NDArray[np.int64]
+    level: npt.NDArray[np.int32]
+
+    def values(self) -> Vector:
+        """The reconstructed non-zeros, ``[m] float32``, the same bits on every platform.
+
+        ``level * 128 + offset`` is exact in float64; its product with ``step / 128`` is rounded once to float64, once
+        to float32, and saturates at the largest float32.
+        """
+        if len(self.level) == 0:
+            return np.empty(0, np.float32)
+        negative = self.level < 0
+        magnitude = np.abs(self.level.astype(np.int64))
+        offsets = np.array((0, *self.offsets), np.int64)[np.minimum(magnitude, CENTROIDS)]
+        value = (magnitude * OFFSET_UNITS + offsets).astype(np.float64) * (self.step / OFFSET_UNITS)
+        np.minimum(value, _LARGEST, out=value)
+        np.negative(value, out=value, where=negative)
+        return value.astype(np.float32)
+
+    def scatter(self, size: int) -> Vector:
+        """The whole reconstructed vector, ``[size] float32``."""
+        vector = np.zeros(size, np.float32)
+        vector[self.index] = self.values()
+        return vector
+
+
+def peak(vector: Vector) -> float:
+    """Largest magnitude in ``vector`` (``[n] float32``), NaN if it holds one, 0 if it is empty."""
+    if vector.size == 0:
+        return 0.0
+    # Two reductions without a copy; both carry NaN through.
+    return float(np.maximum(vector.max(), -vector.min()))
+
+
+def rms(vector: npt.NDArray[np.floating]) -> float:
+    """Root of the mean square; ``vector`` must not be empty."""
+    # Blocks bound the rounding error of float32 sums; einsum, unlike dot, starts no threads of its own.
+    block = 1 << 16
+    total = sum(
+        float(np.einsum("i,i->", vector[at : at + block], vector[at : at + block]))
+        for at in range(0, len(vector), block)
+    )
+    return float(np.sqrt(total / len(vector)))
+
+
+def quantize(vector: Vector, multiple: float, dead_zone: float) -> Quantized:
+    """Quantize a vector that is finite and not all zero.
+
+    Args:
+        vector: ``[n] float32``.
+        multiple: the step, in root mean squares of the vector. The step is never above the largest magnitude, so that
+            at least one value is told and error feedback always gets rid of something, and never so small that a level
+            passes ``LEVEL_LIMIT``.
+        dead_zone: in steps, 0.5 to 1; 0.6 to 0.75 is best for the rates of interest (an entropy-coded uniform
+            quantizer).
+    """
+    highest = peak(vector)
+    values: npt.NDArray[np.floating] = vector
+    if not 1e-15 < highest < 1e15:
+        values = vector.astype(np.float64)  # squares would leave float32's range
+    step = min(max(multiple * rms(values), highest / LEVEL_LIMIT), highest)
+    # Comparing both ways reads the vector twice but writes only masks: cheaper than a copy of magnitudes.
+    edge = values.dtype.type(dead_zone * step)
+    index = np.flatnonzero((values >= edge) | (values <= -edge))
+    chosen = values[index].astype(np.float64) / step
+    magnitude = np.abs(chosen)
+    level = np.maximum(np.rint(magnitude), 1.0)
+    offsets = []
+    for number in range(1, CENTROIDS + 1):
+        members = level == number if number < CENTROIDS else level >= number
+        mean = float((magnitude - level)[members].mean()) if members.any() else 0.0
+        offsets.append(max(-OFFSET_UNITS, min(OFFSET_UNITS - 1, round(mean * OFFSET_UNITS))))
+    return Quantized(step, (offsets[0], offsets[1], offsets[2]), index, np.copysign(level, chosen).astype(np.int32))
+
+
+def pack_residual(residual: Vector, step: float) -> bytes:
+    """A residual in one byte a parameter, for flash: precise to 1/254 of a step.
+
+    Format: version byte 1; varint ``n``; ``scale``, float64, little-endian; then ``n`` int8, the values in units of
+    ``scale``, or nothing if ``scale`` is 0 and all are zero. Values beyond 127 units are clipped.
+
+    Args:
+        residual: ``[n] float32``, finite.
+        step: the step of the update that left the residual, which bounds it; 0 takes the largest magnitude instead.
+
+    Raises:
+        CodecError: the residual is not finite.
+    """
+    highest = peak(residual)
+    if not np.isfinite(highest):
+        raise CodecError("residual holds NaN or infinite values; expected finite ones: drop it and start from zero")
+    scale = (step if step > 0 else highest) / 127 if highest > 0 else 0.0
+    head = bytes([_RESIDUAL_VERSION]) + varint(len(residual)) + struct.pack("<d", scale)
+    if scale == 0:
+        return head
+    units = residual.astype(np.float64) / scale if highest < 1e-30 else residual / np.float32(scale)
+    np.rint(units, out=units)
+    np.clip(units, -127, 127, out=units)
+    return head + units.astype(np.int8).tobytes()
+
+
+def unpack_residual(data: bytes, layout: Layout) -> Vector:
+    """Read what ``pack_residual`` wrote: ``[layout.size] float32``.
+
+    Raises:
+        CodecError: the bytes are not a residual of this layout's size.
+    """
+    reader = Reader(data, "residual")
+    if (version := reader.take(1)[0]) != _RESIDUAL_VERSION:
+        raise CodecError(
+            f"residual has format version {version}; expected {_RESIDUAL_VERSION}: drop it and start from zero"
+        )
+    size = reader.varint(2**31 - 1)
+    if size != layout.size:
+        raise CodecError(f"residual has {size} values; expected {layout.size}: it belongs to another model, drop it")
+    (scale,) = struct.unpack("<d", reader.take(8))
+    if not 0 <= scale <= _LARGEST / 127:
+        raise CodecError(f"residual is corrupt: scale {scale}; drop it and start from zero")
+    if scale == 0:
+        reader.end()
+        return np.zeros(size, np.float32)
+    units = np.frombuffer(reader.take(size), np.int8)
+    reader.end()
+    values = (
+        np.multiply(units, scale, dtype=np.float64)
+        if scale < 1e-30
+        else np.multiply(units, np.float32(scale), dtype=np.float32)
+    )
+    return values.astype(np.float32, copy=False)
