@@ -156,8 +156,10 @@ class Transfer(_Section, frozen=True):
     """Chunks that one client may have under way."""
     uploads: Annotated[int, Meta(ge=1, le=100_000)] = 16
     """Clients that may upload at once."""
-    inline: Annotated[int, Meta(ge=0, le=65_536)] = 16_384
+    inline: Annotated[int, Meta(ge=0, le=16_384)] = 16_384
     """Bytes up to which a blob travels inside its message."""
+    spread: Annotated[float, Meta(ge=0, le=3600)] = 1.0
+    """Seconds over which clients spread their answers to a new offer."""
 
 
 class Simulation(_Section, frozen=True):
@@ -171,8 +173,12 @@ class Simulation(_Section, frozen=True):
     shards: Annotated[int, Meta(ge=1, le=1000)] = 2
     key: str = "user"
     """The npz key that holds each sample's user, for the natural split."""
+    label: str = "y"
+    """The npz key that holds each sample's class, for the splits by label."""
     test_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of the samples kept for the server's evaluation where ``evaluation.data`` is empty."""
+    holdout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Share of each phone's samples that it evaluates on instead of training."""
     slots: Annotated[int, Meta(ge=0, le=1024)] = 0
     """Phones that train at once; 0 means one for each core."""
     availability: Annotated[float, Meta(gt=0, le=1)] = 1.0

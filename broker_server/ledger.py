@@ -187,6 +187,11 @@ class Ledger:
                 raise LedgerError(f"{self.path}: task {epoch}/{task} is not open, so it cannot become {outcome}")
             self._database.write("UPDATE updates SET data = NULL WHERE epoch = ? AND task = ?", epoch, task)
 
+    def outcome(self, epoch: int, task: int) -> str | None:
+        """How a task ended, "done" or "void"; None while it is open, and when there is no such task."""
+        row = self._database.one("SELECT outcome FROM tasks WHERE epoch = ? AND task = ?", epoch, task)
+        return None if row is None or row[0] is None else str(row[0])
+
     # -- updates
 
     def record(self, epoch: int, task: int, client: str, data: bytes, samples: int) -> bool:

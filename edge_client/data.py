@@ -121,25 +121,39 @@ def open_data(spec: str, manifest: Manifest) -> DataSource:
         DataError: it cannot be read, is empty, or does not fit the bundle.
     """
     path = Path(spec)
-    if path.suffix == ".npz":
-        arrays: Arrays = _npz(path)
-    elif path.is_dir():
-        arrays = _folder(path, manifest)
-    elif ":" in spec and "/" not in spec:
-        found = _call(spec)
-        if not isinstance(found, Mapping):
-            return found
-        arrays = found
-    else:
-        raise DataError(
-            f"data {spec!r} is neither an .npz file, a folder of .csv files nor module:function; "
-            "check the path and the working directory"
-        )
+    found = _folder(path, manifest) if path.is_dir() else _load(spec)
+    if not isinstance(found, Mapping):
+        return found
+    arrays: Arrays = found
     try:
         check(arrays, manifest)
     except DataError as error:
         raise DataError(f"data {spec!r}: {error}") from error
     return ArraySource({feature.name: arrays[feature.name] for feature in (*manifest.inputs, *manifest.targets)})
+
+
+def load_arrays(spec: str) -> Arrays:
+    """The arrays that ``spec`` (an ``.npz`` file or ``module:function``) names, before there is a bundle to fit.
+
+    Raises:
+        DataError: they cannot be read, or the function returns no arrays.
+    """
+    found = _load(spec)
+    if not isinstance(found, Mapping):
+        raise DataError(f"data {spec!r} is a data source of its own; expected arrays, which can be split")
+    return found
+
+
+def _load(spec: str) -> Arrays | DataSource:
+    path = Path(spec)
+    if path.suffix == ".npz":
+        return _npz(path)
+    if ":" in spec and "/" not in spec:
+        return _call(spec)
+    raise DataError(
+        f"data {spec!r} is neither an .npz file, a folder of .csv files nor module:function; "
+        "check the path and the working directory"
+    )
 
 
 def check(arrays: Arrays, manifest: Manifest) -> None:

@@ -98,7 +98,9 @@ class Step:
         self._anchor = np.zeros(layout.size if manifest.proximal else 0, np.float32)
         self._hypers = {name: np.zeros((), np.float32) for name in defaults(manifest)}
         self.loss = np.zeros((), np.float32)
-        self.metrics = {name: np.zeros((), np.float32) for name in manifest.metrics}
+        self.metrics = {name: np.zeros((), np.float32) for name in ("count", *manifest.metrics)}
+        # A graph may count its predictions, several of a sequence's row say; else the rows are counted.
+        self._counts = "sum.count" in {value.name for value in session.get_outputs()}
         self._now = 0
 
         given: dict[str, Array] = {f"hyper.{name}": value for name, value in self._hypers.items()}
@@ -110,6 +112,8 @@ class Step:
         if manifest.proximal:
             given |= {f"anchor.{name}": view for name, view in layout.views(self._anchor).items()}
         results = {"loss": self.loss, **_prefix("sum.", self.metrics)}
+        if not self._counts:
+            del results["sum.count"]
         models = [layout.views(model) for model in self._models]
         _expect(
             "train.onnx",
@@ -142,7 +146,9 @@ class Step:
             self._hypers[name][...] = value
 
     def run(self, feed: Feed, rows: int) -> None:
-        """One step; the two models change roles."""
+        """One step; the two models change roles, and ``loss`` and ``metrics`` hold the batch's mean loss and sums."""
+        if not self._counts:
+            self.metrics["count"][...] = rows
         self._bindings[self._now].run(feed, rows)
         self._now = 1 - self._now
 

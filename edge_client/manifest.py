@@ -1,7 +1,7 @@
 """What a bundle says of itself: ``manifest.json`` as typed structs.
 
-A bundle (``*.fedge``) is a zip, stored without compression, that holds ``manifest.json``, ``train.onnx``, ``eval.onnx``,
-``infer.onnx`` and ``weights.safetensors``. It holds no code and no pickle.
+A bundle (``*.fedge``) is a zip, stored without compression, that holds ``manifest.json``, ``train.onnx``,
+``eval.onnx``, ``infer.onnx`` and ``weights.safetensors``. It holds no code and no pickle.
 
 Graph inputs and outputs follow one naming scheme:
 
@@ -62,7 +62,7 @@ class Hyper(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The update rule inside ``train.onnx``; ``slots`` name its state, one tensor a slot for each trainable parameter."""
+    """The update rule inside ``train.onnx``; ``slots`` name its state, a tensor for each trainable parameter."""
 
     name: str
     slots: tuple[str, ...] = ()
@@ -100,6 +100,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parity: Parity | None = None
 
     def layout(self, *roles: Role) -> Layout:
-        """The layout of all parameters of the given roles, in the manifest's order; trainable ones when none is given."""
+        """The layout of all parameters of the given roles, in the manifest's order; of the trainable ones by default."""
         wanted = roles or ("trainable",)
         return Layout(tuple(TensorSpec(p.name, p.shape) for p in self.parameters if p.role in wanted))

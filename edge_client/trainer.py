@@ -6,11 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
 
-import msgspec
 import numpy as np
-from msgspec import Meta
 
 from edge_client import runtime
 from edge_client.bundle import Bundle
@@ -18,17 +15,7 @@ from edge_client.codec.layout import Vector
 from edge_client.data import DataSource
 from edge_client.errors import BundleError, DataError, TrainingError
 from edge_client.graphs import Evaluation, Feed, Step, defaults
-
-
-class TrainPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to train: passes over the data or a number of steps, the batch size, and what differs from the defaults."""
-
-    epochs: Annotated[int, Meta(ge=1, le=10_000)] = 1
-    steps: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
-    """Exactly so many steps, over as many passes as that takes; 0 leaves it to ``epochs``."""
-    batch_size: Annotated[int, Meta(ge=1, le=65_536)] = 32
-    hypers: dict[str, float] = {}
-    """Values by name (such as ``lr``) that replace the manifest's defaults."""
+from edge_client.wire.messages import TrainPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +31,9 @@ class TrainResult:
     steps: int
     seconds: float
     loss: float
-    """Mean over the samples of the last epoch, each at the weights of its step; NaN where nothing was trained."""
+    """Mean over what the last epoch counted, each at the weights of its step; NaN where nothing was trained."""
     metrics: dict[str, float]
-    """Sums over the last epoch: ``loss``, ``count`` and the manifest's metrics."""
+    """Sums over the last epoch: ``loss``, ``count`` (of predictions) and the manifest's metrics."""
     finished: bool
     """False where ``stop`` ended the run before its plan did."""
 
@@ -123,7 +110,7 @@ class Trainer:
         step.begin(received, self._buffers(buffers), hypers)
         started = time.perf_counter()
         steps, seen, finished = 0, 0, False
-        sums = dict.fromkeys(("loss", "count", *step.metrics), 0.0)
+        sums = dict.fromkeys(("loss", *step.metrics), 0.0)
         for epoch in itertools.count():
             before = steps
             for batch in source.batches(plan.batch_size, seed=_epoch_seed(seed, epoch)):
@@ -136,8 +123,7 @@ class Trainer:
                 for name, value in step.metrics.items():
                     sums[name] += value.item()
                 # The graph's loss is a mean, and the last batch may be smaller.
-                sums["loss"] += step.loss.item() * rows
-                sums["count"] += rows
+                sums["loss"] += step.loss.item() * step.metrics["count"].item()
                 steps += 1
                 seen += rows
                 if steps == plan.steps:

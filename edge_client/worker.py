@@ -8,7 +8,7 @@ import numpy as np
 
 from edge_client.bundle import Bundle
 from edge_client.codec.lattice import State, apply_delta, origin
-from edge_client.codec.layout import Layout, Vector
+from edge_client.codec.layout import Layout
 from edge_client.codec.quantize import pack_residual, unpack_residual
 from edge_client.codec.update import CodecSettings, encode_update
 from edge_client.data import DataSource
@@ -84,7 +84,7 @@ class Worker:
         if invitation.kind == "evaluate":
             sums = trainer.evaluate(received, self.test)
             scalars = {f"sum.{name}": value for name, value in sums.items()} | {"samples": float(self.test.samples)}
-            return encode_update({}, layouts, scalars, CodecSettings()).data, None
+            return encode_update({}, {}, scalars, CodecSettings()).data, None
         result = trainer.train(received, self.train, invitation.plan, seed=self._seed(invitation), stop=stop)
         if stop():
             raise TrainingError("stopped: the server has moved on")
@@ -100,12 +100,8 @@ class Worker:
         } | {f"sum.{name}": value for name, value in result.metrics.items()}
         settings = CodecSettings(kind=plan.kind, step=plan.step, dead_zone=plan.dead_zone)
         encoded = encode_update({"delta": delta}, layouts, scalars, settings)
-        return encoded.data, self._leftover(encoded.residual, delta, plan.kind != "none" and plan.feedback)
-
-    def _leftover(self, residual: Vector, delta: Vector, feedback: bool) -> bytes | None:
-        if not feedback or not np.isfinite(delta).all():
-            return None
-        return pack_residual(residual)
+        keep = plan.feedback and plan.kind != "none" and bool(np.isfinite(delta).all())
+        return encoded.data, pack_residual(encoded.residual, encoded.step) if keep else None
 
     def _seed(self, invitation: Invitation) -> int:
         """Each client and task shuffles its own way, and the same way again."""

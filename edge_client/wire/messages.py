@@ -1,7 +1,7 @@
 """Every message as a typed struct, in one numbered table.
 
-On the wire a message is the MessagePack array ``[protocol, number, body, signature]``: ``number`` is the message's place
-in `TABLE`, ``body`` the struct as an array, ``signature`` an empty byte string until federations sign what they say.
+On the wire a message is the MessagePack array ``[protocol, number, body, signature]``: ``number`` is its place in
+`TABLE`, ``body`` the struct as an array, ``signature`` an empty byte string until federations sign what they say.
 Decoding checks the type, length and range of each field; a payload that breaks any of them raises WireError.
 """
 
@@ -118,12 +118,15 @@ class Missing(Struct, frozen=True, array_like=True):
 
 
 class Offer(Struct, frozen=True, array_like=True):
-    """What the federation is about; retained. A higher epoch replaces everything said under a lower one."""
+    """What the federation is about; retained. A higher epoch replaces everything said under a lower one.
+
+    It does not name the model's version: that would fan one message out to the whole fleet each round. A client learns
+    the version with its invitation, the only moment at which it matters.
+    """
 
     federation: FederationName
     epoch: Natural
     bundle: BlobRef
-    version: Natural
     spread: Seconds
     """A client waits a random part of this before it answers, so that a fleet does not answer as one."""
     heartbeat: Annotated[float, Meta(ge=1, le=1e6)] = 300.0

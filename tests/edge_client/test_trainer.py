@@ -10,7 +10,8 @@ import pytest
 from edge_client.bundle import Bundle
 from edge_client.data import ArraySource
 from edge_client.errors import BundleError, CodecError, DataError, TrainingError
-from edge_client.trainer import Trainer, TrainPlan, _epoch_seed
+from edge_client.trainer import Trainer, _epoch_seed
+from edge_client.wire.messages import TrainPlan
 from tests.toy import reference_step, toy_bundle, toy_data
 
 SEED = 5

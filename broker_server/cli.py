@@ -1,0 +1,198 @@
+"""The sub-commands of the server: serve, simulate, status, models, demo."""
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from broker_server.config import Federation, load
+from broker_server.ledger import BEST, Ledger, Round
+from broker_server.report import human_bytes, table
+from broker_server.server import Outcome, Server, broker, server_link
+from broker_server.simulation import Simulated
+from broker_server.simulation import simulate as run_simulation
+from edge_client.errors import ConfigError, LedgerError
+
+_FILE = click.argument("file", type=click.Path(path_type=Path))
+
+
+@click.command()
+@_FILE
+def serve(file: Path) -> None:
+    """Run a federation: broker and server.
+
+    FILE is the federation's TOML file. Stopped and started again, the server goes on where it was.
+    """
+    settings, console = load(file), Console(stderr=True, highlight=False)
+
+    async def run() -> Outcome:
+        with broker(settings, console.print) as address:
+            link = server_link(settings, address)
+            server = Server(settings, console.print, link, on_round=lambda done: console.print(_line(done)))
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, server.stop, "stopped by signal")
+            return await server.run()
+
+    _tell(console, asyncio.run(run()))
+
+
+@click.command()
+@_FILE
+@click.option("--clients", type=click.IntRange(1), default=None, help="Emulated phones; replaces simulation.clients.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a setting, as stop.rounds=5.")
+@click.option("--json", "path", type=click.Path(path_type=Path), default=None, help="Write the results here.")
+def simulate(file: Path, clients: int | None, overrides: tuple[str, ...], path: Path | None) -> None:
+    """Run a federation with emulated phones: real broker, real protocol, real training.
+
+    FILE is the federation's TOML file; its [simulation] section describes the phones and their data.
+    """
+    replaced = dict(_override(text) for text in overrides)
+    if clients is not None:
+        replaced["simulation.clients"] = clients
+    settings = load(file, replaced)
+    console = Console(stderr=True, highlight=False)
+    with progress(settings, console) as bar:
+        result = asyncio.run(run_simulation(settings, console.print, bar))
+    console.print(table(result.rounds, metric=settings.stop.metric, title=settings.federation.name))
+    _tell(console, result.outcome)
+    fleet = result.fleet
+    console.print(f"{fleet.clients} phones sent {human_bytes(fleet.sent)} and received {human_bytes(fleet.received)}")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(results(result)), indent=2))
+
+
+@click.command()
+@_FILE
+def status(file: Path) -> None:
+    """Show what a federation has done so far, also while it runs."""
+    settings, console = load(file), Console(highlight=False)
+    with _ledger(settings) as ledger:
+        rounds = ledger.rounds()
+        open_tasks = ledger.open_tasks()
+        recorded = {(task.epoch, task.task): len(ledger.recorded(task.epoch, task.task)) for task in open_tasks}
+    if rounds:
+        console.print(table(rounds, metric=settings.stop.metric, title=settings.federation.name))
+    else:
+        console.print(f"{settings.federation.name}: no round is finished yet")
+    for task in open_tasks:
+        have = recorded[task.epoch, task.task]
+        console.print(f"round {task.round}: {task.kind} under way, {have} of {len(task.cohort)} results recorded")
+
+
+@click.command()
+@_FILE
+def models(file: Path) -> None:
+    """List the versions of the global model, and the deployable models that were written."""
+    settings, console = load(file), Console(highlight=False)
+    with _ledger(settings) as ledger:
+        versions, best = ledger.versions(), ledger.get(BEST)
+        metrics = {done.version: done.metrics for done in ledger.rounds()}
+    shown = Table("version", "round", settings.stop.metric, "kept", "", header_style="bold")
+    for version, made_in, kept in versions:
+        value = metrics.get(version, {}).get(settings.stop.metric)
+        marks = [name for name, which in (("best", best), ("last", str(versions[-1][0]))) if which == str(version)]
+        shown.add_row(
+            str(version),
+            str(made_in),
+            "" if value is None else f"{value:.4f}",
+            "yes" if kept else "",
+            ", ".join(marks),
+        )
+    console.print(shown)
+    for folder in sorted(Path(settings.federation.state, "models").glob("*")):
+        console.print(f"{folder.name}: {', '.join(sorted(entry.name for entry in folder.iterdir()))} in {folder}")
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True)
+def demo(output: Path) -> None:
+    """Train the digits on 20 emulated phones that see few classes each: offline, in less than a minute."""
+    from broker_server.demo import run_demo
+
+    run_demo(output, Console(highlight=False))
+
+
+class RoundBar:
+    """A progress bar that a round's result moves on: rounds, metric, bytes."""
+
+    def __init__(self, bar: Progress, task: TaskID, metric: str) -> None:
+        self._bar, self._task, self._metric, self._bytes = bar, task, metric, [0, 0]
+
+    def __call__(self, result: Round) -> None:
+        """Show one more round."""
+        self._bytes = [self._bytes[0] + result.bytes_up, self._bytes[1] + result.bytes_down]
+        value = result.metrics.get(self._metric)
+        shown = "" if value is None else f"{self._metric} {value:.4f} · "
+        traffic = f"up {human_bytes(self._bytes[0])} · down {human_bytes(self._bytes[1])}"
+        self._bar.update(self._task, advance=1, description=shown + traffic)
+
+
+@contextmanager
+def progress(settings: Federation, console: Console) -> Iterator[RoundBar]:
+    """A bar over the rounds that the settings allow."""
+    columns = (
+        TextColumn("round"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield RoundBar(
+            bar, bar.add_task("waiting for phones", total=settings.stop.rounds or None), settings.stop.metric
+        )
+
+
+def results(result: Simulated) -> dict[str, object]:
+    """A simulation as plain data, for JSON."""
+    return {
+        "rounds": [msgspec.to_builtins(done) for done in result.rounds],
+        "reason": result.outcome.reason,
+        "seconds": result.seconds,
+        "clients": result.fleet.clients,
+        "bytes_up": result.fleet.sent,
+        "bytes_down": result.fleet.received,
+        "dropped": result.fleet.dropped,
+        "peak_rss_mib": result.peak_rss_mib,
+        "models": {folder: msgspec.to_builtins(report) for folder, report in result.outcome.models.items()},
+    }
+
+
+def _line(done: Round) -> str:
+    shown = "".join(f" · {name} {value:.4f}" for name, value in sorted(done.metrics.items()))
+    traffic = f"up {human_bytes(done.bytes_up)} · down {human_bytes(done.bytes_down)}"
+    return f"round {done.round} · {done.clients} clients · {done.seconds:.1f} s · {traffic}{shown}"
+
+
+def _tell(console: Console, outcome: Outcome) -> None:
+    console.print(f"ended: {outcome.reason}")
+    for folder in outcome.models:
+        console.print(f"model: {folder}")
+
+
+@contextmanager
+def _ledger(settings: Federation) -> Iterator[Ledger]:
+    path = Path(settings.federation.state) / "ledger.db"
+    if not path.exists():
+        raise LedgerError(f"{path} does not exist: this federation has not been served yet; run `fedge serve` first")
+    with Ledger.read(path) as ledger:
+        yield ledger
+
+
+def _override(text: str) -> tuple[str, object]:
+    key, separator, value = text.partition("=")
+    if not separator or "." not in key:
+        raise ConfigError(f"--set {text!r}: expected section.key=value, such as stop.rounds=5")
+    try:
+        return key, msgspec.toml.decode(f"value = {value}".encode())["value"]
+    except msgspec.DecodeError:
+        return key, value

@@ -1,0 +1,230 @@
+"""What happens to a federation, and what its server does about it: the coordinator's events and actions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from broker_server.ledger import Round, Task
+from edge_client.events import Connected as Connected
+from edge_client.events import Disconnected as Disconnected
+from edge_client.events import Log as Log
+from edge_client.events import Publish as Publish
+from edge_client.events import Received as Received
+from edge_client.events import Subscribe as Subscribe
+from edge_client.events import Tick as Tick
+from edge_client.wire.messages import BlobRef
+
+# Events.
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A task, or the enlargement of its cohort, is in the ledger: its members may be invited."""
+
+    epoch: int
+    task: int
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An update is in the ledger and in the running sum."""
+
+    epoch: int
+    task: int
+    client: str
+    samples: int
+    scalars: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An update cannot be used; ``reason`` goes into its receipt."""
+
+    epoch: int
+    task: int
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the ledger says of an update to a task that is not open."""
+
+    epoch: int
+    task: int
+    client: str
+    status: Literal["recorded", "late", "void"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The delta from version ``held`` to ``version`` is built; ``ref`` is its blob."""
+
+    held: int
+    version: int
+    ref: BlobRef
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """A new version of the global model is in the ledger, and its task is closed."""
+
+    version: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The global model's metrics on the server's held-out data."""
+
+    version: int
+    metrics: Mapping[str, float]
+
+
+Event = (
+    Connected
+    | Disconnected
+    | Received
+    | Tick
+    | Opened
+    | Recorded
+    | Refused
+    | Answered
+    | Prepared
+    | Aggregated
+    | Evaluated
+)
+
+
+# Actions.
+
+
+@dataclass(frozen=True)
+class Retain:
+    """Publish a retained message; an empty payload clears it."""
+
+    topic: str
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class OpenTask:
+    """Write a task to the ledger; answer with Opened."""
+
+    task: Task
+
+
+@dataclass(frozen=True)
+class Enlarge:
+    """Add members to a task's cohort in the ledger; answer with Opened."""
+
+    epoch: int
+    task: int
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Check an update, write it to the ledger and add it to the sum; answer with Recorded or Refused."""
+
+    epoch: int
+    task: int
+    client: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Inquire:
+    """Look up an update to a task that is not open; answer with Answered."""
+
+    epoch: int
+    task: int
+    client: str
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Build the delta from version ``held`` to ``version``; answer with Prepared."""
+
+    held: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Turn a task's sum into the next version; answer with Aggregated. Versions not in ``keep`` may be forgotten.
+
+    ``result`` is what is known of the round so far. It goes into the ledger with the version, so that a server which
+    dies before the round is finished does not run it again.
+    """
+
+    epoch: int
+    task: int
+    result: Round
+    keep: frozenset[int]
+
+
+@dataclass(frozen=True)
+class CloseTask:
+    """Close a task without a new version: done when it was an evaluation, void when too few updates came."""
+
+    epoch: int
+    task: int
+    outcome: Literal["done", "void"]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a version on the server's held-out data; answer with Evaluated."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Retain these chunks of a built blob on the broker, all of them when ``indices`` is None."""
+
+    ref: BlobRef
+    indices: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Clear a blob's chunks from the broker and forget it."""
+
+    ref: BlobRef
+
+
+@dataclass(frozen=True)
+class FinishRound:
+    """Write a round's result to the ledger; ``best`` says whether its version is the best so far."""
+
+    result: Round
+    best: bool
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A stop condition holds."""
+
+    reason: str
+
+
+Action = (
+    Publish
+    | Subscribe
+    | Log
+    | Retain
+    | OpenTask
+    | Enlarge
+    | Record
+    | Inquire
+    | Prepare
+    | Aggregate
+    | CloseTask
+    | Evaluate
+    | Spread
+    | Sweep
+    | FinishRound
+    | Stop
+)

@@ -1,0 +1,139 @@
+"""The global model: its versions on the lattice, and the deltas that lead from one to another."""
+
+from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from broker_server.aggregation.optimizer import ServerOptimizer, pack, unpack
+from broker_server.config import Codec
+from broker_server.ledger import Ledger, Round, Version
+from edge_client.bundle import Bundle
+from edge_client.codec.lattice import (
+    LatticeState,
+    RawState,
+    State,
+    choose_exponent,
+    encode_delta,
+    origin,
+    pack_state,
+    place,
+    unpack_state,
+)
+from edge_client.codec.layout import Vector
+from edge_client.errors import LedgerError
+
+_CACHED = 8
+"""Versions kept unpacked; others are read from the ledger when a client that holds one comes back."""
+
+
+@dataclass(frozen=True)
+class _Head:
+    version: int
+    state: State
+    remainder: Vector
+    optimizer: Vector
+
+
+class Publication:
+    """All versions of one federation's model that a client may still hold.
+
+    Raises:
+        LedgerError: what the ledger holds does not fit the bundle or the settings.
+    """
+
+    def __init__(self, bundle: Bundle, ledger: Ledger, codec: Codec, optimizer: ServerOptimizer) -> None:
+        self._bundle = bundle
+        self._layout = bundle.layout
+        self._base = bundle.initial()
+        self._ledger = ledger
+        self._codec = codec
+        self._optimizer = optimizer
+        self._states: OrderedDict[int, State] = OrderedDict()
+        self._head = self._restore()
+
+    @property
+    def version(self) -> int:
+        """The newest version; 0 is the bundle's weights."""
+        return self._head.version
+
+    @property
+    def digest(self) -> bytes:
+        """Hash of the newest version's state."""
+        return self._head.state.digest()
+
+    def parameters(self, version: int | None = None) -> Vector:
+        """``[n_params] float32``: the trainable parameters of a version, the newest by default."""
+        state = self._head.state if version is None else self._state(version)
+        return state.parameters(self._base)
+
+    def delta(self, held: int) -> bytes:
+        """What leads a client from version ``held`` to the newest one."""
+        return encode_delta(self._state(held), self._head.state, self._layout)
+
+    def advance(self, aggregate: Vector, result: Round, *, closes: tuple[int, int], keep: Collection[int]) -> None:
+        """Step the server optimizer along ``aggregate`` (``[n_params] float32``) and publish what comes of it.
+
+        What rounding to the lattice leaves out is kept and added the next time. The new version, the close of its task
+        and the round's result are one transaction.
+        """
+        head = self._head
+        step, optimizer = self._optimizer.step(head.optimizer, aggregate)
+        target = head.state.parameters(self._base).astype(np.float64)
+        target += step
+        if self._codec.kind == "none":
+            state: State = RawState(target.astype(np.float32))
+            remainder = np.zeros(0, np.float32)
+        else:
+            if head.remainder.size:
+                target += head.remainder
+            previous = head.state.exponent if isinstance(head.state, LatticeState) and head.version else None
+            exponent = choose_exponent(float(np.std(step)), self._codec.lattice, previous)
+            state, remainder = place(target, self._base, exponent)
+        self._head = _Head(head.version + 1, state, remainder, optimizer)
+        with self._ledger.group():
+            self._ledger.publish(
+                Version(
+                    version=self._head.version,
+                    round=result.round,
+                    state=pack_state(state),
+                    remainder=remainder.astype("<f4").tobytes(),
+                    optimizer=pack(optimizer),
+                ),
+                closes=closes,
+            )
+            self._ledger.finish_round(result)
+            self._ledger.prune({*keep, head.version})
+        self._remember(self._head.version, state)
+
+    def _restore(self) -> _Head:
+        latest = self._ledger.latest()
+        start = self._optimizer.init(self._layout.size)
+        if latest is None:
+            return _Head(0, origin(self._layout.size), np.zeros(0, np.float32), start)
+        state = unpack_state(latest.state, self._layout)
+        if isinstance(state, RawState) != (self._codec.kind == "none"):
+            raise LedgerError("the ledger was written with another codec.kind; set it back, or use a new state folder")
+        remainder = np.frombuffer(latest.remainder, "<f4").astype(np.float32)
+        return _Head(latest.version, state, remainder, unpack(latest.optimizer, start))
+
+    def _state(self, version: int) -> State:
+        if version == self._head.version:
+            return self._head.state
+        if version == 0:
+            return origin(self._layout.size)
+        state = self._states.get(version)
+        if state is None:
+            stored = self._ledger.version(version)
+            if stored is None or not stored.state:
+                raise LedgerError(f"version {version} of the model is not in the ledger any more")
+            state = unpack_state(stored.state, self._layout)
+        self._remember(version, state)
+        return state
+
+    def _remember(self, version: int, state: State) -> None:
+        self._states[version] = state
+        self._states.move_to_end(version)
+        while len(self._states) > _CACHED:
+            self._states.popitem(last=False)

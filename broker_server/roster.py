@@ -1,0 +1,88 @@
+"""Who is there: what each client has said of itself, and the bytes that its transport has counted."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from broker_server.selection import Candidate
+from edge_client.wire.messages import Hello, Traffic
+
+
+@dataclass
+class Member:
+    """One client, as its last hello described it."""
+
+    boot: bytes
+    version: int
+    digest: bytes
+    samples: int
+    available: bool
+    present: bool = True
+    last_round: int = -1
+    traffic: Traffic = field(default_factory=Traffic)
+
+
+@dataclass
+class Roster:
+    """All clients that have said hello in this epoch.
+
+    ``counting`` says whether what a client counted before its first hello belongs to this run: not so after a restart
+    of the server, when it was counted already.
+    """
+
+    counting: bool = True
+    up: int = 0
+    """Bytes that clients have sent, as far as they have told."""
+    down: int = 0
+    _members: dict[str, Member] = field(default_factory=dict)
+
+    def hello(self, client: str, hello: Hello) -> Member:
+        """Take a hello; a new boot nonce is a new life of the client."""
+        before = self._members.get(client)
+        last_round = before.last_round if before is not None else -1
+        member = Member(hello.boot, hello.version, hello.digest, hello.samples, hello.available, last_round=last_round)
+        known = before is not None and before.boot == hello.boot
+        if before is not None and known:
+            member.traffic = before.traffic
+        elif before is None and not self.counting:
+            member.traffic = hello.traffic
+        self._members[client] = member
+        self.count(client, hello.traffic)
+        return member
+
+    def goodbye(self, client: str, boot: bytes) -> bool:
+        """A client is gone; False when that was an earlier life of it."""
+        member = self._members.get(client)
+        if member is None or member.boot != boot or not member.present:
+            return False
+        member.present = False
+        return True
+
+    def count(self, client: str, traffic: Traffic) -> None:
+        """Take a client's counters, which only ever grow within one life."""
+        member = self._members.get(client)
+        if member is None:
+            return
+        up, down = traffic.sent - member.traffic.sent, traffic.received - member.traffic.received
+        if up >= 0 and down >= 0:
+            self.up, self.down, member.traffic = self.up + up, self.down + down, traffic
+
+    def get(self, client: str) -> Member | None:
+        """One client, None when it has not said hello."""
+        return self._members.get(client)
+
+    def present(self) -> int:
+        """How many clients are there and may train."""
+        return sum(member.present and member.available for member in self._members.values())
+
+    def candidates(self, exclude: Iterable[str] = ()) -> list[Candidate]:
+        """Clients that may be asked."""
+        left_out = set(exclude)
+        return [
+            Candidate(client, member.samples, member.available, member.last_round)
+            for client, member in self._members.items()
+            if member.present and client not in left_out
+        ]
+
+    def versions(self) -> frozenset[int]:
+        """Versions of the model that some client holds."""
+        return frozenset(member.version for member in self._members.values())

@@ -1,0 +1,243 @@
+"""The driver of one federation: carries out what its coordinator decides, over a link, with one worker thread."""
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from broker_server import events as e
+from broker_server.artifacts import Report
+from broker_server.broker import EmbeddedBroker
+from broker_server.config import Federation
+from broker_server.coordinator import Coordinator, Restored
+from broker_server.ledger import Round
+from broker_server.worker import Worker
+from edge_client.errors import BundleError, ConfigError
+from edge_client.transport import Address, Link, MqttLink
+from edge_client.wire import transfer
+from edge_client.wire.messages import BlobRef
+from edge_client.wire.topics import Topics
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of the server ended: why, and the models that it wrote, by folder."""
+
+    reason: str
+    models: dict[str, Report]
+
+
+@dataclass
+class Server:
+    """One federation on an asyncio loop.
+
+    Raises (from `run`):
+        FedgeError: the bundle, the data, the ledger or the broker cannot be used.
+    """
+
+    settings: Federation
+    log: Callable[[str], None]
+    link: Link
+    on_round: Callable[[Round], None] = lambda _: None
+    on_start: Callable[[Restored], None] = lambda _: None
+    _pool: ThreadPoolExecutor = field(init=False)
+    _worker: Worker = field(init=False)
+    _coordinator: Coordinator = field(init=False)
+    _queue: "asyncio.Queue[e.Action]" = field(init=False, default_factory=asyncio.Queue)
+    _ended: "asyncio.Future[str]" = field(init=False)
+    _timer: asyncio.TimerHandle | None = field(init=False, default=None)
+    _retained: set[str] = field(init=False, default_factory=set)
+    _leftovers: list[str] = field(init=False, default_factory=list)
+
+    async def run(self) -> Outcome:
+        """Serve until a stop condition holds or `stop` is called; then write the models."""
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="worker")
+        tasks: list[asyncio.Future[None]] = []
+        try:
+            self._worker = await self._in_worker(self._open)
+            restored = await self._in_worker(self._worker.start)
+            self._leftovers = await self._in_worker(self._worker.leftovers)
+            self._coordinator = Coordinator(self.settings, restored)
+            for answer in await self._in_worker(lambda: list(self._worker.replay(restored))):
+                self._feed(answer)
+            self.on_start(restored)
+            tasks = [asyncio.ensure_future(self._work()), asyncio.ensure_future(self.link.run(self))]
+            everything: list[asyncio.Future[Any]] = [*tasks, self._ended]
+            await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+            reason = self._ended.result()
+            await self._queue.join()
+            models = await self._in_worker(self._worker.write_models)
+            self._clear()
+            return Outcome(reason, models)
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            if tasks:
+                await self.link.close()
+                tasks[0].cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            if hasattr(self, "_worker"):
+                await self._in_worker(self._worker.close)
+            self._pool.shutdown()
+
+    def stop(self, reason: str) -> None:
+        """End the run; the ledger keeps its state for the next one."""
+        if not self._ended.done():
+            self._ended.set_result(reason)
+
+    # What the link tells.
+
+    def connected(self) -> None:
+        """The broker has accepted the connection."""
+        for topic in self._leftovers:
+            self.link.publish(topic, b"", retain=True)
+        self._leftovers = []
+        self._feed(e.Connected())
+
+    def disconnected(self, reason: str) -> None:
+        """The connection is gone."""
+        self.log(f"{reason}; trying again")
+        self._feed(e.Disconnected())
+
+    def message(self, topic: str, payload: bytes) -> None:
+        """A message has arrived."""
+        self._feed(e.Received(topic, payload))
+
+    # What the coordinator decides.
+
+    def _feed(self, event: e.Event) -> None:
+        loop = asyncio.get_running_loop()
+        for action in self._coordinator.handle(event, loop.time()):
+            self._act(action)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        wake = self._coordinator.wake
+        if wake is not None and not self._ended.done():
+            self._timer = loop.call_at(wake, self._feed, e.Tick())
+
+    def _act(self, action: e.Action) -> None:
+        match action:
+            case e.Publish(topic, payload):
+                self.link.publish(topic, payload)
+            case e.Subscribe(topics):
+                self.link.subscribe(topics)
+            case e.Retain(topic, payload):
+                self.link.publish(topic, payload, retain=True)
+            case e.Log(text):
+                self.log(text)
+            case e.Stop(reason):
+                self.stop(reason)
+            case _:
+                self._queue.put_nowait(action)
+                if isinstance(action, e.FinishRound):
+                    self.on_round(action.result)
+
+    async def _work(self) -> None:
+        """Feed the worker: updates that wait together are recorded in one commit."""
+        while True:
+            batch = [await self._queue.get()]
+            while isinstance(batch[-1], e.Record) and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            try:
+                await self._batch(batch)
+            finally:
+                for _ in batch:
+                    self._queue.task_done()
+
+    async def _batch(self, batch: list[e.Action]) -> None:
+        together = [action for action in batch if isinstance(action, e.Record)]
+        if together:
+            for answer in await self._in_worker(lambda: self._worker.perform_all(together)):
+                if answer is not None:
+                    self._feed(answer)
+        for action in batch[len(together) :]:
+            match action:
+                case e.Spread(ref, indices):
+                    await self._spread(ref, indices)
+                case e.Sweep(ref):
+                    await self._sweep(ref)
+                case _:
+                    answer = await self._in_worker(lambda action=action: self._worker.perform(action))  # type: ignore[misc]
+                    if answer is not None:
+                        self._feed(answer)
+
+    async def _spread(self, ref: BlobRef, indices: tuple[int, ...] | None) -> None:
+        wanted = tuple(range(transfer.count(ref))) if indices is None else indices
+        topics = Topics(self.settings.federation.name)
+        names = [topics.published(ref.sha256, index) for index in wanted]
+        if indices is None:
+            await self._in_worker(lambda: self._worker.retain(names))
+            self._retained.update(names)
+        for index, data in self._worker.chunks(ref, wanted):
+            self.link.publish(topics.published(ref.sha256, index), data, retain=True)
+
+    async def _sweep(self, ref: BlobRef) -> None:
+        topics = Topics(self.settings.federation.name)
+        names = [topics.published(ref.sha256, index) for index in range(transfer.count(ref))]
+        for name in names:
+            self.link.publish(name, b"", retain=True)
+        self._retained.difference_update(names)
+        await self._in_worker(lambda: self._worker.release(names, ref))
+
+    def _clear(self) -> None:
+        """Leave nothing on a broker that outlives this server but the offer, which says whether all is over."""
+        for name in self._retained:
+            self.link.publish(name, b"", retain=True)
+
+    async def _in_worker(self, job: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, job)
+
+    def _open(self) -> Worker:
+        path = Path(self.settings.federation.bundle)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BundleError(f"bundle {path}: {error.strerror}; make it with `fedge export`") from error
+        return Worker(self.settings, data)
+
+
+@contextlib.contextmanager
+def broker(settings: Federation, log: Callable[[str], None]) -> Iterator[Address]:
+    """The broker that the settings name, or an embedded one on loopback for as long as the context lasts.
+
+    Raises:
+        ConfigError, TransportError: it cannot be started, or its address or password file cannot be used.
+    """
+    wanted = settings.broker
+    if not wanted.url:
+        folder = Path(settings.federation.state) / "broker"
+        with EmbeddedBroker.start(folder, kind=wanted.kind, host=wanted.host, port=wanted.port) as embedded:
+            log(f"broker: {embedded.kind} on {embedded.url}")
+            yield Address.parse(embedded.url)
+        return
+    address = Address.parse(wanted.url)
+    if wanted.username:
+        address = dataclasses.replace(address, username=wanted.username, password=_password(wanted.password_file))
+    log(f"broker: {address}")
+    yield address
+
+
+def server_link(settings: Federation, address: Address, *, attempts: int = 0) -> MqttLink:
+    """The server's own connection to its broker."""
+    return MqttLink(address, f"fedge-{settings.federation.name}-server", attempts=attempts)
+
+
+def _password(path: str) -> str | None:
+    if not path:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"broker.password_file {path}: {error}; expected a file with the password") from error

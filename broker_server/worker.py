@@ -1,0 +1,208 @@
+"""The server's heavy work, one action at a time: check and record updates, aggregate, build deltas, evaluate.
+
+One thread does all of it, in the order in which the coordinator asked, because the ledger has one writer and updates
+are added to the sum in ledger order: a replay after a crash then gives the same bits.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from broker_server import events as e
+from broker_server.aggregation.optimizer import sgd
+from broker_server.aggregation.streaming import fedavg
+from broker_server.artifacts import Report, write_artifacts
+from broker_server.config import Federation
+from broker_server.coordinator import Restored
+from broker_server.evaluation import HeldOut
+from broker_server.ledger import BEST, Ledger
+from broker_server.publication import Publication
+from edge_client.bundle import Bundle
+from edge_client.codec.layout import Vector
+from edge_client.codec.update import decode_update, max_update_bytes
+from edge_client.errors import CodecError
+from edge_client.wire import transfer
+from edge_client.wire.messages import BlobRef
+
+_SAMPLES_LIMIT = 2**29
+"""More samples than this of one client are refused: their product with an update would not be exact any more."""
+
+
+class Worker:
+    """What the coordinator's actions work on; every call comes from the thread that made it.
+
+    Raises:
+        BundleError, DataError, LedgerError: what the settings name cannot be used.
+    """
+
+    def __init__(self, settings: Federation, bundle_bytes: bytes) -> None:
+        self.bundle = Bundle.from_bytes(bundle_bytes)
+        self._settings = settings
+        self._state = Path(settings.federation.state)
+        self._state.mkdir(parents=True, exist_ok=True)
+        held_out = settings.evaluation.data
+        self._held_out = (
+            HeldOut.open(self.bundle, held_out, batch_size=settings.evaluation.batch_size) if held_out else None
+        )
+        self._ledger = Ledger.open(
+            self._state / "ledger.db", federation=settings.federation.name, bundle=self.bundle.digest
+        )
+        optimizer = sgd(settings.aggregation.learning_rate, settings.aggregation.momentum)
+        self._publication = Publication(self.bundle, self._ledger, settings.codec, optimizer)
+        self._aggregator = fedavg(settings.aggregation.weights)
+        self._sum = self._aggregator.init(self.bundle.layout.size)
+        self._kind: Literal["train", "evaluate"] = "train"
+        self._blobs: dict[bytes, bytes] = {}
+        self._bundle_ref = self._blob(bundle_bytes)
+
+    def start(self) -> Restored:
+        """Begin a new epoch where the ledger left off."""
+        open_tasks = self._ledger.open_tasks()
+        for stale in open_tasks[:-1]:
+            self._ledger.close_task(stale.epoch, stale.task, "void")
+        rounds = tuple(self._ledger.rounds())
+        return Restored(
+            epoch=self._ledger.new_epoch(),
+            version=self._publication.version,
+            digest=self._publication.digest,
+            bundle=self._bundle_ref,
+            update_limit=max_update_bytes({"delta": self.bundle.layout}),
+            last_task=self._ledger.last_task(),
+            rounds=rounds,
+            open_task=open_tasks[-1] if open_tasks else None,
+        )
+
+    def replay(self, restored: Restored) -> Iterator[e.Event]:
+        """Add up again what was recorded for the task that was under way."""
+        task = restored.open_task
+        if task is None:
+            return
+        self._kind = task.kind
+        for client, samples, data in self._ledger.updates(task.epoch, task.task):
+            _, scalars, delta = self._decode(data)
+            if delta is not None:
+                self._sum = self._aggregator.add(self._sum, delta, samples)
+            yield e.Recorded(task.epoch, task.task, client, samples, scalars)
+
+    def leftovers(self) -> list[str]:
+        """Topics on which an earlier run may have left chunks."""
+        return self._ledger.retained()
+
+    def perform_all(self, actions: Sequence[e.Action]) -> list[e.Event | None]:
+        """Carry out several actions in one commit: all of them are on the disk before any answer is known."""
+        with self._ledger.group():
+            return [self.perform(action) for action in actions]
+
+    def perform(self, action: e.Action) -> e.Event | None:
+        """Carry out one action; its answer, where it has one."""
+        match action:
+            case e.OpenTask(task):
+                self._kind = task.kind
+                self._sum = self._aggregator.init(self.bundle.layout.size)
+                self._ledger.open_task(msgspec.structs.replace(task, opened=time.time()))
+                return e.Opened(task.epoch, task.task)
+            case e.Enlarge(epoch, number, clients):
+                self._ledger.invite(epoch, number, clients)
+                return e.Opened(epoch, number)
+            case e.Record():
+                return self._record(action)
+            case e.Inquire():
+                return self._inquire(action)
+            case e.Prepare(held, version):
+                return e.Prepared(held, version, self._blob(self._publication.delta(held)))
+            case e.Aggregate(epoch, number, result, keep):
+                aggregate = self._aggregator.finish(self._sum)
+                self._publication.advance(aggregate, result, closes=(epoch, number), keep=keep)
+                return e.Aggregated(self._publication.version, self._publication.digest)
+            case e.CloseTask(epoch, number, outcome):
+                self._ledger.close_task(epoch, number, outcome)
+            case e.Evaluate(version):
+                assert self._held_out is not None
+                return e.Evaluated(version, self._held_out.evaluate(self._publication.parameters(version)))
+            case e.FinishRound(result, best):
+                with self._ledger.group():
+                    self._ledger.finish_round(result)
+                    if best:
+                        self._ledger.put(BEST, str(result.version))
+            case _:
+                raise AssertionError(f"{action} is not for the worker")
+        return None
+
+    def chunks(self, ref: BlobRef, indices: tuple[int, ...]) -> list[tuple[int, bytes]]:
+        """Chunks of a blob that this worker built; none once it is forgotten."""
+        data = self._blobs.get(ref.sha256)
+        return [] if data is None else [(index, transfer.piece(data, ref, index)) for index in indices]
+
+    def retain(self, topics: list[str]) -> None:
+        """Note topics before anything is retained on them."""
+        self._ledger.retain(topics)
+
+    def release(self, topics: list[str], ref: BlobRef | None = None) -> None:
+        """Forget topics that are cleared, and the blob that they carried."""
+        if ref is not None:
+            self._blobs.pop(ref.sha256, None)
+        self._ledger.released(topics)
+
+    def write_models(self) -> dict[str, Report]:
+        """Write the best and the last version as deployable models, and what they are worth; by folder."""
+        best = int(self._ledger.get(BEST) or self._publication.version)
+        data = self._held_out.source if self._held_out is not None else None
+        reports = {}
+        for name, version in (("best", best), ("last", self._publication.version)):
+            vector, about = self._publication.parameters(version), {"version": version}
+            folder = self._state / "models" / name
+            reports[str(folder)] = write_artifacts(folder, self.bundle, vector, data=data, about=about)
+        return reports
+
+    def close(self) -> None:
+        """Close the ledger."""
+        self._ledger.close()
+
+    def _record(self, action: e.Record) -> e.Event:
+        try:
+            samples, scalars, delta = self._decode(action.data)
+        except CodecError as error:
+            return e.Refused(action.epoch, action.task, action.client, str(error))
+        added = self._ledger.record(action.epoch, action.task, action.client, action.data, samples)
+        if added and delta is not None:
+            self._sum = self._aggregator.add(self._sum, delta, samples)
+        return e.Recorded(action.epoch, action.task, action.client, samples, scalars)
+
+    def _decode(self, data: bytes) -> tuple[int, dict[str, float], Vector | None]:
+        """Samples, scalars and, of a training task, the delta of an update.
+
+        Raises:
+            CodecError: it is damaged, is for another bundle, is not finite or counts no samples.
+        """
+        train = self._kind == "train"
+        update = decode_update(data, {"delta": self.bundle.layout} if train else {})
+        samples = update.scalars.get("samples", 0.0)
+        if not 1 <= samples < _SAMPLES_LIMIT:
+            raise CodecError(f"update counts {samples:g} samples; expected 1 to {_SAMPLES_LIMIT - 1}")
+        delta = update.vectors.get("delta")
+        if delta is not None and not np.isfinite(delta).all():
+            raise CodecError("update holds NaN or infinite values: training diverged; a lower learning rate may help")
+        finite = {name: value for name, value in update.scalars.items() if math.isfinite(value)}
+        return int(samples), finite, delta
+
+    def _inquire(self, action: e.Inquire) -> e.Event:
+        outcome = self._ledger.outcome(action.epoch, action.task)
+        if outcome == "void":
+            status: Literal["recorded", "late", "void"] = "void"
+        elif action.client in self._ledger.recorded(action.epoch, action.task):
+            status = "recorded"
+        else:
+            status = "late"
+        return e.Answered(action.epoch, action.task, action.client, status)
+
+    def _blob(self, data: bytes) -> BlobRef:
+        limits = self._settings.transfer
+        ref = transfer.refer(data, chunk=limits.chunk, inline=limits.inline)
+        if ref.inline is None:
+            self._blobs[ref.sha256] = data
+        return ref

@@ -1,0 +1,181 @@
+"""The ``fedge`` command: what a device can do, and the sub-commands that the other rooms bring."""
+
+import asyncio
+import re
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+import click
+
+from edge_client.data import ArraySource, DataSource, open_data, split
+from edge_client.device import Device, Workshop
+from edge_client.errors import ConfigError, FedgeError
+from edge_client.manifest import Manifest
+from edge_client.store import FileCopies, Store
+from edge_client.transport import Address, Link, MqttLink
+
+_EXTRAS = {"broker_server": "server", "export": "export"}
+
+
+class _Commands(click.Group):
+    """Sub-commands by entry point, loaded when they are called: a device does not import what it has not got."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(point.name for point in _points())
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for point in _points():
+            if point.name == cmd_name:
+                return _load(point)
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is not None:
+                rows.append((name, command.get_short_help_str(80)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def _points() -> list[EntryPoint]:
+    return list(entry_points(group="fedge.commands"))
+
+
+def _load(point: EntryPoint) -> click.Command:
+    try:
+        command = point.load()
+    except ModuleNotFoundError as error:
+        return _missing(point, error.name or "a package")
+    assert isinstance(command, click.Command)
+    return command
+
+
+def _missing(point: EntryPoint, package: str) -> click.Command:
+    extra = _EXTRAS.get(point.module.split(".")[0], "demo")
+    if point.name == "demo":
+        extra = "demo"
+
+    @click.command(
+        point.name,
+        short_help=f"(needs the extra {extra!r}: pip install 'fedge[{extra}]')",
+        context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    )
+    @click.argument("rest", nargs=-1, type=click.UNPROCESSED)
+    def refuse(rest: tuple[str, ...]) -> None:
+        raise ConfigError(f"{point.name!r} needs {package}, which is not installed here: pip install 'fedge[{extra}]'")
+
+    return refuse
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fedge")
+def cli() -> None:
+    """Federated learning on real edge devices, over MQTT."""
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one line on standard error and exit status 2."""
+    if sys.maxsize < 2**32:
+        click.echo("fedge: this Python is 32-bit, ONNX Runtime has no 32-bit build: use a 64-bit system", err=True)
+        sys.exit(2)
+    try:
+        cli()
+    except FedgeError as error:
+        click.echo(f"fedge: {error}", err=True)
+        sys.exit(2)
+
+
+@click.command()
+@click.argument("url")
+@click.option("--id", "client", required=True, help="This device's name in the federation, unique in it.")
+@click.option("--data", required=True, help="An .npz file, a folder of .csv files, or module:function.")
+@click.option("--federation", default=None, help="The federation's name; also as the URL's path.  [default: default]")
+@click.option("--holdout", default=0.0, help="Share of the samples to evaluate on instead of training.")
+@click.option("--state", type=click.Path(path_type=Path), default=None, help="Folder for this device's state.")
+@click.option("--threads", default=1, help="Threads to train with.", show_default=True)
+@click.option("--once", is_flag=True, help="Leave when the federation has finished.")
+def join(
+    url: str,
+    client: str,
+    data: str,
+    federation: str | None,
+    holdout: float,
+    state: Path | None,
+    threads: int,
+    once: bool,
+) -> None:
+    """Be a client: train when invited, upload, keep going.
+
+    URL is the broker's, mqtt://[user:password@]host[:port][/federation]. A broker that cannot be reached is tried
+    again, with growing pauses, until it can.
+    """
+    address = Address.parse(url)
+    name = federation or address.federation or "default"
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}", client):
+        raise ConfigError(f"--id {client!r}: expected 1 to 64 letters, digits, dots, dashes or underscores")
+    if not 0 <= holdout < 1:
+        raise ConfigError(f"--holdout {holdout}: expected 0 or more and less than 1")
+    folder = state or Path.home() / ".local" / "state" / "fedge" / name / client
+
+    def connect(will: tuple[str, bytes]) -> Link:
+        return MqttLink(address, f"fedge-{name}-{client}", will)
+
+    def open_sources(manifest: Manifest) -> tuple[DataSource, DataSource]:
+        source = open_data(data, manifest)
+        if holdout and isinstance(source, ArraySource):
+            return split(source, holdout, seed=0)
+        return source, source
+
+    def log(line: str) -> None:
+        click.echo(line, err=True)
+
+    async def run() -> None:
+        workshop = Workshop(1, threads=threads)
+        device = Device(
+            client=client,
+            federation=name,
+            connect=connect,
+            store=Store(folder),
+            copies=FileCopies(folder),
+            workshop=workshop,
+            open_data=open_sources,
+            log=log,
+        )
+        log(f"{client}: joining {name!r} at {address}")
+        try:
+            await run_until_signal(device.run, device.close, device.done if once else None)
+        finally:
+            workshop.close()
+
+    asyncio.run(run())
+
+
+async def run_until_signal(
+    run: Callable[[], Coroutine[None, None, None]],
+    close: Callable[[], Coroutine[None, None, None]],
+    done: asyncio.Event | None = None,
+) -> None:
+    """Run until SIGTERM, SIGINT or ``done``, then close in good order."""
+    loop = asyncio.get_running_loop()
+    over = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, over.set)
+    life = asyncio.ensure_future(run())
+    ends = [asyncio.ensure_future(over.wait())]
+    if done is not None:
+        ends.append(asyncio.ensure_future(done.wait()))
+    await asyncio.wait((life, *ends), return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
+    if not life.done():
+        await close()
+    await life
+
+
+if __name__ == "__main__":
+    main()
