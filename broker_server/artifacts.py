@@ -149,7 +149,8 @@ def _write(
 ) -> Report:
     manifest = bundle.manifest
     facts = {key: str(value) for key, value in {"name": manifest.name, "bundle": bundle.digest, **about}.items()}
-    safetensors.numpy.save_file(dict(tensors), folder / TENSORS, metadata=facts)
+    # Not save_file, which makes a file that only its owner may read.
+    (folder / TENSORS).write_bytes(safetensors.numpy.save(dict(tensors), metadata=facts))
     model = with_weights(bundle.infer, tensors)
     onnx.checker.check_model(model)
     (folder / FP32).write_bytes(model.SerializeToString())

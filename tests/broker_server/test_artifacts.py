@@ -40,6 +40,7 @@ def test_what_is_written(bundle, held_out, vector, tmp_path):
     report = write_artifacts(folder, bundle, vector, data=held_out, about={"version": 7, "round": 3})
     assert {path.name for path in folder.iterdir()} == FILES
     assert [path.name for path in folder.parent.iterdir()] == ["best"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "who may read one may read all"
     written = json.loads((folder / "report.json").read_text())
     assert written["about"] == {"version": 7, "round": 3}
     assert written["samples"] == 400

@@ -82,6 +82,7 @@ chunk = 1024
 window = 4
 uploads = 8
 inline = 0
+spread = 5
 [simulation]
 clients = 30
 data = "my_data:readings"
@@ -89,7 +90,9 @@ split = "natural"
 alpha = 1
 shards = 3
 key = "writer"
+label = "digit"
 test_fraction = 0.1
+holdout = 0.2
 slots = 2
 availability = 0.5
 dropout = 0.1

@@ -46,8 +46,10 @@ def test_a_task_survives_reopening_with_its_cohort_in_order(tmp_path):
     with open_ledger(tmp_path) as ledger:
         assert ledger.open_tasks() == [task(cohort=("z", "a", "m"))]
         assert ledger.last_task() == 1
+        assert ledger.outcome(1, 1) is None
         ledger.close_task(1, 1, "void")
         assert ledger.open_tasks() == []
+        assert ledger.outcome(1, 1) == "void"
         with pytest.raises(LedgerError, match="task 1/1 is not open"):
             ledger.close_task(1, 1, "done")
 
