@@ -11,7 +11,7 @@ import numpy as np
 
 from edge_client.errors import ExportError
 from export.lower import Lowering, Rule, Value
-from export.operators import INVERSE_SQRT_TAU, operand, pool_attributes
+from export.operators import INVERSE_SQRT_TAU, operand, pool_attributes, pooled_slabs, tiles
 
 
 def _threshold(b: Lowering, out: Value, grad: Value, result: Value, threshold: float) -> str:
@@ -120,16 +120,34 @@ def _max_pool(
     """Each output's gradient goes to the first maximum of its window, as in PyTorch."""
     attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
     spread = [int(d) for d in dilation] * (1 if len(dilation) == x.rank - 2 else x.rank - 2)
+    if tiles(x, attributes, spread):
+        return _max_pool_by_slabs(b, grad, x, attributes["kernel_shape"])
     _, indices = b.ops("MaxPool", 2, x.name, dilations=spread, **attributes)
-    if attributes["kernel_shape"] == attributes["strides"] and not any(padding) and not ceil and set(spread) == {1}:
-        # Windows do not overlap: every position has one gradient at most. The output's shape settles odd remainders.
-        window = {"kernel_shape": attributes["kernel_shape"], "strides": attributes["strides"]}
-        return b.op("MaxUnpool", grad.name, indices, b.sizes(x.shape), **window)
     flat = b.op("Reshape", b.zeros(x.shape, out.dtype), b.ints([-1]))
     summed = b.op(
         "ScatterElements", flat, b.reshape(indices, [-1]), b.reshape(grad.name, [-1]), axis=0, reduction="add"
     )
     return b.reshape(summed, x.shape)
+
+
+def _max_pool_by_slabs(b: Lowering, grad: Value, x: Value, kernel: Sequence[int]) -> str:
+    """What a slab of window positions takes is gone for those after it: that is how the first maximum wins."""
+    rank, channels = x.rank, x.shape[1]
+    last, first = [0, *range(2, rank), 1], [0, rank - 1, *range(1, rank - 1)]
+    sizes = grad.static(*range(2, rank))
+    slabs, top = pooled_slabs(b, x, kernel, sizes)
+    thin = [n for size in sizes for n in (size, 1)]
+    left = b.reshape(b.transpose(grad.name, last), [x.shape[0], *thin, channels])
+    parts: list[str] = []
+    for slab in slabs[:-1]:
+        taken = b.op("Mul", left, b.cast(b.op("Equal", slab, top), "bool", x.dtype))
+        left = b.op("Sub", left, taken)
+        parts.append(taken)
+    parts.append(left)
+    for axis in range(2 * len(kernel), 0, -2):
+        k = kernel[axis // 2 - 1]
+        parts = [b.op("Concat", *parts[i : i + k], axis=axis) for i in range(0, len(parts), k)]
+    return b.transpose(b.reshape(parts[0], [x.shape[a] for a in last]), first)
 
 
 def _avg_pool(

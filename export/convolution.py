@@ -1,8 +1,7 @@
 """The gradients of convolution, in the form that ONNX Runtime computes fastest.
 
 Formulas: the input's gradient is a transposed convolution of the output's gradient with the same weights; the weight's is a
-matrix product of the output's gradient with the input's columns (im2col). onnxruntime multiplies about twice as
-fast with the columns as the left operand.
+matrix product, for each tap of the kernel, of the input that the tap sees with the output's gradient.
 """
 
 import itertools
@@ -10,6 +9,9 @@ from collections.abc import Sequence
 
 from edge_client.errors import ExportError
 from export.lower import Lowering, Rule, Value
+
+FEW_CHANNELS = 4
+"""Up to so many input channels, a tap sees runs too short to copy fast and too few for a matrix product."""
 
 
 def _backward(
@@ -87,7 +89,8 @@ class Geometry:
         """The gradient of the weights of ``grad``'s shape's convolution of ``x``: ``[out, in / groups, *kernel]``."""
         out_channels, in_channels = grad.static(1)[0], x.static(1)[0]
         if self.groups == 1:
-            return self._by_columns(b, grad, x, weight)
+            few = in_channels <= FEW_CHANNELS
+            return (self._by_convolution if few else self._by_products)(b, grad, x, weight)
         if self.groups == in_channels == out_channels:
             return self._by_taps(b, grad, x, weight)
         raise ExportError(
@@ -113,21 +116,38 @@ class Geometry:
             slices.append(b.op("Slice", padded, b.ints(starts), b.ints(ends), b.ints(spatial), *steps))
         return slices
 
-    def _by_columns(self, b: Lowering, grad: Value, x: Value, weight: Value) -> str:
+    def _by_products(self, b: Lowering, grad: Value, x: Value, weight: Value) -> str:
         # Channels last, so that a tap of all channels is one run of memory: [N, *spatial, C].
         last = [0, *range(2, x.rank), 1]
         out_channels, in_channels = grad.static(1)[0], x.static(1)[0]
         kernel = weight.static(*range(2, weight.rank))
         moved = Value(b.transpose(x.name, last), tuple(x.shape[a] for a in last), x.dtype)
         taps = self._taps(b, grad, moved, range(1, x.rank - 1), weight)
-        columns = b.op("Concat", *taps, axis=-1) if len(taps) > 1 else taps[0]
-        width = len(taps) * in_channels
-        left = b.op("Reshape", columns, b.ints([-1, width]))
         right = b.op("Reshape", b.transpose(grad.name, last), b.ints([-1, out_channels]))
-        product = b.op("Gemm", left, right, transA=1)
+        # One product for each tap: joining the columns first costs more than the multiplication (12 ms against 10 for
+        # 5x5, 32 to 64 channels), and takes 25 times the input's memory.
+        products = [b.op("Gemm", b.op("Reshape", t, b.ints([-1, in_channels])), right, transA=1) for t in taps]
+        product = b.op("Concat", *products, axis=0) if len(products) > 1 else products[0]
         shaped = b.op("Reshape", product, b.ints([*kernel, in_channels, out_channels]))
         n = len(kernel)
         return b.transpose(shaped, [n + 1, n, *range(n)])
+
+    def _by_convolution(self, b: Lowering, grad: Value, x: Value, weight: Value) -> str:
+        # The output's gradient as kernel over the input, batch and channels swapped; stride and dilation change places.
+        swap = [1, 0, *range(2, x.rank)]
+        result = b.op(
+            "Conv",
+            b.transpose(x.name, swap),
+            b.transpose(grad.name, swap),
+            strides=self.dilation,
+            pads=self.padding * 2,
+            dilations=self.stride,
+        )
+        spatial = range(2, x.rank)
+        kernel = weight.static(*spatial)
+        # A remainder of the stride leaves rows that belong to no weight.
+        cut = b.op("Slice", result, b.ints([0] * len(kernel)), b.ints(kernel), b.ints(spatial))
+        return b.transpose(cut, swap)
 
     def _by_taps(self, b: Lowering, grad: Value, x: Value, weight: Value) -> str:
         kernel = weight.static(*range(2, weight.rank))

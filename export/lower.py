@@ -190,7 +190,7 @@ def _lower_node(builder: Lowering, node: fx.Node, values: Mapping[fx.Node, Any],
     rule = rules.get(name)
     if rule is None:
         raise ExportError(f"module {_origin(node)!r} uses {name}, which has no rule yet; replace it in the model")
-    shape = described("", found) if isinstance(found, torch.Tensor) else [described("", v) for v in found]
+    shape = described("", found) if isinstance(found, torch.Tensor) else _parts(node, found)
     try:
         result = rule(builder, shape, *arguments, **named)
     except ExportError as error:
@@ -198,6 +198,12 @@ def _lower_node(builder: Lowering, node: fx.Node, values: Mapping[fx.Node, Any],
     if isinstance(result, tuple):
         return tuple(None if r is None or f is None else described(r, f) for r, f in zip(result, found, strict=True))
     return result if isinstance(result, Value) else described(result, found)
+
+
+def _parts(node: fx.Node, found: Sequence[Any]) -> list[Value | None]:
+    """An operator's several results; None for those that nothing reads."""
+    read = {user.args[1] for user in node.users}
+    return [described("", part) if i in read and part is not None else None for i, part in enumerate(found)]
 
 
 def _getitem() -> object:
