@@ -7,10 +7,10 @@ up without loss. With codec ``none`` a version is its float32 values, and a delt
 
 Byte formats, version 1
 -----------------------
-*Digest of a state*: BLAKE2b, 32 bytes. A lattice state's is over the byte ``L``, its exponent as int32, a byte ``w`` and
-all ``k`` as integers of ``w`` bytes, little-endian; ``w`` is 1 if all ``|k| < 2^7``, else 2 if all ``|k| < 2^15``, else
-4, and where all ``k`` are zero the exponent is taken as 0. A raw state's is over the byte ``R`` and its float32 values,
-little-endian.
+*Digest of a state*: BLAKE2b, 32 bytes. A lattice state's is over the byte ``L``, its exponent as int32, a byte ``w``
+and all ``k`` as integers of ``w`` bytes, little-endian; ``w`` is 1 if all ``|k| < 2^7``, else 2 if all ``|k| < 2^15``,
+else 4, and where all ``k`` are zero the exponent is taken as 0. A raw state's is over the byte ``R`` and its float32
+values, little-endian.
 
 *Delta*: ``FD``, version byte 1, kind byte, the first 8 bytes of the old state's digest, the first 16 of the new one's,
 then

@@ -1,0 +1,84 @@
+"""The table of example vectors that the codec's tests share."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from edge_client.codec.layout import Layout, TensorSpec, Vector
+
+CONV = Layout(
+    (
+        TensorSpec("conv.weight", (16, 4, 5, 5)),
+        TensorSpec("conv.bias", (16,)),
+        TensorSpec("fc.weight", (64, 256)),
+        TensorSpec("fc.bias", (64,)),
+        TensorSpec("scale", ()),
+    )
+)
+LOGISTIC = Layout((TensorSpec("weight", (10, 784)), TensorSpec("bias", (10,))))
+
+
+@dataclass(frozen=True)
+class Example:
+    name: str
+    layout: Layout
+    vector: Vector
+
+
+def clustered(layout: Layout, seed: int) -> Vector:
+    """Laplace values whose rows and columns are unevenly active, as in real updates."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for tensor in layout.tensors:
+        rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+        values = rng.laplace(size=(rows, tensor.size // rows))
+        values *= rng.lognormal(0, 1.5, (rows, 1)) * rng.lognormal(0, 1.5, (1, tensor.size // rows))
+        values[rng.random(rows) < 0.2] = 0
+        parts.append(values.ravel())
+    return (np.concatenate(parts) * 1e-3).astype(np.float32)
+
+
+def _flat(n: int) -> Layout:
+    return Layout((TensorSpec("w", (n,)),))
+
+
+def _examples() -> list[Example]:
+    rng = np.random.default_rng(7)
+    spike = np.zeros(CONV.size, np.float32)
+    spike[1234] = -3.5
+    return [
+        Example("clustered", CONV, clustered(CONV, 1)),
+        Example("logistic", LOGISTIC, clustered(LOGISTIC, 2)),
+        Example("gauss", _flat(20_000), rng.standard_normal(20_000).astype(np.float32)),
+        Example("constant", CONV, np.full(CONV.size, 0.25, np.float32)),
+        Example("spike", CONV, spike),
+        Example("zero", CONV, np.zeros(CONV.size, np.float32)),
+        Example("one", _flat(1), np.array([0.7], np.float32)),
+        Example("three", _flat(3), np.array([1.0, -1.0, 0.5], np.float32)),
+        Example(
+            "thin",
+            Layout((TensorSpec("w", (500, 1)), TensorSpec("v", (1, 500)))),
+            rng.laplace(size=1000).astype(np.float32),
+        ),
+        Example("empty", Layout((TensorSpec("w", (0, 3)),)), np.zeros(0, np.float32)),
+        Example("subnormal", _flat(300), np.full(300, 1e-44, np.float32)),
+        Example("minute", _flat(300), (rng.standard_normal(300) * 1e-36).astype(np.float32)),
+        Example("huge", _flat(300), (rng.uniform(-1, 1, 300) * 3.4e38).astype(np.float32)),
+    ]
+
+
+@pytest.fixture(params=_examples(), ids=lambda example: example.name)
+def example(request: pytest.FixtureRequest) -> Example:
+    found: Example = request.param
+    return found
+
+
+@pytest.fixture(scope="session")
+def conv() -> Example:
+    return _examples()[0]
+
+
+@pytest.fixture(scope="session")
+def logistic() -> Example:
+    return _examples()[1]
