@@ -1,10 +1,12 @@
 """Training equals the same steps in numpy, touches nothing that it was given, and says what it cannot do."""
 
+import dataclasses
 import math
 import threading
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 
 from edge_client.bundle import Bundle
@@ -302,6 +304,22 @@ def test_a_model_of_another_size(vector):
         Trainer(bundle).evaluate(vector, source)
     with pytest.raises(CodecError, match=r"expected float32 \[0\]"):
         Trainer(bundle).train(bundle.initial(), source, TrainPlan(), seed=SEED, buffers=vector[:1].ravel())
+
+
+def test_a_graph_may_count_its_predictions():
+    """A row may hold several, as a sequence does; then losses and metrics go by them, not by rows."""
+    bundle = Bundle.from_bytes(toy_bundle())
+    model = onnx.load_from_string(bundle.train)
+    model.graph.node.append(onnx.helper.make_node("ReduceSum", ["ones"], ["sum.count"], keepdims=0))
+    ones = onnx.helper.make_tensor("ones", onnx.TensorProto.FLOAT, [64], [1.0] * 64)
+    model.graph.initializer.append(ones)
+    model.graph.output.append(onnx.helper.make_tensor_value_info("sum.count", onnx.TensorProto.FLOAT, []))
+    counting = dataclasses.replace(bundle, train=model.SerializeToString())
+    source = ArraySource(toy_data(32))
+    plain, counted = (Trainer(b).train(b.initial(), source, TrainPlan(), seed=SEED) for b in (bundle, counting))
+    assert (plain.metrics["count"], counted.metrics["count"]) == (32, 64)
+    assert counted.loss == pytest.approx(plain.loss)
+    assert counted.samples == plain.samples == 32
 
 
 def rebuilt(options, **changes):
