@@ -1,7 +1,7 @@
 """Gradient rules, as a table: ATen backward operator -> ONNX.
 
-Autograd applies the chain rule while a step is traced; what is left are the ``*_backward`` operators that PyTorch does not
-decompose, or decomposes into more passes over memory than needed. Rules look like those of `operators`.
+Autograd applies the chain rule while a step is traced; what is left are the ``*_backward`` operators that PyTorch does
+not decompose, or decomposes into more passes over memory than needed. Rules look like those of `operators`.
 """
 
 import math

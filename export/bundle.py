@@ -23,12 +23,11 @@ from export.losses import Loss, LossFunction, resolve_loss
 from export.lower import Rule, dtype_name, lower
 from export.operators import OPERATORS
 from export.optimize import optimize
-from export.recurrent import RECURRENT
 from export.step import Problem, choose_optimizer, eval_step, infer_step, train_step
 from export.trace import trace
 from export.verify import Graphs, verify
 
-RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION | RECURRENT
+RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION
 LEAST_RUNTIME = "1.24"
 
 
@@ -68,14 +67,14 @@ def export_bundle(
     """Export ``module`` as a bundle that trains, evaluates and infers on stock ONNX Runtime.
 
     Args:
-        module: takes one tensor for each input (first dimension the batch) and returns one tensor, or, for a callable loss,
-            several. Parameters with ``requires_grad=False`` and buffers stay fixed.
+        module: takes one tensor for each input (first dimension the batch) and returns one tensor, or, for a callable
+            loss, several. Parameters with ``requires_grad=False`` and buffers stay fixed.
         path: the file to write; it appears complete or not at all.
         name: the model's name.
         inputs: features, or ``(shape without batch, "float32" | "int64")``; unnamed ones are called ``x``, ``x1``, ...
         targets: given for a callable loss; the named losses derive theirs, called ``y``, from the outputs.
-        loss: ``cross_entropy`` (logits ``[N, ..., C]``, targets ``[N, ...] int64``), ``bce_with_logits`` or ``mse`` (targets
-            of the outputs' shape), or a callable ``(outputs, *targets) -> scalar mean``.
+        loss: ``cross_entropy`` (logits ``[N, ..., C]``, targets ``[N, ...] int64``), ``bce_with_logits`` or ``mse``
+            (targets of the outputs' shape), or a callable ``(outputs, *targets) -> scalar mean``.
         optimizer: ``sgd`` or ``momentum``, as `torch.optim.SGD`.
         lr: default learning rate, as are ``momentum`` and ``weight_decay``; all of them are scalar inputs of the graph.
         proximal: whether to take the proximal term of FedProx (Li et al. 2020, arXiv 1812.06127), with ``hyper.mu``.
@@ -179,8 +178,6 @@ def _problem(
     if loss.target_dtype is not None and len(shapes) != 1:
         raise ExportError(f"loss {loss.name!r} takes one output, the module returns {len(shapes)}; use a callable loss")
     classes = tuple(labels)
-    if classes and classes != tuple(labels)[: shapes[0][-1] if shapes[0] else 0]:
-        raise ExportError(f"{len(classes)} labels for outputs of shape {list(shapes[0])}")
     names = [loss.output_name] if len(shapes) == 1 else [f"{loss.output_name}{i}" for i in range(len(shapes))]
     if targets is None and loss.target_dtype is None:
         raise ExportError(f"loss {loss.name!r} is a callable: say which targets it takes, targets=[Feature(...)]")

@@ -141,5 +141,6 @@ def export(
     click.echo(f"  {sizes}")
     click.echo(
         f"  parity with PyTorch {report.parity.torch}: worst relative error "
-        f"{report.parity.worst_relative_error:.1e} over {report.parity.cases} cases (allowed {report.parity.tolerance:.0e})"
+        f"{report.parity.worst_relative_error:.1e} over {report.parity.cases} cases "
+        f"(allowed {report.parity.tolerance:.0e})"
     )

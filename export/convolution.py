@@ -1,7 +1,7 @@
 """The gradients of convolution, in the form that ONNX Runtime computes fastest.
 
-Formulas: the input's gradient is a transposed convolution of the output's gradient with the same weights; the weight's is a
-matrix product, for each tap of the kernel, of the input that the tap sees with the output's gradient.
+Formulas: the input's gradient is a transposed convolution of the output's gradient with the same weights; the weight's
+is a matrix product, for each tap of the kernel, of the input that the tap sees with the output's gradient.
 """
 
 import itertools

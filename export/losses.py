@@ -18,8 +18,8 @@ LossFunction = Callable[..., Tensor]
 class Loss:
     """A mean loss, how it is written for tracing, how PyTorch writes it, and what is counted beside it.
 
-    ``traced`` and ``reference`` take ``(outputs, *targets)`` and return a scalar. ``count`` is the number of predictions
-    of a batch: elements of the target for the named losses, rows for a callable. ``metrics`` returns sums over them.
+    ``traced`` and ``reference`` take ``(outputs, *targets)`` and return a scalar. ``count`` is the number of
+    predictions of a batch: elements of the target for the named losses, rows for a callable. ``metrics`` returns sums.
     """
 
     name: str

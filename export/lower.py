@@ -1,15 +1,17 @@
-"""ATen -> ONNX: walk a traced graph and emit default-domain operators through two tables, `operators` and `backward`."""
+"""ATen -> ONNX: walk a traced graph and emit default-domain operators through tables of rules."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from onnx import numpy_helper
 from torch import fx
 
 from edge_client.errors import ExportError
-from export.graph import Array, Builder, Graph, Port
+from export.graph import ELEMENT_TYPES, Array, Builder, Graph, Node, Port
 from export.trace import MODULE, Traced
 
 Size = int | torch.SymInt
@@ -116,19 +118,15 @@ class Lowering(Builder):
     @staticmethod
     def attribute_tensor(value: Array) -> Any:
         """A tensor that goes into a node's attribute."""
-        from onnx import numpy_helper
-
         return numpy_helper.from_array(value)
 
 
 Rule = Callable[..., str | tuple[str | None, ...] | Value]
-"""``rule(lowering, output, *args, **kwargs)``: ``output`` is a Value without a name; returns the name(s) of the result."""
+"""``rule(lowering, output, *args, **kwargs)``: ``output`` is a Value without a name; returns the result's name(s)."""
 
 
 def _element(dtype: str) -> int:
-    from export.graph import ELEMENT_TYPES
-
-    return ELEMENT_TYPES[dtype]
+    return int(ELEMENT_TYPES[dtype])
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -172,19 +170,17 @@ def lower(traced: Traced, rules: Mapping[str, Rule]) -> Graph:
     return graph
 
 
-def _identity(source: str, target: str) -> Any:
-    from export.graph import Node
-
+def _identity(source: str, target: str) -> Node:
     return Node("Identity", [source], [target])
 
 
 def _lower_node(builder: Lowering, node: fx.Node, values: Mapping[fx.Node, Any], rules: Mapping[str, Rule]) -> Any:
-    found = node.meta.get("val")
+    found: Any = node.meta.get("val")
     if isinstance(found, int | float | torch.SymInt | torch.SymFloat):
         return found
-    arguments = fx.map_arg(node.args, lambda n: values[n])
-    named = fx.map_arg(node.kwargs, lambda n: values[n])
-    if node.target is _getitem():
+    arguments: Any = fx.map_arg(node.args, lambda n: values[n])
+    named: Any = fx.map_arg(node.kwargs, lambda n: values[n])
+    if node.target is operator.getitem:
         return arguments[0][arguments[1]]
     name = operator_name(node.target)
     rule = rules.get(name)
@@ -204,12 +200,6 @@ def _parts(node: fx.Node, found: Sequence[Any]) -> list[Value | None]:
     """An operator's several results; None for those that nothing reads."""
     read = {user.args[1] for user in node.users}
     return [described("", part) if i in read and part is not None else None for i, part in enumerate(found)]
-
-
-def _getitem() -> object:
-    import operator
-
-    return operator.getitem
 
 
 def _origin(node: fx.Node) -> str:

@@ -1,7 +1,7 @@
 """Forward operators: ATen name -> how ONNX says it.
 
-A rule is ``rule(b, out, *args, **kwargs)``: ``b`` emits nodes, ``out`` tells the result's shape and dtype, the arguments are
-those of the ATen operator with tensors as `Value`. It returns the name of the result, or a tuple of names.
+A rule is ``rule(b, out, *args, **kwargs)``: ``b`` emits nodes, ``out`` tells the result's shape and dtype, the arguments
+are those of the ATen operator with tensors as `Value`. It returns the name of the result, or a tuple of names.
 """
 
 import itertools
@@ -93,8 +93,9 @@ def _scalar_tensor(b: Lowering, out: Value, value: Scalar, **_: object) -> str:
 
 
 def _arange(b: Lowering, out: Value, start: Scalar, end: Scalar, step: Scalar = 1, **_: object) -> str:
-    if all(isinstance(v, int | float) for v in (start, end, step)):
-        return b.constant(np.arange(start, end, step).astype(out.dtype))
+    fixed = [v for v in (start, end, step) if not isinstance(v, torch.SymInt)]
+    if len(fixed) == 3:
+        return b.constant(np.arange(*fixed).astype(out.dtype))
     return b.op("Range", *[b.number(v, out.dtype) for v in (start, end, step)])
 
 
@@ -118,12 +119,12 @@ def _swap(b: Lowering, out: Value, x: Value, first: int = 0, second: int = 1) ->
 
 
 def _slice(
-    b: Lowering, out: Value, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+    b: Lowering, out: Value, x: Value, dim: int = 0, start: int | None = None, end: Size | None = None, step: int = 1
 ) -> str:
-    if (start or 0) == 0 and (end is None or end > 2**60) and step == 1:
+    if not start and step == 1 and (end is None or (isinstance(end, int) and end > 2**60)):
         return x.name
-    last = [b.size(end)] if isinstance(end, torch.SymInt) else [b.ints([2**62 if end is None else end])]
-    return b.op("Slice", x.name, b.ints([start or 0]), last[0], b.ints([dim]), b.ints([step]))
+    last = b.ints([2**62]) if end is None else b.size(end)
+    return b.op("Slice", x.name, b.ints([start or 0]), last, b.ints([dim]), b.ints([step]))
 
 
 def _select(b: Lowering, out: Value, x: Value, dim: int, index: int) -> str:

@@ -98,7 +98,9 @@ def train_step(problem: Problem) -> tuple[Step, Tensors]:
             raise ExportError(f"loss {problem.loss.name!r} returns {list(loss.shape)}; return the scalar mean instead")
         # Plain SGD is linear in the gradient: a loss gradient that starts as lr makes lr * g without another pass.
         root = tensors["hyper.lr"] if update is _sgd else torch.ones_like(loss)
-        grads = torch.autograd.grad(loss, list(leaves.values()), grad_outputs=root, allow_unused=True)
+        grads: tuple[Tensor | None, ...] = torch.autograd.grad(
+            loss, list(leaves.values()), grad_outputs=root, allow_unused=True
+        )
         results = {"loss": loss.detach()}
         results |= {f"sum.{n}": t.detach() for n, t in problem.loss.metrics(*given).items()}
         results["sum.count"] = problem.rows(tensors, outputs)

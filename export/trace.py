@@ -1,7 +1,7 @@
 """One training step as a graph of ATen operators.
 
-The step (forward, loss, backward, update) is an ordinary function over named tensors. It runs once on fake tensors whose
-only symbolic size is the batch, and `make_fx` writes down what autograd does.
+The step (forward, loss, backward, update) is an ordinary function over named tensors. It runs once on fake tensors
+whose only symbolic size is the batch, and `make_fx` writes down what autograd does.
 """
 
 import math
@@ -56,7 +56,7 @@ class Traced:
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """PyTorch's own decompositions into core ATen, less those that are lowered directly."""
-    table = {op: rule for op, rule in core_aten_decompositions().items()}
+    table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
     return {op: rule for op, rule in table.items() if _base_name(op) not in _KEPT}
 
 
@@ -74,11 +74,11 @@ def trace(function: Step, fixed: Mapping[str, Tensor], batched: Sequence[Feature
     """
     shapes = ShapeEnv(duck_shape=False)
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # type: ignore[call-arg,unused-ignore]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     batch = mode.from_tensor(torch.empty(11), source=ConstantSource("batch"), symbolic_context=context).shape[0]
     # Clones: one tensor given twice, as weight and as slot, would become one fake tensor and one input.
     clones = {name: tensor.clone() for name, tensor in fixed.items()}
-    values = {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in clones.items()}
+    values: dict[str, Tensor] = {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in clones.items()}
     with mode:
         values |= {f.name: torch.empty((batch, *f.shape), dtype=getattr(torch, f.dtype)) for f in batched}
     names: list[str] = []
@@ -88,7 +88,8 @@ def trace(function: Step, fixed: Mapping[str, Tensor], batched: Sequence[Feature
         names.extend(results)
         return list(results.values())
 
-    with _attribution(module) as stack, RecurrentMode():
+    # With the fake mode active, torch.zeros(batch, ...) inside the model is symbolic too.
+    with _attribution(module) as stack, RecurrentMode(), mode:
         try:
             traced = make_fx(positional, decomposition_table=decompositions())(*values.values())
         except FedgeError:

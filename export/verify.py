@@ -1,9 +1,10 @@
 """Parity with PyTorch, checked at every export.
 
-Three steps from the initial weights at several batch sizes and kinds of input. Each tensor is compared twice: its value,
-relative to its largest magnitude, and what the steps changed, relative to the largest change. A change of less than 1 % of the
-tensor's magnitude is taken as 1 %: below that, float32 rounding of the weights themselves comes into reach of
-the tolerance, while a wrong gradient (an error as large as the change) is still caught down to a millionth of the weights.
+Three steps from the initial weights at several batch sizes and kinds of input. Each tensor is compared twice: its
+value, relative to its largest magnitude, and what the steps changed, relative to the largest change. A change of less
+than 1 % of the tensor's magnitude is taken as 1 %: below that, float32 rounding of the weights themselves comes into
+reach of the tolerance, while a wrong gradient (an error as large as the change) is caught down to a millionth of the
+weights.
 
 Max-pooling and ReLU have gradients that jump: where two values of a window differ by less than rounding, each library may
 rightly see another maximum. Among 100,000 windows that happens, so a disagreement counts when it repeats with fresh data.

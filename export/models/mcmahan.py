@@ -1,5 +1,5 @@
-"""The two image models of McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data"
-(arXiv 1602.05629). Both take ``[N, 1, 28, 28] float32`` in 0..1 and return ``[N, 10]`` logits."""
+"""The two image models of McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized
+Data" (arXiv 1602.05629). Both take ``[N, 1, 28, 28] float32`` in 0..1 and return ``[N, 10]`` logits."""
 
 from torch import nn
 
