@@ -54,11 +54,12 @@ def test_the_command_works_on_a_device(device, arguments):
     ("arguments", "extra"),
     [
         (["serve", "federation.toml"], "server"),
-        (["simulate", "federation.toml"], "emulator"),
+        (["simulate", "federation.toml"], "server"),
         (["export", "models:make"], "export"),
+        (["status"], "server"),
         (["demo"], "demo"),
     ],
-    ids=["serve", "simulate", "export", "demo"],
+    ids=["serve", "simulate", "export", "status", "demo"],
 )
 def test_a_command_that_needs_more_says_what(device, arguments, extra):
     done = run(device / "fedge", *arguments, check=False, cwd=device.parent)

@@ -69,7 +69,7 @@ RUNS = {
         sections={
             "round": {"cohort": 10, "deadline": 600.0},
             "train": {"batch_size": 10},
-            "train.hypers": {"lr": 1.0},
+            "train.hypers": {"lr": 2.0},
             "simulation": {"split": "natural", "key": "user"},
         },
     ),
