@@ -18,12 +18,12 @@ from edge_client.errors import ExportError
 from edge_client.manifest import FORMAT, Feature, Manifest, Parameter, Parity
 from export.backward import GRADIENTS
 from export.convolution import CONVOLUTION
-from export.graph import OPSET, Graph
+from export.graph import OPSET
 from export.losses import Loss, LossFunction, resolve_loss
 from export.lower import Rule, dtype_name, lower
 from export.operators import OPERATORS
 from export.optimize import optimize
-from export.step import Problem, choose_optimizer, eval_step, infer_step, train_step
+from export.step import Problem, choose_optimizer, eval_step, train_step
 from export.trace import trace
 from export.verify import Graphs, verify
 
@@ -142,16 +142,20 @@ def _parameters(problem: Problem) -> tuple[Parameter, ...]:
 
 
 def _graphs(problem: Problem, rules: Mapping[str, Rule]) -> Graphs:
-    batch = (*problem.inputs, *problem.targets)
-
-    def made(kind: str) -> bytes:
-        step, fixed = {"train": train_step, "eval": eval_step, "infer": infer_step}[kind](problem)
-        problem.module.train(kind == "train")
-        features = batch if kind != "infer" else problem.inputs
-        graph: Graph = optimize(lower(trace(step, fixed, features, problem.module), rules))
-        return graph.to_model(kind)
-
-    return Graphs(made("train"), made("eval"), made("infer"))
+    features = (*problem.inputs, *problem.targets)
+    module, outputs = problem.module, {feature.name for feature in problem.outputs}
+    step, fixed = train_step(problem)
+    training = optimize(lower(trace(step, fixed, features, module.train()), rules))
+    step, fixed = eval_step(problem)
+    traced = trace(step, fixed, features, module.eval())
+    evaluation, inference = lower(traced, rules), lower(traced, rules)
+    evaluation.outputs = [port for port in evaluation.outputs if port.name not in outputs]
+    inference.outputs = [port for port in inference.outputs if port.name in outputs]
+    targets = {feature.name for feature in problem.targets}
+    inference.inputs = [port for port in inference.inputs if port.name not in targets]
+    return Graphs(
+        training.to_model("train"), optimize(evaluation).to_model("eval"), optimize(inference).to_model("infer")
+    )
 
 
 def _problem(

@@ -70,6 +70,23 @@ class Lowering(Builder):
             result = self.op(kind, result, part)
         return result
 
+    def _real(self, expression: Any) -> str:
+        """A real number such as ``2 / elements`` as a float32 scalar."""
+        if expression.is_number:
+            return self.scalar(float(expression), "float32")
+        name = type(expression).__name__
+        if name == "ToFloat":
+            return self.cast(self.op("Squeeze", self._expression(expression.args[0])), "int64", "float32")
+        kind = {"Mul": "Mul", "Add": "Add", "FloatTrueDiv": "Div", "IntTrueDiv": "Div", "Pow": "Pow"}.get(name)
+        if kind is None:
+            whole = self._expression(expression)
+            return self.cast(self.op("Squeeze", whole), "int64", "float32")
+        parts = [self._real(part) for part in expression.args]
+        result = parts[0]
+        for part in parts[1:]:
+            result = self.op(kind, result, part)
+        return result
+
     def sizes(self, shape: Sequence[Size]) -> str:
         """A shape as a 1-D int64 tensor."""
         if all(isinstance(size, int) for size in shape):
@@ -80,6 +97,8 @@ class Lowering(Builder):
         """A Python or symbolic number as a 0-D tensor."""
         if isinstance(value, torch.SymInt):
             return self.cast(self.op("Squeeze", self.size(value)), "int64", dtype)
+        if isinstance(value, torch.SymFloat):
+            return self.cast(self._real(value.node.expr), "float32", dtype)
         if isinstance(value, bool | int | float):
             return self.scalar(value, dtype)
         raise ExportError(f"a number of type {type(value).__name__} that depends on the batch is not supported")

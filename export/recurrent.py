@@ -1,7 +1,7 @@
 """Recurrent layers, unrolled in a form with a short backward pass.
 
-PyTorch's own GRU hides its steps from tracing. Written out here, only what depends on the step before stays in the loop:
-the input's projection and the weights' gradients are one matrix product over all steps each.
+PyTorch's own GRU hides its steps from tracing. Written out here, only what depends on the step before stays in the
+loop: the input's projection and the weights' gradients are one matrix product over all steps each.
 Formulas: Cho et al. 2014 (arXiv 1406.1078) in the variant of `torch.nn.GRU`.
 """
 
@@ -17,7 +17,7 @@ from edge_client.errors import ExportError
 
 
 class _Layer(torch.autograd.Function):
-    """One layer: projected inputs ``[T, N, 3H]``, first state ``[N, H]``, ``[3H, H]``, ``[3H]`` -> states ``[T, N, H]``."""
+    """One layer: projected inputs ``[T, N, 3H]``, first state ``[N, H]``, weights ``[3H, H]``, ``[3H]`` -> ``[T, N, H]``."""
 
     @staticmethod
     def forward(ctx: Any, projected: Tensor, first: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

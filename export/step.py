@@ -138,23 +138,13 @@ def _momentum(tensors: Tensors, name: str, grad: Tensor) -> Tensors:
 
 
 def eval_step(problem: Problem) -> tuple[Step, Tensors]:
-    """Sums over a batch: loss, count, metrics."""
+    """Sums over a batch (loss, count, metrics), and the module's outputs, which make the inference graph."""
     fixed = {f"param.{n}": t for n, t in (problem.trainable | problem.frozen).items()}
 
     def step(tensors: Tensors) -> Tensors:
         outputs = problem.forward({n.removeprefix("param."): tensors[n] for n in fixed}, tensors)
         given, count = problem.arguments(outputs, tensors), problem.rows(tensors, outputs)
         sums = {"sum.loss": problem.loss.traced(*given) * count, "sum.count": count}
-        return sums | {f"sum.{n}": t for n, t in problem.loss.metrics(*given).items()}
-
-    return step, fixed
-
-
-def infer_step(problem: Problem) -> tuple[Step, Tensors]:
-    """The module's outputs."""
-    fixed = {f"param.{n}": t for n, t in (problem.trainable | problem.frozen).items()}
-
-    def step(tensors: Tensors) -> Tensors:
-        return problem.forward({n.removeprefix("param."): tensors[n] for n in fixed}, tensors)
+        return outputs | sums | {f"sum.{n}": t for n, t in problem.loss.metrics(*given).items()}
 
     return step, fixed

@@ -6,8 +6,9 @@ than 1 % of the tensor's magnitude is taken as 1 %: below that, float32 rounding
 reach of the tolerance, while a wrong gradient (an error as large as the change) is caught down to a millionth of the
 weights.
 
-Max-pooling and ReLU have gradients that jump: where two values of a window differ by less than rounding, each library may
-rightly see another maximum. Among 100,000 windows that happens, so a disagreement counts when it repeats with fresh data.
+Max-pooling and ReLU have gradients that jump: where two values of a window differ by less than rounding, each library
+may rightly see another maximum. Among 100,000 windows that happens, so a disagreement counts when it repeats with fresh
+data.
 """
 
 import itertools

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class CharacterModel(nn.Module):
-    """Embedding, one GRU layer, a linear read-out: ``[N, T] int64`` -> logits ``[N, T, vocabulary]`` of the next character.
+    """Embedding, one GRU layer, linear read-out: ``[N, T] int64`` -> next-character logits ``[N, T, vocabulary]``.
 
     The training graph is unrolled for the T that it is exported with.
     """
