@@ -40,8 +40,9 @@ def run(name: str, rounds: int, codec: str, seed: int, lr: float | None) -> dict
         "seed": seed,
         "accuracy": scores[-1],
         "best_accuracy": max(scores),
-        "bytes_up": sum(row["bytes_up"] for row in out["rounds"]),
-        "bytes_down": sum(row["bytes_down"] for row in out["rounds"]),
+        # Counted at the transport over the whole run: a round's own bytes are what clients had told by its end.
+        "bytes_up": out["bytes_up"],
+        "bytes_down": out["bytes_down"],
         "seconds": sum(row["seconds"] for row in out["rounds"]),
         "peak_rss_mib": out["peak_rss_mib"],
         "accuracy_per_round": curve,
