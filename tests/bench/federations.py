@@ -124,8 +124,8 @@ def simulate(run: Run, folder: Path, *, bundle: Path, settings: Sections, timeou
         timeout: seconds after which it counts as stuck.
 
     Returns:
-        What ``fedge simulate --json`` writes: ``rounds``, ``bytes_up`` and ``bytes_down`` of the whole run as the phones'
-        transports counted them, and ``peak_rss_mib`` of server and phones together.
+        What ``fedge simulate --json`` writes: ``rounds``, ``bytes_up`` and ``bytes_down`` of the whole run as the
+        phones' transports counted them, and ``peak_rss_mib`` of server and phones together.
 
     Raises:
         BenchError: it failed, or fewer updates were counted than asked for.
