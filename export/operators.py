@@ -1,7 +1,7 @@
 """Forward operators: ATen name -> how ONNX says it.
 
 A rule is ``rule(b, out, *args, **kwargs)``: ``b`` emits nodes, ``out`` tells the result's shape and dtype, the
-arguments are those of the ATen operator with tensors as `Value`. It returns the name of the result, or a tuple of names.
+arguments are those of the ATen operator with tensors as `Value`. It returns the result's name, or a tuple of names.
 """
 
 import itertools

@@ -17,7 +17,7 @@ from edge_client.errors import ExportError
 
 
 class _Layer(torch.autograd.Function):
-    """One layer: projected inputs ``[T, N, 3H]``, first state ``[N, H]``, weights ``[3H, H]``, ``[3H]`` -> ``[T, N, H]``."""
+    """One layer: projected inputs ``[T, N, 3H]``, first state ``[N, H]``, ``[3H, H]``, ``[3H]`` -> ``[T, N, H]``."""
 
     @staticmethod
     def forward(ctx: Any, projected: Tensor, first: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
