@@ -228,8 +228,10 @@ def load(path: str | Path, overrides: Mapping[str, object] | None = None) -> Fed
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from error
     for key, value in (overrides or {}).items():
-        section, _, name = key.partition(".")
-        table = tree.setdefault(section, {})
+        *sections, name = key.split(".")
+        table: Any = tree
+        for section in sections:
+            table = table.setdefault(section, {}) if isinstance(table, dict) else None
         if isinstance(table, dict):
             table[name] = value
     try:

@@ -77,12 +77,15 @@ class Coordinator:
         self._topics = Topics(self.settings.federation.name)
         self._roster = Roster(counting=not restored.rounds)
         self._uploads = Uploads(transfer_.uploads, transfer_.window, restored.update_limit)
-        self._progress = Progress(self.settings.stop, restored.rounds, restored.started)
+        # A round whose evaluation goes on has its result in the ledger already, and is counted when it is finished.
+        resumed = restored.open_task
+        under_way = resumed.round if resumed is not None else None
+        finished = [result for result in restored.rounds if result.round != under_way]
+        self._progress = Progress(self.settings.stop, finished, restored.started)
         self._task = restored.last_task
         self._version, self._digest = restored.version, restored.digest
         self._digests[restored.version] = restored.digest
         self._round = (restored.rounds[-1].round if restored.rounds else 0) + 1
-        resumed = restored.open_task
         if resumed is not None:
             self.phase = resumed.kind
             self._begin(resumed)
@@ -92,9 +95,9 @@ class Coordinator:
     def wake(self) -> float | None:
         """When the next Tick is due, on the clock of ``now``."""
         times = [self._uploads.wake]
-        if self._open is not None and self._open.opened:
+        if self._open is not None and self._open.opened and not self._open.count("recording"):
             times.append(self._open.deadline)
-        if self.phase == "waiting" and self._retry:
+        if self.phase == "waiting" and self._connected and self._retry:
             times.append(self._retry)
         return min((time for time in times if time is not None), default=None)
 
@@ -146,12 +149,22 @@ class Coordinator:
         if self.restored.bundle.inline is None:
             yield e.Spread(self.restored.bundle)
         yield e.Retain(self._topics.offer, m.encode(self._offer()))
-        if self._open is not None:
-            for delta in self._open.blobs():
+        task, resumed = self._open, self.restored.open_task
+        if task is not None:
+            for delta in task.blobs():
                 yield e.Spread(delta)
-            if not self._open.opened:
-                yield from self._opened(*self._open.identity, now)
+            if task.opened:
+                yield from self._remind(task)
+            elif resumed is not None and task.identity == (resumed.epoch, resumed.task):
+                yield from self._opened(*task.identity, now)
         yield from self._consider(now)
+
+    def _remind(self, task: OpenTask) -> Iterator[e.Action]:
+        """Invite again: what was said while the connection was gone is lost."""
+        for client, state in task.members.items():
+            member = self._roster.get(client)
+            if member is not None and state == "asked" and client in task.invited:
+                yield from self._invite(client, member)
 
     def _offer(self) -> m.Offer:
         return m.Offer(
@@ -213,7 +226,6 @@ class Coordinator:
             and task.opened
             and hello.available
             and task.members.get(client, "recorded") not in answered
-            and not any(client in clients for clients in task.waiting.values())
         ):
             self._member(client, "asked")
             yield from self._invite(client, member)
@@ -294,10 +306,13 @@ class Coordinator:
             train = self._open.task.kind == "train"
             seconds = self.settings.round.deadline if train else self.settings.evaluation.deadline
             self._open.opened, self._open.deadline = True, now + seconds
-        for client in self._open.members:
+            if self._began is None:
+                self._began = now
+        for client, state in self._open.members.items():
             member = self._roster.get(client)
-            if member is not None and client not in self._open.invited:
+            if member is not None and state == "asked" and client not in self._open.invited:
                 yield from self._invite(client, member)
+        yield from self._refill(now)
 
     def _invite(self, client: str, member: Member) -> Iterator[e.Action]:
         """Invite now where the delta is there, else once it is built."""
@@ -314,10 +329,12 @@ class Coordinator:
         waiting = self._open.waiting.setdefault(held, [])
         if not waiting:
             yield e.Prepare(held, version)
-        waiting.append(client)
+        if client not in waiting:
+            waiting.append(client)
 
     def _prepared(self, event: e.Prepared) -> Iterator[e.Action]:
         if self._open is None or self._open.task.version != event.version:
+            yield e.Sweep(event.ref)
             return
         self._open.deltas[event.held] = event.ref
         if event.ref.inline is None:
@@ -397,7 +414,10 @@ class Coordinator:
         if task.task.kind == "train":
             self.phase = "aggregate"
             self._result = self._train_result(task)
-            yield e.Aggregate(*task.identity, self._result, self._roster.versions())
+            # What the ledger may forget is forgotten here too: a client that comes back with it starts from version 0.
+            keep = self._roster.versions()
+            self._digests = {held: known for held, known in self._digests.items() if held in keep}
+            yield e.Aggregate(*task.identity, self._result, keep)
         else:
             yield e.CloseTask(*task.identity, "done")
             if self._result is not None:
@@ -444,8 +464,7 @@ class Coordinator:
         if self.phase != "aggregate":
             return
         self._version, self._digest = version, digest
-        keep = self._roster.versions() | {version}
-        self._digests = {held: known for held, known in self._digests.items() if held in keep} | {version: digest}
+        self._digests[version] = digest
         every = self.settings.evaluation.every
         if not every or self._round % every:
             yield from self._finish(now)

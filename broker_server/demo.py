@@ -35,17 +35,17 @@ epochs = 5
 batch_size = 16
 
 [train.hypers]
-lr = 0.1
+lr = 0.3
 
 [codec]
-step = 3.0
-lattice = 6.0
+step = 2.0
+lattice = 1.0
 
 [evaluation]
 data = "test.npz"
 
 [stop]
-rounds = 30
+rounds = 40
 metric = "accuracy"
 
 [simulation]

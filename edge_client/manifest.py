@@ -100,6 +100,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parity: Parity | None = None
 
     def layout(self, *roles: Role) -> Layout:
-        """The layout of all parameters of the given roles, in the manifest's order; of the trainable ones by default."""
+        """The layout of all parameters of the given roles, in the manifest's order; by default trainable ones."""
         wanted = roles or ("trainable",)
         return Layout(tuple(TensorSpec(p.name, p.shape) for p in self.parameters if p.role in wanted))

@@ -82,6 +82,7 @@ class _Announcement:
     ref: m.BlobRef
     attempts: int = 0
     at: float = 0.0
+    granted: bool = False
 
 
 @dataclass
@@ -383,10 +384,13 @@ class ClientSession:
         if upload is not None and now >= upload.at:
             upload.attempts += 1
             upload.at = now + min(300.0, self.settings.patience * 2**upload.attempts)
-            yield self._say(m.Upload(upload.pending.epoch, upload.pending.task, upload.ref, self._traffic))
+            # The bytes that follow are told with the announcement: they count for the round that they belong to.
+            coming = 0 if upload.granted else upload.ref.size
+            traffic = m.Traffic(self._traffic.sent + coming, self._traffic.received)
+            yield self._say(m.Upload(upload.pending.epoch, upload.pending.task, upload.ref, traffic))
 
     def _send(self, upload: _Announcement, indices: tuple[int, ...], now: float) -> Iterator[Action]:
-        upload.attempts = 0
+        upload.attempts, upload.granted = 0, True
         upload.at = now + self.settings.patience * 2
         for index in indices:
             if index < transfer.count(upload.ref):

@@ -68,7 +68,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise CodecError(f"tensor {tensor.name!r} is missing; expected float32 {list(tensor.shape)}")
             if found.shape != tensor.shape or found.dtype != np.float32:
                 raise CodecError(
-                    f"tensor {tensor.name!r} is {found.dtype} {list(found.shape)}; expected float32 {list(tensor.shape)}"
+                    f"tensor {tensor.name!r} is {found.dtype} {list(found.shape)}; "
+                    f"expected float32 {list(tensor.shape)}"
                 )
             vector[where] = found.ravel()
         return vector
