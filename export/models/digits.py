@@ -6,7 +6,7 @@ from torch import nn
 def digits_cnn() -> nn.Module:
     """``[N, 1, 8, 8] float32`` in 0..1 (pixels are 0..16: scale 0.0625) -> ``[N, 10]`` logits; 38,282 parameters.
 
-    Reaches 98 % test accuracy when trained on one machine.
+    On one machine 25 epochs of SGD (rate 0.02, momentum 0.9, batch 32) reach 98 % test accuracy (two seeds).
     """
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
