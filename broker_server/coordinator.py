@@ -27,6 +27,8 @@ from edge_client.wire.topics import Topics
 Phase = Literal["waiting", "train", "aggregate", "measure", "evaluate", "stopped"]
 _RETRY = 5.0
 """Seconds between a void round and the next attempt at it."""
+_GATHER = 10.0
+"""Seconds, beside the spread, in which a fleet may come back after a restart; then a round begins with who is there."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Coordinator:
     _counted: tuple[int, int] = field(init=False, default=(0, 0))
     _result: Round | None = field(init=False, default=None)
     _retry: float = field(init=False, default=0.0)
+    _gather: float | None = field(init=False, default=None)
     _connected: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -97,8 +100,8 @@ class Coordinator:
         times = [self._uploads.wake]
         if self._open is not None and self._open.opened and not self._open.count("recording"):
             times.append(self._open.deadline)
-        if self.phase == "waiting" and self._connected and self._retry:
-            times.append(self._retry)
+        if self.phase == "waiting" and self._connected:
+            times += [time for time in (self._retry, self._gather) if time]
         return min((time for time in times if time is not None), default=None)
 
     @property
@@ -149,6 +152,8 @@ class Coordinator:
         if self.restored.bundle.inline is None:
             yield e.Spread(self.restored.bundle)
         yield e.Retain(self._topics.offer, m.encode(self._offer()))
+        if self._gather is None:
+            self._gather = now + self.settings.transfer.spread + _GATHER if self.restored.rounds else 0.0
         task, resumed = self._open, self.restored.open_task
         if task is not None:
             for delta in task.blobs():
@@ -268,7 +273,7 @@ class Coordinator:
             yield from self._stop(reason)
             return
         rounds = self.settings.round
-        quorum = rounds.quorum if not self._progress.rounds else rounds.minimum
+        quorum = rounds.quorum if not self._progress.rounds or self._gather else rounds.minimum
         if self._roster.present() < max(1, quorum):
             return
         if self._began is None:
@@ -334,7 +339,8 @@ class Coordinator:
 
     def _prepared(self, event: e.Prepared) -> Iterator[e.Action]:
         if self._open is None or self._open.task.version != event.version:
-            yield e.Sweep(event.ref)
+            if event.ref.inline is None:
+                yield e.Sweep(event.ref)
             return
         self._open.deltas[event.held] = event.ref
         if event.ref.inline is None:
@@ -509,6 +515,10 @@ class Coordinator:
 
     def _tick(self, now: float) -> Iterator[e.Action]:
         yield from self._credit(self._uploads.tick(now))
+        if now >= self._retry:
+            self._retry = 0.0
+        if self._gather is not None and now >= self._gather:
+            self._gather = 0.0
         task = self._open
         if task is not None and task.opened and now >= task.deadline and not task.count("recording"):
             if task.count("recorded") >= self._fewest():

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +76,8 @@ class Server:
                 if task.done():
                     task.result()
             reason = self._ended.result()
-            await self._queue.join()
+            # A worker that fails meanwhile would leave the queue unfinished for ever.
+            await self._until(self._queue.join(), tasks[0])
             models = await self._in_worker(self._worker.write_models)
             self._clear()
             return Outcome(reason, models)
@@ -195,6 +196,14 @@ class Server:
         """Leave nothing on a broker that outlives this server but the offer, which says whether all is over."""
         for name in self._retained:
             self.link.publish(name, b"", retain=True)
+
+    async def _until(self, job: Coroutine[None, None, None], other: asyncio.Future[None]) -> None:
+        """Wait for ``job``, or for the failure of ``other``."""
+        waiting = asyncio.ensure_future(job)
+        await asyncio.wait((waiting, other), return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if other.done():
+            other.result()
 
     async def _in_worker(self, job: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, job)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from edge_client.errors import WireError
 from edge_client.wire.messages import BlobRef
-from edge_client.wire.transfer import Assembly
+from edge_client.wire.transfer import Assembly, count
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class Uploads:
 
     @property
     def wake(self) -> float | None:
-        """When `tick` has something to do."""
+        """When `tick` has something to do; 0 is at once."""
+        if self._queue and len(self._open) < self.most:
+            return 0.0
         return min((incoming.wake for incoming in self._open.values()), default=None)
 
     def announce(self, client: str, ref: BlobRef, now: float) -> list[Grant]:
@@ -76,6 +78,9 @@ class Uploads:
         incoming = self._open.get(client)
         if incoming is None or incoming.assembly.ref.sha256 != sha256:
             raise WireError(f"chunk of an upload by {client} that is not under way")
+        ref = incoming.assembly.ref
+        if index >= count(ref) or len(data) != min(ref.chunk, ref.size - index * ref.chunk):
+            raise WireError(f"chunk {index} of {len(data)} bytes does not belong to the upload of {client}")
         incoming.outstanding.discard(index)
         if not incoming.assembly.add(index, data):
             return None, []

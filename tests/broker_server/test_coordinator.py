@@ -1,0 +1,573 @@
+import dataclasses
+
+import msgspec
+import pytest
+
+from broker_server import events as e
+from broker_server.coordinator import Coordinator
+from edge_client.wire import messages as m
+from edge_client.wire import transfer
+from tests.broker_server.desk import (
+    BUNDLE,
+    LIMIT,
+    TOPICS,
+    Desk,
+    Paper,
+    digest,
+    invited,
+    of,
+    settings,
+    status,
+    told,
+    update,
+)
+
+THREE = {"cohort": 2, "clients": 3, "minimum": 2, "deadline": 60.0}
+
+
+def desk(paper: Paper | None = None, *, manual: tuple[type, ...] = (), **sections: dict[str, object]) -> Desk:
+    return Desk(settings(**({"round": THREE} | sections)), paper, manual=manual)
+
+
+def others(table: Desk, *names: str) -> list[str]:
+    return [name for name in names if name not in table.cohort]
+
+
+# Rounds.
+
+
+def test_the_first_round_waits_for_its_quorum():
+    table = desk()
+    assert of(table.actions, e.Retain) == [e.Retain(TOPICS.offer, m.encode(m.Offer("toys", 1, BUNDLE, 1.0)))]
+    assert not of(table.hello("a", "b"), e.OpenTask)
+    assert not of(table.hello("c", available=False), e.OpenTask)
+    actions = table.hello("c")
+    (opened,) = of(actions, e.OpenTask)
+    assert len(opened.task.cohort) == 2
+    assert set(invited(actions)) == set(opened.task.cohort)
+
+
+def test_the_choice_repeats_from_the_seed():
+    cohorts = set()
+    for _ in range(2):
+        table = desk(round=THREE | {"clients": 8})
+        table.hello(*"abcdefgh")
+        cohorts.add(tuple(table.cohort))
+    assert len(cohorts) == 1
+
+
+def test_over_selection_asks_more_and_closes_at_the_goal():
+    table = desk(round=THREE | {"over_select": 1.5})
+    table.hello("a", "b", "c")
+    assert len(table.cohort) == 3
+    table.upload("a")
+    actions = table.upload("b", update(30))
+    assert of(actions, e.Aggregate)[0].result.samples == 40
+    assert [client for _, client in table.paper.counted[0]] == ["a", "b"]
+    assert status(table.upload("c", identity=(1, 1)), "c") == ["late"]
+    assert table.paper.rounds[1].clients == 2
+    assert table.task == (1, 2)  # the next round is under way
+
+
+def test_an_invitation_says_what_to_do():
+    table = desk(train={"epochs": 2, "batch_size": 8, "hypers": {"lr": 0.5}}, codec={"step": 3.0, "feedback": False})
+    invitation = next(iter(invited(table.hello("a", "b", "c")).values()))
+    assert invitation.plan == m.TrainPlan(2, 0, 8, {"lr": 0.5})
+    assert invitation.update == m.UpdatePlan("quantized", 3.0, 0.7, False)
+    assert (invitation.round, invitation.kind, invitation.deadline) == (1, "train", 60.0)
+    assert (invitation.version, invitation.held, invitation.digest) == (0, 0, digest(0))
+    assert invitation.delta is None
+
+
+def test_at_the_deadline_the_minimum_is_enough():
+    table = desk(round={"cohort": 3, "minimum": 2, "deadline": 60.0})
+    table.hello("a", "b", "c")
+    table.upload("a")
+    table.upload("b")
+    assert not of(table.wait(59.0), e.Aggregate)
+    assert of(table.wait(1.5), e.Aggregate)
+
+
+def test_fewer_than_the_minimum_void_the_task_and_ask_again():
+    table = desk(round={"cohort": 3, "minimum": 2, "deadline": 60.0})
+    table.hello("a", "b", "c")
+    table.upload("a")
+    actions = table.wait(61.0)
+    assert of(actions, e.CloseTask) == [e.CloseTask(1, 1, "void")]
+    assert status(actions, "a") == ["void"]
+    assert not told(actions, "b", m.Receipt)
+    assert "1 of 2 updates" in of(actions, e.Log)[0].text
+    assert status(table.upload("b", identity=(1, 1)), "b") == ["void"]
+    assert of(table.wait(10.0), e.OpenTask)[0].task.round == 1
+    for client in "abc":
+        table.upload(client)
+    assert table.paper.sums == [30]
+
+
+def test_a_void_round_waits_for_clients_without_spinning():
+    table = desk(round={"cohort": 2, "minimum": 2, "deadline": 60.0})
+    table.hello("a", "b")
+    for client in "ab":
+        table.say(client, m.Goodbye(b"boot0000"))
+    table.wait(100.0)
+    assert table.coordinator.phase == "waiting"
+    assert table.coordinator.wake is None
+    assert of(table.hello("a", "b"), e.OpenTask)
+
+
+def test_a_deadline_waits_for_what_is_being_recorded():
+    table = desk(manual=(e.Record,))
+    table.hello("a", "b", "c")
+    first, second = table.cohort
+    table.upload(first)
+    table.perform()
+    table.upload(second)
+    assert not of(table.wait(100.0), e.CloseTask)
+    assert of(table.perform(), e.Aggregate)
+
+
+@pytest.mark.parametrize("leaves", ["goodbye", "decline"])
+def test_a_lost_member_is_replaced(leaves):
+    table = desk()
+    table.hello("a", "b", "c")
+    lost, (spare,) = table.cohort[0], others(table, "a", "b", "c")
+    word = m.Goodbye(b"boot0000") if leaves == "goodbye" else m.Decline(*table.task, "too hot")
+    actions = table.say(lost, word)
+    assert of(actions, e.Enlarge) == [e.Enlarge(1, 1, (spare,))]
+    assert list(invited(actions)) == [spare]
+
+
+def test_with_nobody_left_to_ask_the_minimum_closes_the_round():
+    table = desk(round={"cohort": 3, "minimum": 1})
+    table.hello("a", "b", "c")
+    table.upload("a")
+    table.say("b", m.Goodbye(b"boot0000"))
+    assert of(table.say("c", m.Decline(1, 1, "no")), e.Aggregate)
+
+
+def test_the_goodbye_of_an_earlier_life_is_ignored():
+    table = desk()
+    table.hello("a", "b", "c")
+    member = table.cohort[0]
+    table.hello(member, boot=b"boot0001")
+    assert table.say(member, m.Goodbye(b"boot0000")) == []
+    assert table.coordinator.clients == 3
+
+
+def test_a_member_that_says_hello_is_invited_again():
+    table = desk()
+    table.hello("a", "b", "c")
+    member, (spare,) = table.cohort[0], others(table, "a", "b", "c")
+    assert list(invited(table.hello(member))) == [member]
+    assert not invited(table.hello(spare))
+    table.upload(member)
+    assert not invited(table.hello(member))
+
+
+def test_after_a_reconnection_the_cohort_is_reminded():
+    table = desk()
+    table.hello("a", "b", "c")
+    done, asked = table.cohort
+    table.upload(done)
+    table.feed(e.Disconnected())
+    actions = table.feed(e.Connected())
+    assert list(invited(actions)) == [asked]
+    assert of(actions, e.Retain)
+
+
+def test_a_reconnection_does_not_invite_to_a_task_that_is_not_in_the_ledger():
+    table = desk(manual=(e.OpenTask,))
+    table.hello("a", "b", "c")
+    table.feed(e.Disconnected())
+    assert not invited(table.feed(e.Connected()))
+    assert len(invited(table.perform())) == 2
+
+
+def test_hellos_of_other_epochs_and_bundles_are_ignored():
+    table = desk(round={"cohort": 1})
+    hello = m.Hello(2, b"boot0000", BUNDLE.sha256, 0, digest(0), 10, True)
+    assert table.say("a", hello) == []
+    assert table.say("a", msgspec.structs.replace(hello, epoch=1, bundle=bytes(32))) == []
+    assert table.say("a", msgspec.structs.replace(hello, epoch=1)) != []
+
+
+# Updates.
+
+
+def test_duplicates_of_an_upload_are_recorded_once():
+    table = desk()
+    table.hello("a", "b", "c")
+    first = table.cohort[0]
+    assert len(of(table.upload(first), e.Record)) == 1
+    again = table.upload(first, update(99))
+    assert not of(again, e.Record)
+    assert status(again, first) == ["recorded"]
+    table.upload(table.cohort[1])
+    assert table.paper.sums == [20]
+    assert status(table.upload(first, identity=(1, 1)), first) == ["recorded"]
+
+
+def test_an_upload_announced_twice_while_it_is_recorded():
+    table = desk(manual=(e.Record,))
+    table.hello("a", "b", "c")
+    first = table.cohort[0]
+    table.upload(first)
+    assert table.upload(first) == []
+    assert len(table.waiting) == 1
+    assert status(table.perform(), first) == ["recorded"]
+
+
+def chunked(size: int) -> tuple[bytes, m.BlobRef]:
+    data = update(10).ljust(size)
+    return data, transfer.refer(data, chunk=1024, inline=0)
+
+
+def send(table: Desk, client: str, data: bytes, ref: m.BlobRef, indices: tuple[int, ...]) -> list[e.Action]:
+    actions = []
+    for index in indices:
+        topic = TOPICS.uploaded(client, ref.sha256, index)
+        actions += table.feed(e.Received(topic, transfer.piece(data, ref, index)))
+    return actions
+
+
+def test_a_large_update_comes_in_chunks_that_were_asked_for():
+    table = desk(transfer={"window": 2, "uploads": 1})
+    table.hello("a", "b", "c")
+    first, second = table.cohort
+    data, ref = chunked(3500)
+    announced = m.Upload(*table.task, ref)
+    assert told(table.say(first, announced), first) == [m.Credit(ref.sha256, (0, 1))]
+    assert told(table.say(second, announced), second) == []
+    assert told(send(table, first, data, ref, (1,)), first) == [m.Credit(ref.sha256, (2,))]
+    assert told(table.wait(11.0), first) == [m.Credit(ref.sha256, (0, 2))]
+    send(table, first, data, ref, (0, 0, 2))
+    actions = send(table, first, data, ref, (3,))
+    assert status(actions, first) == ["recorded"]
+    assert told(actions, second) == [m.Credit(ref.sha256, (0, 1))]
+
+
+@pytest.mark.parametrize(
+    ("blob", "words"),
+    [
+        (transfer.refer(b"NaN", chunk=1024), "malformed"),
+        (msgspec.structs.replace(transfer.refer(b"x", chunk=1024), inline=b"y"), "SHA-256"),
+        (m.BlobRef(bytes(32), LIMIT + 1, 1024), f"at most {LIMIT}"),
+    ],
+    ids=["unusable", "damaged", "oversized"],
+)
+def test_a_refused_update_gets_a_receipt_and_the_round_goes_on(blob, words):
+    table = desk()
+    table.hello("a", "b", "c")
+    bad, good = table.cohort
+    (spare,) = others(table, "a", "b", "c")
+    actions = table.say(bad, m.Upload(*table.task, blob))
+    (receipt,) = told(actions, bad, m.Receipt)
+    assert receipt.status == "refused"
+    assert words in receipt.detail
+    assert list(invited(actions)) == [spare]
+    table.upload(spare)
+    table.upload(good)
+    assert table.paper.counted == [[((1, 1), spare), ((1, 1), good)]]
+
+
+def test_malformed_foreign_and_unasked_messages_are_counted_and_dropped():
+    table = desk()
+    table.hello("a", "b", "c")
+    before = table.coordinator.dropped
+    bad = [
+        (TOPICS.up("a"), b""),
+        (TOPICS.up("a"), b"\xff" * 100),
+        (TOPICS.up("a"), bytes(m.MESSAGE_LIMIT + 1)),
+        (TOPICS.up("a"), m.encode(m.Receipt(1, 1, "recorded"))),
+        (TOPICS.up("a"), m.encode(m.Hello(1, b"boot0000", BUNDLE.sha256, 0, digest(0), 1, True))[:-3]),
+        ("fedge/other/up/a/msg", m.encode(m.Goodbye(b"boot0000"))),
+        ("fedge/toys/up/a b/msg", m.encode(m.Goodbye(b"boot0000"))),
+        ("somewhere/else", b"hello"),
+        (TOPICS.uploaded("a", bytes(32), 0), bytes(10)),
+    ]
+    logs = []
+    for topic, payload in bad:
+        logs += table.feed(e.Received(topic, payload))
+    assert table.coordinator.dropped - before == len(bad)
+    assert len(logs) == 1
+    assert isinstance(logs[0], e.Log)
+    for client in table.cohort:
+        table.upload(client)
+    assert table.paper.sums == [20]
+
+
+def test_chunks_that_do_not_fit_are_dropped_and_the_upload_goes_on():
+    table = desk()
+    table.hello("a", "b", "c")
+    first = table.cohort[0]
+    data, ref = chunked(3000)
+    table.say(first, m.Upload(*table.task, ref))
+    for index, payload in ((0, b"short"), (9, bytes(1024)), (2, bytes(1024))):
+        table.feed(e.Received(TOPICS.uploaded(first, ref.sha256, index), payload))
+    assert table.coordinator.dropped == 3
+    assert status(send(table, first, data, ref, (0, 1, 2)), first) == ["recorded"]
+
+
+def test_an_unknown_task_is_answered_from_the_ledger():
+    table = desk()
+    table.hello("a", "b", "c")
+    assert status(table.upload("a", identity=(7, 7)), "a") == ["late"]
+    (spare,) = others(table, "a", "b", "c")
+    assert status(table.upload(spare), spare) == ["late"]
+
+
+# Versions and deltas.
+
+
+def finish_round(table: Desk) -> list[e.Action]:
+    actions: list[e.Action] = []
+    for client in table.cohort:
+        actions += table.upload(client)
+    return actions
+
+
+def test_deltas_lead_from_what_each_client_holds():
+    table = desk(Paper(delta_bytes=3000), round={"cohort": 3})
+    table.hello("a", "b", "c")
+    actions = finish_round(table)
+    (prepared,) = of(actions, e.Prepare)
+    assert prepared == e.Prepare(0, 1)
+    invitations = invited(actions)
+    assert {invitation.held for invitation in invitations.values()} == {0}
+    (spread,) = of(actions, e.Spread)
+    assert all(invitation.delta == spread.ref for invitation in invitations.values())
+    asked = table.say("a", m.Missing(spread.ref.sha256, (1, 99)))
+    assert asked == [e.Spread(spread.ref, (1,))]
+    assert table.say("a", m.Missing(bytes(32), (1,))) == []
+    actions = finish_round(table)
+    assert of(actions, e.Sweep) == [e.Sweep(spread.ref)]
+    assert len(table.paper.blobs) == 1
+
+
+def test_a_client_that_holds_something_unknown_starts_from_version_0():
+    table = desk(round={"cohort": 2, "minimum": 1})
+    table.hello("a", "b")
+    finish_round(table)
+    assert invited(table.hello("a", version=1))["a"].delta is None
+    assert invited(table.hello("a", version=1, state=bytes(32)))["a"].held == 0
+    assert invited(table.hello("a", version=77))["a"].held == 0
+
+
+def test_what_the_ledger_may_forget_is_not_built_on():
+    table = desk(round={"cohort": 1, "clients": 2}, manual=(e.Aggregate,), stop={"rounds": 9})
+    table.hello("a", "b")
+    for _ in range(6):
+        table.upload(table.cohort[0])
+        held = table.paper.version
+        table.hello("z", version=max(0, held - 1))  # comes back while the next version is made
+        table.perform()
+        table.say("z", m.Goodbye(b"boot0000"))
+
+
+def test_a_late_delta_is_cleared_away():
+    table = desk(Paper(delta_bytes=3000), round={"cohort": 2, "minimum": 1}, manual=(e.Prepare,))
+    table.hello("a", "b")
+    finish_round(table)
+    assert table.waiting == [e.Prepare(0, 1)]
+    for client in "ab":
+        table.upload(client)
+    assert not table.paper.blobs
+    table.manual = ()
+    answer = e.Prepared(0, 1, transfer.refer(bytes(3000), chunk=1024, inline=0))
+    table.paper.blobs[answer.ref.sha256] = b""
+    assert of(table.feed(answer), e.Sweep) == [e.Sweep(answer.ref)]
+
+
+def test_without_a_codec_one_snapshot_serves_all():
+    table = desk(codec={"kind": "none"}, round={"cohort": 3})
+    table.hello("a", "b", "c")
+    finish_round(table)
+    actions = finish_round(table)
+    assert of(actions, e.Prepare) == [e.Prepare(0, 2)]
+
+
+# Evaluation.
+
+
+def test_the_server_evaluates_and_the_result_goes_with_its_round():
+    table = desk(evaluation={"data": "held out"}, manual=(e.Evaluate,))
+    table.hello("a", "b", "c")
+    assert of(finish_round(table), e.Evaluate) == [e.Evaluate(1)]
+    assert table.coordinator.phase == "measure"
+    table.feed(e.Evaluated(7, {"accuracy": 0.1}))
+    actions = table.feed(e.Evaluated(1, {"accuracy": 0.5}))
+    assert of(actions, e.FinishRound)[0].result.metrics["accuracy"] == 0.5
+    assert of(actions, e.FinishRound)[0].best
+
+
+def test_clients_evaluate_in_weighted_sums():
+    table = desk(evaluation={"clients": 2, "deadline": 30.0}, round={"cohort": 3})
+    table.hello("a", "b", "c")
+    finish_round(table)
+    task = table.paper.tasks[table.task]
+    assert (task.kind, task.version, len(task.cohort)) == ("evaluate", 1, 2)
+    first, second = task.cohort
+    table.upload(first, update(10, sum_count=10, sum_correct=9, sum_loss=1.0))
+    actions = table.upload(second, update(30, sum_count=30, sum_correct=3, sum_loss=7.0))
+    result = of(actions, e.FinishRound)[0].result
+    assert result.metrics["client_accuracy"] == 12 / 40
+    assert result.metrics["accuracy"] == 12 / 40
+    assert result.metrics["client_loss"] == 8 / 40
+    assert result.clients == 3
+    assert of(actions, e.CloseTask) == [e.CloseTask(1, 2, "done")]
+
+
+def test_an_evaluation_that_nobody_answers_ends_at_its_deadline():
+    table = desk(evaluation={"clients": 2, "deadline": 30.0})
+    table.hello("a", "b", "c")
+    finish_round(table)
+    actions = table.wait(31.0)
+    assert "client_accuracy" not in of(actions, e.FinishRound)[0].result.metrics
+    assert of(actions, e.OpenTask)[0].task.round == 2
+
+
+def test_evaluations_may_be_rare():
+    table = desk(evaluation={"data": "held out", "every": 2}, manual=(e.Evaluate,))
+    table.hello("a", "b", "c")
+    assert not of(finish_round(table), e.Evaluate)
+    assert of(finish_round(table), e.Evaluate)
+
+
+def test_training_metrics_and_traffic_are_part_of_the_result():
+    table = desk(round={"cohort": 2})
+    table.hello("a", "b", traffic=m.Traffic(100, 1000))
+    table.now += 5
+    for client in "ab":
+        data = transfer.refer(update(10, sum_loss=5.0, sum_count=10, loss=3), chunk=1024)
+        table.say(client, m.Upload(1, 1, data, m.Traffic(150, 1700)))
+    result = table.paper.rounds[1]
+    assert (result.bytes_up, result.bytes_down, result.seconds, result.samples) == (300, 3400, 5.0, 20)
+    assert result.metrics == {"train_loss": 0.5}
+
+
+# The end.
+
+
+@pytest.mark.parametrize(
+    ("stop", "metrics", "rounds", "words"),
+    [
+        ({"rounds": 2}, [0.1, 0.2], 2, "2 rounds are done"),
+        ({"rounds": 9, "target": 0.5}, [0.1, 0.7], 2, "accuracy 0.7000 reaches the target 0.5"),
+        ({"rounds": 9, "patience": 2}, [0.5, 0.4, 0.3], 3, "has not improved for 2 evaluations"),
+        ({"rounds": 9, "seconds": 20.0}, [0, 0], 2, "20 s have passed"),
+        ({"rounds": 9, "bytes": 390}, [0, 0], 2, "400 bytes"),
+    ],
+)
+def test_stop_conditions(stop, metrics, rounds, words):
+    table = desk(stop=stop, evaluation={"data": "held out"}, manual=(e.Evaluate,), round={"cohort": 2})
+    table.hello("a", "b")
+    for number, value in enumerate(metrics, 1):
+        table.now += 10
+        for client in "ab":
+            ref = transfer.refer(update(), chunk=1024)
+            table.say(client, m.Upload(*table.task, ref, m.Traffic(50 * number, 50 * number)))
+        actions = table.feed(e.Evaluated(number, {"accuracy": value}))
+    assert len(table.paper.rounds) == rounds
+    assert words in of(actions, e.Stop)[0].reason
+    offer = m.decode(of(actions, e.Retain)[-1].payload)
+    assert isinstance(offer, m.Offer)
+    assert offer.finished
+    assert table.coordinator.wake is None
+
+
+def test_a_finished_federation_that_is_started_again_says_so():
+    table = desk(stop={"rounds": 1})
+    table.hello("a", "b", "c")
+    finish_round(table)
+    again = desk(table.paper, stop={"rounds": 1})
+    assert of(again.actions, e.Stop) == [e.Stop("1 rounds are done")]
+    assert m.decode(of(again.actions, e.Retain)[-1].payload).finished
+
+
+# Restarts.
+
+
+def test_a_restart_goes_on_with_the_same_round_and_sums():
+    table = desk(round={"cohort": 3, "minimum": 2})
+    table.hello("a", "b", "c")
+    table.upload("b", update(7, sum_loss=1.0, sum_count=7))
+    again = desk(table.paper, round={"cohort": 3, "minimum": 2})
+    assert again.coordinator.phase == "train"
+    assert again.restored.epoch == 2
+    assert set(invited(again.hello("a", "b", "c"))) == {"a", "c"}
+    assert invited(again.hello("a"))["a"].epoch == 1
+    assert status(again.upload("b", identity=(1, 1)), "b") == ["recorded"]
+    again.upload("a", update(5, sum_loss=1.0, sum_count=5), identity=(1, 1))  # trained before the restart
+    again.upload("c", update(4, sum_loss=2.0, sum_count=4))
+    assert again.paper.sums == [16]
+    assert again.paper.rounds[1].samples == 16
+    assert again.paper.rounds[1].metrics == {"train_loss": 4 / 16}
+    assert again.task == (2, 2)
+
+
+def test_a_restart_with_every_result_in_the_ledger_closes_the_task():
+    table = desk(manual=(e.Aggregate,))
+    table.hello("a", "b", "c")
+    finish_round(table)
+    again = desk(table.paper)
+    assert of(again.actions, e.Aggregate)
+    assert again.paper.sums == [20]
+
+
+def test_a_restart_while_clients_evaluate_counts_the_round_once():
+    sections = {"evaluation": {"clients": 1}, "stop": {"rounds": 2}, "round": {"cohort": 2}}
+    table = desk(**sections)
+    table.hello("a", "b")
+    for client in table.cohort:
+        table.upload(client)
+    assert table.paper.tasks[table.task].kind == "evaluate"
+    again = desk(table.paper, **sections)
+    again.hello("a", "b")
+    actions = again.upload(again.cohort[0], update(10, sum_count=10, sum_correct=5), identity=(1, 2))
+    assert again.paper.rounds[1].metrics["accuracy"] == 0.5
+    assert of(actions, e.OpenTask)[0].task.round == 2
+    assert not of(again.actions, e.Stop)
+
+
+def test_after_a_restart_a_round_waits_for_the_fleet_for_a_while():
+    table = desk(stop={"rounds": 9})
+    table.hello("a", "b", "c")
+    table.upload(table.cohort[0])
+    table.upload(table.cohort[1])
+    table.upload(table.cohort[0])
+    table.upload(table.cohort[1])
+    table.paper.outcomes[table.task] = "void"
+    again = desk(table.paper, stop={"rounds": 9})
+    assert not of(again.hello("a", "b"), e.OpenTask)
+    assert of(again.hello("c"), e.OpenTask)
+    table.paper.outcomes[again.task] = "void"
+    third = desk(table.paper, stop={"rounds": 9})
+    assert not of(third.hello("a", "b"), e.OpenTask)
+    assert of(third.wait(12.0), e.OpenTask)
+
+
+def test_traffic_of_before_a_restart_is_not_counted_twice():
+    table = desk(round={"cohort": 2})
+    table.hello("a", "b", traffic=m.Traffic(100, 100))
+    finish_round(table)
+    again = desk(table.paper, round={"cohort": 2})
+    again.hello("a", "b", traffic=m.Traffic(130, 140))
+    for client in "ab":
+        ref = transfer.refer(update(), chunk=1024)
+        again.say(client, m.Upload(*again.task, ref, m.Traffic(200, 240)))
+    assert (again.paper.rounds[2].bytes_up, again.paper.rounds[2].bytes_down) == (140, 200)
+
+
+def test_the_same_events_give_the_same_actions():
+    table = desk()
+    events = [
+        e.Connected(),
+        *(
+            e.Received(TOPICS.up(client), m.encode(m.Hello(1, b"boot0000", BUNDLE.sha256, 0, digest(0), 9, True)))
+            for client in "cab"
+        ),
+        e.Opened(1, 1),
+        e.Tick(),
+    ]
+    twins = [Coordinator(settings(round=THREE), dataclasses.replace(table.restored)) for _ in range(2)]
+    assert [twins[0].handle(event, 5.0) for event in events] == [twins[1].handle(event, 5.0) for event in events]

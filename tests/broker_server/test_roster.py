@@ -1,0 +1,68 @@
+import pytest
+
+from broker_server.roster import Roster
+from edge_client.wire.messages import Hello, Traffic
+
+
+def hello(boot: bytes = b"first...", *, version: int = 0, available: bool = True, sent: int = 0, received: int = 0):
+    return Hello(1, boot, bytes(32), version, bytes(32), 5, available, Traffic(sent, received))
+
+
+def test_who_is_there():
+    roster = Roster()
+    roster.hello("a", hello())
+    roster.hello("b", hello(available=False))
+    assert roster.present() == 1
+    assert [(c.id, c.available) for c in roster.candidates()] == [("a", True), ("b", False)]
+    assert [c.id for c in roster.candidates(exclude=["a"])] == ["b"]
+    assert roster.get("c") is None
+
+
+def test_goodbye_counts_once_and_only_for_the_present_life():
+    roster = Roster()
+    roster.hello("a", hello())
+    roster.hello("a", hello(b"second.."))
+    assert not roster.goodbye("a", b"first...")
+    assert roster.goodbye("a", b"second..")
+    assert not roster.goodbye("a", b"second..")
+    assert not roster.goodbye("b", b"first...")
+    assert roster.present() == 0
+    assert roster.candidates() == []
+    roster.hello("a", hello(b"second.."))
+    assert roster.present() == 1
+
+
+def test_the_last_round_survives_a_new_life():
+    roster = Roster()
+    roster.hello("a", hello()).last_round = 4
+    assert roster.hello("a", hello(b"second..")).last_round == 4
+
+
+def test_versions_held():
+    roster = Roster()
+    roster.hello("a", hello(version=3))
+    roster.hello("b", hello(version=5))
+    roster.hello("a", hello(version=4))
+    assert roster.versions() == {4, 5}
+
+
+def test_traffic_grows_within_a_life_and_starts_anew_with_the_next():
+    roster = Roster()
+    roster.hello("a", hello(sent=10, received=100))
+    roster.count("a", Traffic(15, 150))
+    roster.count("a", Traffic(12, 160))  # overtaken by the one before
+    assert (roster.up, roster.down) == (15, 150)
+    roster.hello("a", hello(sent=16, received=170))
+    assert (roster.up, roster.down) == (16, 170)
+    roster.hello("a", hello(b"second..", sent=3, received=4))
+    assert (roster.up, roster.down) == (19, 174)
+    roster.count("unknown", Traffic(9, 9))
+    assert (roster.up, roster.down) == (19, 174)
+
+
+@pytest.mark.parametrize(("counting", "expected"), [(True, 14), (False, 4)])
+def test_after_a_restart_only_what_is_new_counts(counting, expected):
+    roster = Roster(counting=counting)
+    roster.hello("a", hello(sent=10))
+    roster.count("a", Traffic(14, 0))
+    assert roster.up == expected

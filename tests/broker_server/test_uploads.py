@@ -1,0 +1,110 @@
+import pytest
+
+from broker_server.uploads import Grant, Uploads
+from edge_client.errors import WireError
+from edge_client.wire import transfer
+
+LIMIT = 100_000
+
+
+def blob(size: int = 4000, fill: bytes = b"u"):
+    data = (fill * size)[:size]
+    return data, transfer.refer(data, chunk=1024, inline=0)
+
+
+def give(uploads: Uploads, client: str, data, ref, indices, now: float = 0.0):
+    done, grants = None, []
+    for index in indices:
+        done, more = uploads.chunk(client, ref.sha256, index, transfer.piece(data, ref, index), now)
+        grants += more
+    return done, grants
+
+
+def test_a_window_of_chunks_at_a_time():
+    uploads = Uploads(4, 2, LIMIT)
+    data, ref = blob()
+    assert uploads.announce("a", ref, 0.0) == [Grant("a", ref.sha256, (0, 1))]
+    assert give(uploads, "a", data, ref, (1,)) == (None, [Grant("a", ref.sha256, (2,))])
+    assert give(uploads, "a", data, ref, (0,)) == (None, [Grant("a", ref.sha256, (3,))])
+    assert give(uploads, "a", data, ref, (3, 2)) == (data, [])
+    assert uploads.wake is None
+
+
+def test_places_are_limited_and_the_queue_moves_on():
+    uploads = Uploads(2, 16, LIMIT)
+    data, ref = blob()
+    assert [grant.client for client in "abc" for grant in uploads.announce(client, ref, 0.0)] == ["a", "b"]
+    done, grants = give(uploads, "b", data, ref, range(4))
+    assert done == data
+    assert [grant.client for grant in grants] == ["c"]
+    uploads.announce("d", ref, 0.0)
+    assert [grant.client for grant in uploads.forget("a", 0.0)] == ["d"]
+
+
+def test_silence_repeats_the_grant_and_then_costs_the_place():
+    uploads = Uploads(1, 16, LIMIT, lease=10.0, patience=2)
+    _, ref = blob()
+    uploads.announce("a", ref, 0.0)
+    uploads.announce("b", ref, 0.0)
+    assert uploads.wake == 10.0
+    assert uploads.tick(9.0) == []
+    for now in (10.0, 20.0):
+        assert [grant.client for grant in uploads.tick(now)] == ["a"]
+    assert [grant.client for grant in uploads.tick(30.0)] == ["b"]
+
+
+def test_announcing_again_repeats_what_is_missing():
+    uploads = Uploads(1, 2, LIMIT)
+    data, ref = blob()
+    uploads.announce("a", ref, 0.0)
+    give(uploads, "a", data, ref, (0,))
+    assert uploads.announce("a", ref, 1.0) == [Grant("a", ref.sha256, (1, 2))]
+
+
+def test_another_blob_of_the_same_client_replaces_the_first():
+    uploads = Uploads(1, 16, LIMIT)
+    (old, first), (data, second) = blob(), blob(fill=b"v")
+    uploads.announce("a", first, 0.0)
+    assert uploads.announce("a", second, 0.0) == [Grant("a", second.sha256, (0, 1, 2, 3))]
+    with pytest.raises(WireError, match="not under way"):
+        give(uploads, "a", old, first, (0,))
+    assert give(uploads, "a", data, second, range(4))[0] == data
+
+
+def test_bytes_that_are_not_the_named_ones_free_the_place_for_the_next():
+    uploads = Uploads(1, 16, LIMIT)
+    (_, ref), (other, _) = blob(), blob(fill=b"w")
+    uploads.announce("a", ref, 0.0)
+    uploads.announce("b", ref, 0.0)
+    with pytest.raises(WireError, match="SHA-256"):
+        give(uploads, "a", other, ref, range(4))
+    assert uploads.wake == 0.0
+    assert [grant.client for grant in uploads.tick(0.0)] == ["b"]
+
+
+@pytest.mark.parametrize(("index", "payload"), [(4, b""), (0, b"short"), (3, bytes(1024))])
+def test_a_chunk_of_the_wrong_size_or_place_is_refused(index, payload):
+    uploads = Uploads(1, 16, LIMIT)
+    data, ref = blob()
+    uploads.announce("a", ref, 0.0)
+    with pytest.raises(WireError, match="does not belong"):
+        uploads.chunk("a", ref.sha256, index, payload, 0.0)
+    assert give(uploads, "a", data, ref, range(4))[0] == data
+
+
+def test_a_blob_above_the_limit_is_refused_before_anything_is_allocated():
+    uploads = Uploads(1, 16, 3999)
+    _, ref = blob()
+    with pytest.raises(WireError, match="update of 4000 bytes; at most 3999"):
+        uploads.announce("a", ref, 0.0)
+
+
+def test_a_closed_task_leaves_nothing():
+    uploads = Uploads(1, 16, LIMIT)
+    data, ref = blob()
+    uploads.announce("a", ref, 0.0)
+    uploads.announce("b", ref, 0.0)
+    uploads.clear()
+    assert uploads.wake is None
+    with pytest.raises(WireError, match="not under way"):
+        give(uploads, "a", data, ref, (0,))
