@@ -6,8 +6,9 @@ not arrive is subscribed to again, then asked for: brokers drop retained message
 
 from dataclasses import dataclass, field
 
+from edge_client.errors import WireError
 from edge_client.wire.messages import BlobRef
-from edge_client.wire.transfer import Assembly
+from edge_client.wire.transfer import Assembly, unwrap
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,18 @@ class Download:
         """Where nothing has come for too long, subscribe again; from the second time on, ask for the chunks too."""
         if self.wake is None or now < self.wake:
             return Pull()
-        self._stalls += 1
+        self._stalls = min(self._stalls + 1, 16)
         self.wake = now + min(60.0, self.patience * 2**self._stalls)
         again = tuple(self._open)
         return Pull(drop=again, take=again, ask=again if self._stalls > 1 else ())
+
+    def stop(self) -> Pull:
+        """Give up: nothing stays subscribed to."""
+        left = (*self._arrived, *self._open)
+        self._arrived.clear()
+        self._open.clear()
+        self.wake = None
+        return Pull(drop=left)
 
     def take(self) -> bytes:
         """The verified bytes.
@@ -96,3 +105,13 @@ class Download:
         wanted = [index for index in self._assembly.missing(room + len(self._open)) if index not in self._open][:room]
         self._open.update(dict.fromkeys(wanted))
         return tuple(wanted)
+
+
+def check_blob(ref: BlobRef, limit: int) -> None:
+    """Refuse a blob before anything is done about it.
+
+    Raises:
+        WireError: it is empty or larger than ``limit`` bytes, or its bytes within the reference are not what it names.
+    """
+    if unwrap(ref) is None and not 0 < ref.size <= limit:
+        raise WireError(f"blob of {ref.size} bytes; 1 to {limit} are accepted here")

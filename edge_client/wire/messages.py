@@ -19,8 +19,8 @@ MESSAGE_LIMIT = 128 * 1024
 """Bytes of the largest message; anything longer is dropped unread."""
 CHUNK_MIN, CHUNK_MAX = 1024, 1024 * 1024
 
-ClientId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}$")]
-FederationName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+ClientId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}\Z")]
+FederationName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Natural = Annotated[int, Meta(ge=0, le=2**48)]
 Seconds = Annotated[float, Meta(ge=0, le=1e8)]
@@ -46,7 +46,9 @@ class TrainPlan(Struct, frozen=True, forbid_unknown_fields=True):
     epochs: Annotated[int, Meta(ge=1, le=10_000)] = 1
     steps: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
     batch_size: Annotated[int, Meta(ge=1, le=65_536)] = 32
-    hypers: dict[Annotated[str, Meta(max_length=64)], float] = {}
+    hypers: Annotated[
+        dict[Annotated[str, Meta(max_length=64)], Annotated[float, Meta(ge=-1e30, le=1e30)]], Meta(max_length=64)
+    ] = {}
 
 
 class UpdatePlan(Struct, frozen=True, forbid_unknown_fields=True):

@@ -37,12 +37,13 @@ class Assembly:
     """One blob under way: takes its chunks in any order, knows what is missing, and hands out only verified bytes.
 
     Raises:
-        WireError: the blob is larger than ``limit`` bytes. Nothing is allocated then.
+        WireError: the blob is empty (it would travel inside its reference), or larger than ``limit`` bytes. Nothing is
+            allocated then.
     """
 
     def __init__(self, ref: BlobRef, *, limit: int) -> None:
-        if ref.size > limit:
-            raise WireError(f"blob of {ref.size} bytes; at most {limit} are accepted here")
+        if not 0 < ref.size <= limit:
+            raise WireError(f"blob of {ref.size} bytes; 1 to {limit} are accepted here")
         self.ref = ref
         self._data = bytearray(ref.size)
         self._missing = dict.fromkeys(range(count(ref)))
