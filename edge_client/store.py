@@ -5,6 +5,7 @@ the index is replaced in one atomic rename. A power cut leaves the old index or 
 names are removed at the next start.
 """
 
+import contextlib
 import os
 import threading
 from pathlib import Path
@@ -15,10 +16,15 @@ import msgspec
 from edge_client.codec.lattice import State, pack_state, unpack_state
 from edge_client.codec.layout import Layout
 from edge_client.errors import CodecError, StoreError
-from edge_client.session import NO_HASH, Held, Pending
+from edge_client.session import NO_HASH, Held
+from edge_client.upload import Pending
 
 _INDEX = "index.msgpack"
 _SCHEMA = 1
+
+
+class _Schema(msgspec.Struct, frozen=True):
+    schema: int
 
 
 class _Last(msgspec.Struct, frozen=True):
@@ -38,6 +44,13 @@ class _Index(msgspec.Struct, frozen=True):
     residual: str = ""
     last: _Last | None = None
     serial: int = 0
+
+    def files(self) -> set[str]:
+        """Names in the client's folder that this index refers to."""
+        named = {_INDEX, _model_file(self.digest), _bundle_file(self.bundle), self.residual}
+        if self.last is not None:
+            named |= {self.last.update, self.last.before, self.last.after}
+        return named - {""}
 
 
 class ModelCopies(Protocol):
@@ -110,7 +123,7 @@ class Store:
 
     def install(self, digest: bytes, bundle: bytes) -> None:
         """Store a bundle; what belonged to another one is forgotten."""
-        path = self._bundles / f"bundle-{digest.hex()}.fedge"
+        path = self._bundles / _bundle_file(digest)
         with self._lock:
             if self._bundles == self._folder or not path.exists():
                 _write(path, bundle, durable=self._durable)
@@ -121,7 +134,7 @@ class Store:
         if self._index.bundle == NO_HASH:
             return None
         try:
-            return (self._bundles / f"bundle-{self._index.bundle.hex()}.fedge").read_bytes()
+            return (self._bundles / _bundle_file(self._index.bundle)).read_bytes()
         except OSError:
             return None
 
@@ -163,24 +176,25 @@ class Store:
         path = self._folder / _INDEX
         if not path.exists():
             return _Index()
+        data = path.read_bytes()
         try:
-            index = msgspec.msgpack.decode(path.read_bytes(), type=_Index)
-        except msgspec.DecodeError as error:
+            schema = msgspec.msgpack.decode(data, type=_Schema).schema
+            if schema != _SCHEMA:
+                raise StoreError(f"{path} has schema {schema}; this fedge knows {_SCHEMA}: update fedge")
+            return msgspec.msgpack.decode(data, type=_Index)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise StoreError(f"{path} is damaged ({error}); remove the folder to start this client anew") from error
-        if index.schema != _SCHEMA:
-            raise StoreError(f"{path} has schema {index.schema}; this fedge knows {_SCHEMA}: update fedge")
-        return index
 
     def _commit(self, index: _Index) -> None:
         _write(self._folder / _INDEX, msgspec.msgpack.encode(index), durable=self._durable)
-        self._index = index
-        self._sweep()
+        # Only what the old index named goes: another thread may be writing files that no index names yet.
+        gone, self._index = self._index.files() - index.files(), index
+        for name in gone:
+            with contextlib.suppress(OSError):
+                (self._folder / name).unlink()
 
     def _sweep(self) -> None:
-        index = self._index
-        named = {_INDEX, index.residual, _model_file(index.digest), f"bundle-{index.bundle.hex()}.fedge"}
-        if index.last is not None:
-            named |= {index.last.update, index.last.before, index.last.after}
+        named = self._index.files()
         for entry in os.scandir(self._folder):
             if entry.name not in named and entry.is_file():
                 os.unlink(entry.path)
@@ -194,6 +208,10 @@ class Store:
             return (self._folder / name).read_bytes()
         except OSError:
             return None
+
+
+def _bundle_file(digest: bytes) -> str:
+    return f"bundle-{digest.hex()}.fedge"
 
 
 def _model_file(digest: bytes) -> str:

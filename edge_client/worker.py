@@ -1,5 +1,6 @@
 """One task on a device: bring the model to the task's version, train or evaluate, encode what came of it."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,15 +43,21 @@ class Worker:
             update, residual = self._result(invitation, state, trainer, stop)
             if state.digest() != digest:
                 self.copies.save(state.digest(), state, digest)
-            version, digest = invitation.version, state.digest()
-            self.store.commit(invitation.epoch, invitation.task, update, residual, version=version, digest=digest)
+            self.store.commit(
+                invitation.epoch,
+                invitation.task,
+                update,
+                residual,
+                version=invitation.version,
+                digest=state.digest(),
+            )
         except CodecError as error:
             # The copy cannot be trusted any more: the next task starts from the bundle's weights.
             self.store.hold(0, digest=bytes(32))
             return Failed(invitation.epoch, invitation.task, str(error), 0, bytes(32))
         except FedgeError as error:
             return Failed(invitation.epoch, invitation.task, str(error), version, digest)
-        return Finished(invitation.epoch, invitation.task, update, version, digest)
+        return Finished(invitation.epoch, invitation.task, update, invitation.version, state.digest())
 
     def _model(self, invitation: Invitation, delta: bytes | None, bundle: Bundle) -> State:
         layout = bundle.layout
@@ -91,7 +98,9 @@ class Worker:
         delta = result.local - received
         stored = self.store.residual() if plan.feedback and plan.kind != "none" else None
         if stored is not None:
-            delta += unpack_residual(stored, bundle.layout)
+            # A damaged residual costs a little accuracy once, and must not cost every task from now on.
+            with contextlib.suppress(CodecError):
+                delta += unpack_residual(stored, bundle.layout)
         scalars = {
             "samples": float(result.samples),
             "steps": float(result.steps),

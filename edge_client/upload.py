@@ -1,0 +1,66 @@
+"""An update on its way up: announced until there is a receipt, its chunks sent as the server grants them. No I/O."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from edge_client.wire import transfer
+from edge_client.wire.messages import BlobRef
+
+_SLOWEST = 300.0
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An update that is stored and has no receipt yet."""
+
+    epoch: int
+    task: int
+    update: bytes
+
+
+@dataclass
+class Announcement:
+    """One update without a receipt.
+
+    ``patience``: seconds without an answer after which it is announced again; they double each time, up to five
+    minutes. ``at``: when that is due; not before the server is known to be there, so infinity at first.
+    """
+
+    pending: Pending
+    ref: BlobRef
+    patience: float
+    at: float = math.inf
+    _attempts: int = 0
+    _granted: bool = False
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Epoch and task."""
+        return self.pending.epoch, self.pending.task
+
+    @property
+    def coming(self) -> int:
+        """Bytes of the update that the transport has not counted yet."""
+        return 0 if self._granted else self.ref.size
+
+    def due(self, now: float) -> bool:
+        """Whether to announce it now; the next time is then set."""
+        if now < self.at:
+            return False
+        self._attempts = min(self._attempts + 1, 16)
+        self.at = now + min(_SLOWEST, self.patience * 2**self._attempts)
+        return True
+
+    def pieces(self, indices: tuple[int, ...], now: float) -> Iterator[tuple[int, bytes]]:
+        """The granted chunks, each once; the server is there, so patience starts anew."""
+        self._attempts, self._granted = 0, True
+        self.at = now + self.patience * 2
+        for index in dict.fromkeys(indices):
+            if index < transfer.count(self.ref):
+                yield index, transfer.piece(self.pending.update, self.ref, index)
+
+
+def announce(pending: Pending, chunk: int, inline: int, patience: float) -> Announcement:
+    """The announcement of an update: in chunks of ``chunk`` bytes, or whole where it has at most ``inline``."""
+    return Announcement(pending, transfer.refer(pending.update, chunk=chunk, inline=inline), patience)
