@@ -1,16 +1,20 @@
 """The global model: its versions on the lattice, and the deltas that lead from one to another."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from broker_server.aggregation.optimizer import ServerOptimizer, pack, unpack
 from broker_server.config import Codec
 from broker_server.ledger import Ledger, Round, Version
 from edge_client.bundle import Bundle
 from edge_client.codec.lattice import (
+    EXPONENT_LIMIT,
+    K_LIMIT,
     LatticeState,
     RawState,
     State,
@@ -24,6 +28,8 @@ from edge_client.codec.lattice import (
 from edge_client.codec.layout import Vector
 from edge_client.errors import LedgerError
 
+_ROOM = 2**20
+"""Lattice steps between base and model that a finer step must not exceed: the model can move on from there."""
 _CACHED = 8
 """Versions kept unpacked; others are read from the ledger when a client that holds one comes back."""
 
@@ -90,6 +96,10 @@ class Publication:
                 target += head.remainder
             previous = head.state.exponent if isinstance(head.state, LatticeState) and head.version else None
             exponent = choose_exponent(float(np.std(step)), self._codec.lattice, previous)
+            exponent = self._bounded(exponent, previous, target)
+            # What is out of the lattice's reach stays at its edge: an aggregate that diverged must not end the server.
+            reach = math.ldexp(K_LIMIT - 1, exponent)
+            np.clip(target, self._base - np.float64(reach), self._base + np.float64(reach), out=target)
             state, remainder = place(target, self._base, exponent)
         self._head = _Head(head.version + 1, state, remainder, optimizer)
         with self._ledger.group():
@@ -106,6 +116,13 @@ class Publication:
             self._ledger.finish_round(result)
             self._ledger.prune({*keep, head.version})
         self._remember(self._head.version, state)
+
+    def _bounded(self, exponent: int, previous: int | None, target: npt.NDArray[np.float64]) -> int:
+        """The exponent, or a larger one where that would be too fine for where the model is; never above the last."""
+        farthest = float(np.abs(target - self._base).max(initial=0.0))
+        coarse = max(exponent, math.ceil(math.log2(farthest / _ROOM))) if farthest > 0 else exponent
+        coarse = max(-EXPONENT_LIMIT, min(EXPONENT_LIMIT, coarse))
+        return coarse if previous is None else min(coarse, previous)
 
     def _restore(self) -> _Head:
         latest = self._ledger.latest()

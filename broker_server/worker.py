@@ -5,6 +5,7 @@ are added to the sum in ledger order: a replay after a crash then gives the same
 """
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from edge_client.wire.messages import BlobRef
 
 _SAMPLES_LIMIT = 2**29
 """More samples than this of one client are refused: their product with an update would not be exact any more."""
+_VALUE_LIMIT = 1e9
+"""An update with a larger value is refused: one that diverged would take the model of all with it."""
 
 
 class Worker:
@@ -47,7 +50,14 @@ class Worker:
         self._state.mkdir(parents=True, exist_ok=True)
         held_out = settings.evaluation.data
         self._held_out = (
-            HeldOut.open(self.bundle, held_out, batch_size=settings.evaluation.batch_size) if held_out else None
+            HeldOut.open(
+                self.bundle,
+                held_out,
+                batch_size=settings.evaluation.batch_size,
+                threads=os.cpu_count() or 1,  # clients wait meanwhile
+            )
+            if held_out
+            else None
         )
         self._ledger = Ledger.open(
             self._state / "ledger.db", federation=settings.federation.name, bundle=self.bundle.digest
@@ -185,8 +195,11 @@ class Worker:
         if not 1 <= samples < _SAMPLES_LIMIT:
             raise CodecError(f"update counts {samples:g} samples; expected 1 to {_SAMPLES_LIMIT - 1}")
         delta = update.vectors.get("delta")
-        if delta is not None and not np.isfinite(delta).all():
-            raise CodecError("update holds NaN or infinite values: training diverged; a lower learning rate may help")
+        if delta is not None:
+            highest = float(np.abs(delta).max(initial=0.0))
+            if not highest < _VALUE_LIMIT:
+                found = f"values up to {highest:.1e}" if math.isfinite(highest) else "NaN or infinite values"
+                raise CodecError(f"update holds {found}: training diverged; a lower learning rate may help")
         finite = {name: value for name, value in update.scalars.items() if math.isfinite(value)}
         return int(samples), finite, delta
 

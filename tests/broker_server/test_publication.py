@@ -1,0 +1,166 @@
+import numpy as np
+import pytest
+
+from broker_server.aggregation.optimizer import sgd
+from broker_server.config import Codec
+from broker_server.ledger import BEST, Ledger, Round, Task
+from broker_server.publication import Publication
+from edge_client.bundle import Bundle
+from edge_client.codec.lattice import apply_delta, origin
+from edge_client.errors import LedgerError
+from tests.toy import toy_bundle
+
+CODECS = [Codec(), Codec(lattice=1.0), Codec(kind="none")]
+BUNDLE = Bundle.from_bytes(toy_bundle(features=10, classes=8, hidden=12))
+SIZE = BUNDLE.layout.size
+
+
+def open_ledger(folder) -> Ledger:
+    return Ledger.open(folder / "ledger.db", federation="toys", bundle=BUNDLE.digest)
+
+
+def steps(count: int, seed: int = 0, scale: float = 0.01):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(0, scale * 0.7**n, SIZE).astype(np.float32) for n in range(count)]
+
+
+def advance(publication: Publication, ledger: Ledger, aggregate, keep=()) -> None:
+    number = publication.version + 1
+    task = Task(
+        epoch=1,
+        task=number,
+        round=number,
+        kind="train",
+        version=publication.version,
+        cohort=("a",),
+        plan=b"",
+        opened=0.0,
+    )
+    ledger.open_task(task)
+    result = Round(
+        round=number, version=number, clients=1, samples=1, seconds=0.0, bytes_up=0, bytes_down=0, metrics={}
+    )
+    publication.advance(aggregate, result, closes=(1, number), keep=keep)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    with open_ledger(tmp_path) as opened:
+        yield opened
+
+
+def test_version_0_is_the_bundle(ledger):
+    publication = Publication(BUNDLE, ledger, Codec(), sgd())
+    assert publication.version == 0
+    np.testing.assert_array_equal(publication.parameters(), BUNDLE.initial())
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=["coarse", "fine", "none"])
+def test_what_rounding_leaves_out_is_never_lost(ledger, codec):
+    publication = Publication(BUNDLE, ledger, codec, sgd())
+    total = BUNDLE.initial().astype(np.float64)
+    for step in steps(12):
+        advance(publication, ledger, step)
+        total += step
+        stored = ledger.latest()
+        assert stored is not None
+        left = np.frombuffer(stored.remainder, "<f4") if stored.remainder else np.zeros(SIZE, np.float32)
+        np.testing.assert_allclose(publication.parameters() + left, total, rtol=0, atol=2e-6)
+    if codec.kind == "quantized":
+        assert np.abs(total - publication.parameters()).max() <= 0.01 * codec.lattice
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=["coarse", "fine", "none"])
+def test_a_delta_from_any_version_leads_to_the_same_bits(ledger, codec):
+    publication = Publication(BUNDLE, ledger, codec, sgd())
+    states = {0: origin(SIZE)}
+    for step in steps(11):
+        held = publication.version
+        advance(publication, ledger, step, keep=range(20))
+        states[publication.version] = apply_delta(states[held], publication.delta(held), BUNDLE.layout)
+        assert states[publication.version].digest() == publication.digest
+    for held, state in states.items():
+        if held == publication.version or (codec.kind == "none" and held):
+            continue
+        reached = apply_delta(state, publication.delta(held), BUNDLE.layout)
+        assert reached.digest() == publication.digest
+        np.testing.assert_array_equal(reached.parameters(BUNDLE.initial()), publication.parameters())
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=["coarse", "fine", "none"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_restart_gives_the_same_bits(tmp_path, codec, momentum):
+    optimizer = sgd(1.0, momentum)
+    with_restarts, without = tmp_path / "a", tmp_path / "b"
+    with open_ledger(without) as ledger:
+        publication = Publication(BUNDLE, ledger, codec, optimizer)
+        for step in steps(6):
+            advance(publication, ledger, step)
+    for step in steps(6):
+        with open_ledger(with_restarts) as ledger:
+            again = Publication(BUNDLE, ledger, codec, optimizer)
+            advance(again, ledger, step)
+    assert again.digest == publication.digest
+    np.testing.assert_array_equal(again.parameters(), publication.parameters())
+
+
+def test_the_optimizer_moves_the_model(ledger):
+    publication = Publication(BUNDLE, ledger, Codec(kind="none"), sgd(0.5, 0.9))
+    ones = np.ones(SIZE, np.float32)
+    for _ in range(2):
+        advance(publication, ledger, ones)
+    np.testing.assert_allclose(publication.parameters() - BUNDLE.initial(), 0.5 + 0.5 * 1.9, rtol=1e-5)
+
+
+def test_a_forgotten_version_is_named(tmp_path):
+    with open_ledger(tmp_path) as ledger:
+        publication = Publication(BUNDLE, ledger, Codec(), sgd())
+        for step in steps(4):
+            advance(publication, ledger, step, keep={1})
+        ledger.put(BEST, "4")
+    with open_ledger(tmp_path) as ledger:
+        publication = Publication(BUNDLE, ledger, Codec(), sgd())
+        publication.delta(1)
+        with pytest.raises(LedgerError, match="version 2 of the model is not in the ledger any more"):
+            publication.delta(2)
+        with pytest.raises(LedgerError, match="version 9"):
+            publication.parameters(9)
+
+
+@pytest.mark.parametrize(
+    ("codec", "optimizer", "words"),
+    [(Codec(kind="none"), sgd(), "codec.kind"), (Codec(), sgd(1.0, 0.5), "aggregation.momentum")],
+)
+def test_a_ledger_of_other_settings_is_refused(ledger, codec, optimizer, words):
+    advance(Publication(BUNDLE, ledger, Codec(), sgd()), ledger, steps(1)[0])
+    with pytest.raises(LedgerError, match=words):
+        Publication(BUNDLE, ledger, codec, optimizer)
+
+
+def test_a_version_and_the_close_of_its_task_are_one_step(ledger):
+    publication = Publication(BUNDLE, ledger, Codec(), sgd())
+    result = Round(round=1, version=1, clients=1, samples=1, seconds=0.0, bytes_up=0, bytes_down=0)
+    with pytest.raises(LedgerError, match="is not open"):
+        publication.advance(steps(1)[0], result, closes=(1, 1), keep=())
+    assert ledger.latest() is None
+    assert ledger.rounds() == []
+
+
+def test_a_tiny_round_does_not_make_the_step_too_fine(ledger):
+    publication = Publication(BUNDLE, ledger, Codec(), sgd())
+    for scale in (0.1, 1e-15, 0.1, 1.0):
+        advance(publication, ledger, steps(1, scale=scale)[0])
+    expected = BUNDLE.initial() + sum(steps(1, scale=scale)[0] for scale in (0.1, 0.1, 1.0))
+    np.testing.assert_allclose(publication.parameters(), expected, atol=1e-4)
+
+
+def test_a_round_that_diverged_does_not_end_the_server(ledger):
+    publication = Publication(BUNDLE, ledger, Codec(), sgd())
+    for scale in (0.01, 1e8, 0.01):
+        held = publication.version
+        before = publication.parameters()
+        advance(publication, ledger, steps(1, scale=scale)[0])
+        assert np.isfinite(publication.parameters()).all()
+        assert before.shape == publication.parameters().shape
+        publication.delta(held)
+        publication.delta(0)

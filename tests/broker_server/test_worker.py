@@ -1,0 +1,256 @@
+import math
+
+import msgspec
+import numpy as np
+import pytest
+
+from broker_server import events as e
+from broker_server.config import Federation
+from broker_server.ledger import Ledger, Round, Task
+from broker_server.worker import Worker
+from edge_client.bundle import Bundle
+from edge_client.codec.lattice import apply_delta, origin
+from edge_client.codec.update import CodecSettings, encode_update
+from edge_client.errors import BundleError, DataError, LedgerError
+from edge_client.wire import transfer
+from tests.toy import toy_bundle, toy_data
+
+DATA = toy_bundle()
+BUNDLE = Bundle.from_bytes(DATA)
+LAYOUTS = {"delta": BUNDLE.layout}
+NONE = CodecSettings(kind="none")
+
+
+def settings(folder, **sections) -> Federation:
+    base = {"federation": {"name": "toys", "bundle": "b", "state": str(folder)}, "codec": {"kind": "none"}}
+    return msgspec.convert(base | sections, Federation)
+
+
+def task(number: int = 1, kind: str = "train", epoch: int = 1, version: int = 0) -> Task:
+    return Task(epoch=epoch, task=number, round=1, kind=kind, version=version, cohort=("a", "b"), plan=b"", opened=5.0)
+
+
+def delta(seed: int, scale: float = 0.1):
+    return np.random.default_rng(seed).normal(0, scale, BUNDLE.layout.size).astype(np.float32)
+
+
+def encoded(vector=None, samples: float = 10, **scalars: float) -> bytes:
+    vectors = {} if vector is None else {"delta": vector}
+    return encode_update(vectors, LAYOUTS if vectors else {}, {"samples": samples, **scalars}, NONE).data
+
+
+def aggregate(number: int = 1, epoch: int = 1) -> e.Aggregate:
+    result = Round(round=number, version=number, clients=1, samples=1, seconds=0.0, bytes_up=0, bytes_down=0)
+    return e.Aggregate(epoch, number, result, frozenset())
+
+
+@pytest.fixture
+def make(tmp_path):
+    made = []
+
+    def make(data: bytes = DATA, **sections) -> Worker:
+        made.append(Worker(settings(tmp_path / "state", **sections), data))
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.close()
+
+
+def test_a_round_is_the_weighted_mean(make):
+    worker = make()
+    restored = worker.start()
+    assert (restored.epoch, restored.version, restored.last_task, restored.open_task) == (1, 0, 0, None)
+    assert worker.perform(e.OpenTask(task())) == e.Opened(1, 1)
+    answer = worker.perform(e.Record(1, 1, "a", encoded(delta(1), 10, loss=0.5, odd=math.nan)))
+    assert answer == e.Recorded(1, 1, "a", 10, {"samples": 10, "loss": 0.5})
+    worker.perform(e.Record(1, 1, "b", encoded(delta(2), 30)))
+    answer = worker.perform(aggregate())
+    assert isinstance(answer, e.Aggregated)
+    prepared = worker.perform(e.Prepare(0, 1))
+    assert isinstance(prepared, e.Prepared)
+    reached = apply_delta(origin(BUNDLE.layout.size), prepared.ref.inline, BUNDLE.layout)
+    assert reached.digest() == answer.digest
+    expected = BUNDLE.initial() + (10 * delta(1) + 30 * delta(2)) / 40
+    np.testing.assert_allclose(reached.parameters(BUNDLE.initial()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_duplicate_adds_nothing(make):
+    once, twice = make(), None
+    once.start()
+    once.perform(e.OpenTask(task()))
+    once.perform(e.Record(1, 1, "a", encoded(delta(1))))
+    again = once.perform(e.Record(1, 1, "a", encoded(delta(2), 99)))
+    assert isinstance(again, e.Recorded)
+    answer = once.perform(aggregate())
+    ref = once.perform(e.Prepare(0, 1)).ref
+    twice = apply_delta(origin(BUNDLE.layout.size), ref.inline, BUNDLE.layout)
+    np.testing.assert_allclose(twice.parameters(BUNDLE.initial()), BUNDLE.initial() + delta(1), rtol=1e-5, atol=1e-6)
+    assert answer.version == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (encoded(np.full(BUNDLE.layout.size, np.nan, np.float32)), "NaN or infinite"),
+        (encoded(np.full(BUNDLE.layout.size, np.inf, np.float32)), "NaN or infinite"),
+        (encoded(delta(1, 1e12)), "values up to"),
+        (encoded(delta(1), 0), "counts 0 samples"),
+        (encoded(delta(1), math.nan), "counts nan samples"),
+        (encoded(delta(1), -5), "counts -5 samples"),
+        (encoded(delta(1), 1e12), "samples; expected 1 to"),
+        (encoded(delta(1))[:-2], "fetch it again"),
+        (encoded(delta(1)) + b"x", "update"),
+        (b"", "update"),
+        (b"rubbish", "not an update"),
+        (encoded(), "other bundle"),
+        (
+            encode_update(
+                {"delta": np.zeros(4, np.float32)},
+                {"delta": Bundle.from_bytes(toy_bundle(1, 2)).layout},
+                {"samples": 1},
+                NONE,
+            ).data,
+            "another bundle",
+        ),
+    ],
+    ids=[
+        "nan",
+        "inf",
+        "diverged",
+        "zero",
+        "nan-samples",
+        "negative",
+        "huge",
+        "cut",
+        "long",
+        "empty",
+        "rubbish",
+        "bare",
+        "foreign",
+    ],
+)
+def test_what_cannot_be_used_is_refused_and_leaves_no_trace(make, tmp_path, data, words):
+    worker = make()
+    worker.start()
+    worker.perform(e.OpenTask(task()))
+    answer = worker.perform(e.Record(1, 1, "a", data))
+    assert isinstance(answer, e.Refused)
+    assert words in answer.reason
+    worker.perform(e.Record(1, 1, "b", encoded(delta(2))))
+    worker.perform(aggregate())
+    with Ledger.read(tmp_path / "state" / "ledger.db") as ledger:
+        assert ledger.recorded(1, 1) == ["b"]
+
+
+def test_several_records_are_one_commit_and_a_bad_one_harms_no_other(make):
+    worker = make()
+    worker.start()
+    worker.perform(e.OpenTask(task()))
+    answers = worker.perform_all(
+        [e.Record(1, 1, "a", encoded(delta(1))), e.Record(1, 1, "x", b"bad"), e.Record(1, 1, "b", encoded(delta(2)))]
+    )
+    assert [type(answer) for answer in answers] == [e.Recorded, e.Refused, e.Recorded]
+
+
+@pytest.mark.parametrize("crash_after", [0, 1, 2])
+def test_a_replay_gives_the_same_bits(tmp_path, crash_after):
+    updates = [("a", encoded(delta(1), 7)), ("b", encoded(delta(2), 11)), ("c", encoded(delta(3), 13))]
+    digests = []
+    for name, crash in (("whole", 3), ("torn", crash_after)):
+        worker = Worker(settings(tmp_path / name), DATA)
+        worker.start()
+        worker.perform(e.OpenTask(task()))
+        for client, data in updates[:crash]:
+            worker.perform(e.Record(1, 1, client, data))
+        if crash < 3:
+            worker.close()
+            worker = Worker(settings(tmp_path / name), DATA)
+            restored = worker.start()
+            assert restored.epoch == 2
+            assert restored.open_task is not None
+            assert [event.client for event in worker.replay(restored)] == [client for client, _ in updates[:crash]]
+            for client, data in updates[max(0, crash - 1) :]:  # one of them again
+                worker.perform(e.Record(1, 1, client, data))
+        digests.append(worker.perform(aggregate()).digest)
+        worker.close()
+    assert digests[0] == digests[1]
+
+
+def test_of_several_open_tasks_the_last_goes_on(make, tmp_path):
+    worker = make()
+    worker.start()
+    worker.perform(e.OpenTask(task(1)))
+    worker.perform(e.OpenTask(task(2)))
+    worker.close()
+    restored = make().start()
+    assert restored.open_task is not None
+    assert restored.open_task.task == 2
+    with Ledger.read(tmp_path / "state" / "ledger.db") as ledger:
+        assert ledger.outcome(1, 1) == "void"
+
+
+def test_inquiries(make):
+    worker = make()
+    worker.start()
+    for number, outcome in ((1, "done"), (2, "void")):
+        worker.perform(e.OpenTask(task(number)))
+        worker.perform(e.Record(1, number, "a", encoded(delta(1))))
+        worker.perform(e.CloseTask(1, number, outcome))
+    asked = [(1, "a"), (1, "b"), (2, "a"), (2, "b"), (9, "a")]
+    answers = [worker.perform(e.Inquire(1, number, client)).status for number, client in asked]
+    assert answers == ["recorded", "late", "void", "void", "late"]
+
+
+def test_an_evaluation_task_takes_scalars_only(make):
+    worker = make()
+    worker.start()
+    worker.perform(e.OpenTask(task(kind="evaluate")))
+    data = encode_update({}, {}, {"samples": 5, "sum.count": 5, "sum.correct": 2}, CodecSettings()).data
+    answer = worker.perform(e.Record(1, 1, "a", data))
+    assert answer == e.Recorded(1, 1, "a", 5, {"samples": 5, "sum.count": 5, "sum.correct": 2})
+    assert isinstance(worker.perform(e.Record(1, 1, "b", encoded(delta(1)))), e.Refused)
+
+
+def test_the_server_evaluates_and_writes_models(make, tmp_path):
+    np.savez(tmp_path / "test.npz", **toy_data(50))
+    worker = make(evaluation={"data": str(tmp_path / "test.npz")})
+    worker.start()
+    answer = worker.perform(e.Evaluate(0))
+    assert set(answer.metrics) >= {"loss", "accuracy"}
+    worker.perform(e.OpenTask(task()))
+    worker.perform(e.Record(1, 1, "a", encoded(delta(1))))
+    result = aggregate().result
+    worker.perform(aggregate())
+    worker.perform(e.FinishRound(result, best=True))
+    reports = worker.write_models()
+    assert {report.about["version"] for report in reports.values()} == {1}
+    for folder in ("best", "last"):
+        assert {entry.name for entry in (tmp_path / "state" / "models" / folder).iterdir()} >= {
+            "infer.onnx",
+            "infer.int8.onnx",
+            "global.safetensors",
+        }
+
+
+def test_chunks_come_from_what_was_built(make):
+    worker = make(transfer={"inline": 0, "chunk": 1024})
+    ref = worker.start().bundle
+    assert ref.inline is None
+    chunks = worker.chunks(ref, tuple(range(transfer.count(ref))))
+    assert b"".join(data for _, data in chunks) == DATA
+    worker.retain(["one", "two"])
+    worker.release(["one"], ref)
+    assert worker.leftovers() == ["two"]
+    assert worker.chunks(ref, (0,)) == []
+
+
+def test_bad_starts(make, tmp_path):
+    with pytest.raises(BundleError):
+        make(b"not a zip")
+    np.savez(tmp_path / "bad.npz", **toy_data(5, features=7))
+    with pytest.raises(DataError, match="7"):
+        make(evaluation={"data": str(tmp_path / "bad.npz")})
+    make().close()
+    with pytest.raises(LedgerError, match="belongs to bundle"):
+        make(toy_bundle(seed=9))
