@@ -50,7 +50,9 @@ def serve(file: Path) -> None:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a setting, as stop.rounds=5.")
 @click.option("--json", "path", type=click.Path(path_type=Path), default=None, help="Write the results here.")
 def simulate(file: Path, clients: int | None, overrides: tuple[str, ...], path: Path | None) -> None:
-    """Run a federation with emulated phones: real broker, real protocol, real training.
+    """Run a federation with emulated phones.
+
+    Broker, protocol and training are the real ones.
 
     FILE is the federation's TOML file; its [simulation] section describes the phones and their data.
     """
@@ -91,7 +93,10 @@ def status(file: Path) -> None:
 @click.command()
 @_FILE
 def models(file: Path) -> None:
-    """List the versions of the global model, and the deployable models that were written."""
+    """List the versions of the global model.
+
+    Also names the deployable models that were written.
+    """
     settings, console = load(file), Console(highlight=False)
     with _ledger(settings) as ledger:
         versions, best = ledger.versions(), ledger.get(BEST)
@@ -115,7 +120,10 @@ def models(file: Path) -> None:
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True)
 def demo(output: Path) -> None:
-    """Train the digits on 20 emulated phones that see few classes each: offline, in less than a minute."""
+    """Train the digits on 20 emulated phones, offline.
+
+    Exports a CNN, starts broker, server and phones that see few classes each, and shows accuracy and bytes.
+    """
     from broker_server.demo import run_demo
 
     run_demo(output, Console(highlight=False))

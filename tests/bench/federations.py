@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-BUILD = ROOT / "build"
+BUILD = Path(os.environ.get("FEDGE_BUILD", ROOT / "build"))
+ROUNDS = int(os.environ.get("FEDGE_ROUNDS", "0"))
+"""Rounds of each run, where a test wants a short one; 0 leaves them as they are."""
 FEDGE = Path(sys.executable).with_name("fedge")
 
 Sections = Mapping[str, Mapping[str, object]]

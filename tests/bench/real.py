@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import Any
 
-from federations import BUILD, RUNS, BenchError, data, export, machine, simulate, write_json
+from federations import BUILD, ROUNDS, RUNS, BenchError, data, export, machine, simulate, write_json
 
 
 def run(name: str, rounds: int, codec: str, seed: int, lr: float | None) -> dict[str, Any]:
@@ -15,10 +15,11 @@ def run(name: str, rounds: int, codec: str, seed: int, lr: float | None) -> dict
     chosen = RUNS[name]
     folder = BUILD / "bench" / (name if codec == "quantized" else f"{name}-{codec}")
     _, test = data(chosen)
+    bundle = export(chosen, folder.with_name(f"{folder.name}.model"))
     out = simulate(
         chosen,
         folder,
-        bundle=export(chosen, folder.with_name(f"{folder.name}.model")),
+        bundle=bundle,
         settings={
             "federation": {"seed": seed},
             "codec": {"kind": codec},
@@ -43,6 +44,8 @@ def run(name: str, rounds: int, codec: str, seed: int, lr: float | None) -> dict
         # Counted at the transport over the whole run: a round's own bytes are what clients had told by its end.
         "bytes_up": out["bytes_up"],
         "bytes_down": out["bytes_down"],
+        # One for each phone is part of the bytes down.
+        "bundle_bytes": bundle.stat().st_size,
         "seconds": sum(row["seconds"] for row in out["rounds"]),
         "peak_rss_mib": out["peak_rss_mib"],
         "accuracy_per_round": curve,
@@ -60,7 +63,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, help="learning rate on the clients")
     arguments = parser.parse_args()
-    rounds = arguments.rounds or RUNS[arguments.run].rounds
+    rounds = arguments.rounds or ROUNDS or RUNS[arguments.run].rounds
     try:
         result = run(arguments.run, rounds, arguments.codec, arguments.seed, arguments.lr)
     except BenchError as error:

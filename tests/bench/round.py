@@ -7,6 +7,7 @@ alternating order; the loop counts with the faster of its two. Nothing is evalua
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -15,14 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from federations import BUILD, RUNS, BenchError, command, data, export, machine, simulate, write_json
+from federations import BUILD, ROUNDS, RUNS, BenchError, command, data, export, machine, simulate, write_json
 
 FOLDER = BUILD / "bench" / "round"
 PARTS = BUILD / "bench" / "round.parts.json"
 RESULT = BUILD / "bench" / "round.json"
 
 WARMUP = 2
-SMALL_ROUNDS = 30
+SMALL_ROUNDS = ROUNDS or 30
 LOOP_FORMS = {"one process, two threads": (1, 2), "two processes, one thread": (2, 1)}
 
 
@@ -130,8 +131,8 @@ def measure(pairs: int, rounds: int, *, fresh: bool) -> dict[str, Any]:
 def main() -> int:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=8, help="timed rounds in each run")
+    parser.add_argument("--pairs", type=int, default=int(os.environ.get("FEDGE_PAIRS", "3")))
+    parser.add_argument("--rounds", type=int, default=ROUNDS or 8, help="timed rounds in each run")
     parser.add_argument("--fresh", action="store_true", help="do not resume an interrupted run")
     arguments = parser.parse_args()
     try:

@@ -1,0 +1,112 @@
+"""The README's commands and snippets, executed in order in an empty folder, as a reader would."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+# Run elsewhere: the first two by CI itself (a test that runs all tests does not end), the install lines by test_install.
+ELSEWHERE = {"make test", "make lint"}
+DATA = Path(os.environ.get("FEDGE_DATA", ROOT.parent / "shared" / "data"))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run(command: list[str], folder: Path, environment: dict[str, str], seconds: float) -> None:
+    """Run a program and everything it starts; what still runs at the end is ended with it."""
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        pytest.fail(f"{command} took more than {seconds:.0f} s and said:\n{said}")
+    assert process.returncode == 0, f"{command} ended with {process.returncode} and said:\n{said}"
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "ORT_DISABLE_TELEMETRY": "1"} | more
+
+
+def kind(language: str, text: str) -> str:
+    lines = set(text.strip().splitlines())
+    if language == "sh" and lines <= ELSEWHERE:
+        return "elsewhere"
+    if language == "sh" and any("bench" in line for line in lines):
+        return "bench"
+    if language == "sh" and lines == {"make demo"}:
+        return "demo"
+    return "walk"
+
+
+def test_every_block_is_of_a_kind_that_is_run():
+    assert {language for language, _, _ in BLOCKS} == {"sh", "python", "toml"}
+    kinds = [kind(language, text) for language, _, text in BLOCKS]
+    assert kinds.count("demo") == 1
+    assert kinds.count("bench") == 2
+    assert kinds.count("elsewhere") == 1
+    assert kinds.count("walk") >= 9
+
+
+@pytest.mark.timeout(240)
+def test_walk_through(tmp_path):
+    """Model, export, training, federation, phones: each block works on what the ones before have left."""
+    port = str(free_port())
+    for language, name, text in BLOCKS:
+        if kind(language, text) != "walk":
+            continue
+        text = text.replace("1883", port)
+        if name:
+            (tmp_path / name).write_text(text, encoding="utf-8")
+            continue
+        program = ["bash", "-euo", "pipefail", "-c"] if language == "sh" else [sys.executable, "-c"]
+        # As in a terminal, where the folder of a script is on its path.
+        run([*program, text], tmp_path, environment(PYTHONPATH=str(tmp_path)), 120)
+    assert (tmp_path / "state" / "models" / "best" / "infer.onnx").exists()
+    assert (tmp_path / "results.json").exists()
+
+
+def test_make_demo_is_the_demo_command():
+    """test_demo runs the command; make only has to call it."""
+    said = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "fedge demo -o build/demo" in said
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not DATA.exists(), reason=f"needs the data sets in {DATA}")
+@pytest.mark.parametrize(
+    "line", [line for la, _, text in BLOCKS if kind(la, text) == "bench" for line in text.split("\n") if line]
+)
+def test_benchmark_commands_run_small(line, tmp_path):
+    from broker_server.broker import find_mosquitto
+
+    if find_mosquitto() is None:
+        pytest.skip("needs the Debian package mosquitto")
+    small = environment(FEDGE_BUILD=str(tmp_path), FEDGE_ROUNDS="1", FEDGE_PAIRS="1")
+    line = line.replace(".venv/bin/python", sys.executable)
+    if line.startswith("make bench-round"):
+        line = f"{sys.executable} tests/bench/round.py"
+    run(["bash", "-euc", line], ROOT, small, 280)
+    assert list((tmp_path / "bench").glob("*.json"))
