@@ -1,0 +1,301 @@
+"""The server's driver with real devices, ledger, trainer and codec, over a broker in memory."""
+
+import asyncio
+import functools
+import socket
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from broker_server.config import Federation
+from broker_server.ledger import Ledger, Round
+from broker_server.server import Outcome, Server, broker, server_link
+from edge_client.data import ArraySource
+from edge_client.device import Device, Workshop
+from edge_client.errors import BundleError, ConfigError, LedgerError, TransportError
+from edge_client.store import FileCopies, Store
+from edge_client.transport import Address, MemoryBroker, MemoryLink
+from edge_client.wire import messages as m
+from edge_client.wire.topics import Topics
+from tests.toy import toy_bundle, toy_data
+
+TOPICS = Topics("toys")
+
+
+def settings(folder: Path, **sections: dict[str, object]) -> Federation:
+    (folder / "toy.fedge").write_bytes(toy_bundle(hidden=8))
+    np.savez(folder / "test.npz", **toy_data(200, seed=99))
+    identity = {"name": "toys", "bundle": str(folder / "toy.fedge"), "state": str(folder / "state"), "seed": 3}
+    base: dict[str, object] = {
+        "federation": identity,
+        "round": {"cohort": 3, "deadline": 30.0},
+        "train": {"epochs": 2, "batch_size": 16},
+        "transfer": {"spread": 0.0},
+        "evaluation": {"data": str(folder / "test.npz")},
+        "stop": {"rounds": 3},
+    }
+    return msgspec.convert(base | sections, Federation)
+
+
+def device(folder: Path, name: str, hub: MemoryBroker, workshop: Workshop) -> Device:
+    number = int(name.removeprefix("c"))
+    source = ArraySource(toy_data(30 + 10 * number, seed=number))
+    return Device(
+        client=name,
+        federation="toys",
+        connect=lambda will: MemoryLink(hub, will=will),
+        store=Store(folder / name, durable=False),
+        copies=FileCopies(folder / name),
+        workshop=workshop,
+        open_data=lambda manifest: (source, source),
+        log=lambda line: None,
+        seed=number,
+    )
+
+
+class Hall:
+    """Devices around one broker, and servers that come and go."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.hub, self.workshop = folder, MemoryBroker(), Workshop(1)
+        self.devices: list[Device] = []
+        self.lives: list[asyncio.Future[None]] = []
+        self.lines: list[str] = []
+
+    async def __aenter__(self) -> "Hall":
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await asyncio.gather(*(one.close() for one in self.devices))
+        await asyncio.gather(*self.lives)
+        self.workshop.close()
+
+    def join(self, *names: str) -> None:
+        for name in names:
+            self.devices.append(device(self.folder / "devices", name, self.hub, self.workshop))
+            self.lives.append(asyncio.ensure_future(self.devices[-1].run()))
+
+    def server(self, config: Federation, **more: object) -> Server:
+        return Server(config, self.lines.append, MemoryLink(self.hub), **more)  # type: ignore[arg-type]
+
+
+def together(test):
+    """Run an async test to its end, or fail after a minute."""
+
+    @functools.wraps(test)
+    def run(*arguments, **named):
+        asyncio.run(asyncio.wait_for(test(*arguments, **named), 60))
+
+    return run
+
+
+def counted(config: Federation) -> dict[int, list[str]]:
+    """For each round, the clients whose updates are in the ledger."""
+    with Ledger.read(Path(config.federation.state) / "ledger.db") as ledger:
+        return {
+            number: sorted(ledger.recorded(epoch, number))
+            for epoch in range(1, 9)
+            for number in range(1, 50)
+            if ledger.recorded(epoch, number)
+        }
+
+
+@together
+async def test_a_federation_from_start_to_end(tmp_path):
+    config, seen = settings(tmp_path, stop={"rounds": 6}), []
+    async with Hall(tmp_path) as hall:
+        hall.join("c1", "c2", "c3")
+        outcome = await hall.server(config, on_round=seen.append).run()
+        await asyncio.gather(*(one.done.wait() for one in hall.devices))
+    assert isinstance(outcome, Outcome)
+    assert outcome.reason == "6 rounds are done"
+    assert [result.round for result in seen] == list(range(1, 7))
+    assert all(result.clients == 3 and result.samples == 40 + 50 + 60 for result in seen)
+    assert seen[-1].metrics["accuracy"] > max(0.6, seen[0].metrics["accuracy"])
+    assert seen[-1].metrics["train_loss"] < seen[0].metrics["train_loss"]
+    assert all(result.bytes_up and result.bytes_down for result in seen[1:])
+    assert counted(config) == {number: ["c1", "c2", "c3"] for number in range(1, 7)}
+    for folder in ("best", "last"):
+        assert (tmp_path / "state" / "models" / folder / "infer.onnx").is_file()
+    assert hall.hub.matching("fedge/toys/pub/#") == [(TOPICS.offer, hall.hub.retained(TOPICS.offer))]
+
+
+@together
+async def test_everything_in_chunks(tmp_path):
+    config = settings(tmp_path, transfer={"spread": 0.0, "inline": 0, "chunk": 1024, "window": 1, "uploads": 1})
+    async with Hall(tmp_path) as hall:
+        hall.join("c1", "c2", "c3")
+        await hall.server(config).run()
+        assert [topic for topic, _ in hall.hub.matching("fedge/toys/pub/#")] == [TOPICS.offer]
+    assert len(counted(config)) == 3
+
+
+@pytest.mark.parametrize("codec", ["quantized", "none"])
+@together
+async def test_a_stopped_server_goes_on_where_it_was(tmp_path, codec):
+    config = settings(tmp_path, stop={"rounds": 4}, codec={"kind": codec})
+    async with Hall(tmp_path) as hall:
+        hall.join("c1", "c2", "c3")
+        first = hall.server(config, on_round=lambda done: done.round == 2 and first.stop("enough for today"))
+        assert (await first.run()).reason == "enough for today"
+        seen: list[Round] = []
+        assert (await hall.server(config, on_round=seen.append).run()).reason == "4 rounds are done"
+    assert [result.round for result in seen] == [3, 4]
+    with Ledger.read(tmp_path / "state" / "ledger.db") as ledger:
+        assert [(done.round, done.clients) for done in ledger.rounds()] == [(n, 3) for n in range(1, 5)]
+    assert list(counted(config).values()) == [["c1", "c2", "c3"]] * 4
+
+
+@together
+async def test_clients_evaluate(tmp_path):
+    config = settings(tmp_path, evaluation={"clients": 3, "every": 1, "deadline": 20.0})
+    seen = []
+    async with Hall(tmp_path) as hall:
+        hall.join("c1", "c2", "c3")
+        await hall.server(config, on_round=seen.append).run()
+    assert all(result.metrics["accuracy"] == result.metrics["client_accuracy"] for result in seen)
+    assert seen[-1].metrics["client_accuracy"] > 0.4
+
+
+@together
+async def test_a_client_that_comes_late_is_brought_up_to_date(tmp_path):
+    async with Hall(tmp_path) as hall:
+        config = settings(tmp_path, round={"cohort": 4, "clients": 2, "minimum": 2}, stop={"rounds": 5})
+
+        def joined(done):
+            if done.round == 2:
+                hall.join("c3", "c4")
+
+        hall.join("c1", "c2")
+        await hall.server(config, on_round=joined).run()
+    rounds = list(counted(config).values())
+    assert rounds[0] == ["c1", "c2"]
+    assert rounds[-1] == ["c1", "c2", "c3", "c4"]
+
+
+@together
+async def test_rubbish_is_dropped_and_the_round_goes_on(tmp_path):
+    config = settings(tmp_path)
+    async with Hall(tmp_path) as hall:
+        hall.join("c1", "c2")
+        server, rogue = hall.server(config), MemoryLink(hall.hub)
+
+        class Rogue:
+            def connected(self) -> None:
+                for topic in (TOPICS.up("c1"), TOPICS.up("x"), "fedge/toys/up/", TOPICS.down("c1"), TOPICS.offer):
+                    rogue.publish(topic, b"\x93rubbish")
+                rogue.publish(TOPICS.uploaded("c1", bytes(32), 3), bytes(2000))
+                rogue.publish(TOPICS.up("c2"), m.encode(m.Receipt(1, 1, "recorded")))
+                hall.join("c3")
+
+            def disconnected(self, reason: str) -> None: ...
+
+            def message(self, topic: str, payload: bytes) -> None: ...
+
+        running = asyncio.ensure_future(server.run())
+        other = asyncio.ensure_future(rogue.run(Rogue()))
+        await running
+        await rogue.close()
+        await other
+    assert list(counted(config).values()) == [["c1", "c2", "c3"]] * 3
+    assert sum("dropped a message" in line for line in hall.lines) <= 1
+
+
+@together
+async def test_a_client_whose_training_diverges_is_refused(tmp_path):
+    config = settings(tmp_path, round={"cohort": 2, "clients": 3, "minimum": 2, "deadline": 30.0})
+    async with Hall(tmp_path) as hall:
+        hall.join("c1", "c2")
+        bad = device(tmp_path / "devices", "c9", hall.hub, hall.workshop)
+        arrays = toy_data(30)
+        source = ArraySource({"x": arrays["x"] * np.float32(1e37), "y": arrays["y"]})
+        bad.open_data = lambda manifest: (source, source)
+        hall.devices.append(bad)
+        hall.lives.append(asyncio.ensure_future(bad.run()))
+        await hall.server(config).run()
+    assert list(counted(config).values()) == [["c1", "c2"]] * 3
+    assert any("refused an update of c9" in line and "NaN" in line for line in hall.lines)
+
+
+@together
+async def test_a_connection_that_falls_comes_back(tmp_path):
+    config = settings(tmp_path, stop={"rounds": 4})
+    async with Hall(tmp_path) as hall:
+        hall.join("c1", "c2", "c3")
+
+        def dropped(done):
+            loop = asyncio.get_running_loop()
+            loop.call_soon((server if done.round == 1 else hall.devices[0]).link.drop)
+
+        server = hall.server(config, on_round=dropped)
+        outcome = await server.run()
+    assert outcome.reason == "4 rounds are done"
+    assert "dropped; trying again" in hall.lines
+
+
+def _spoil(folder: Path) -> None:
+    (folder / "state").mkdir()
+    (folder / "state" / "ledger.db").write_bytes(b"x" * 999)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        (lambda folder: (folder / "toy.fedge").unlink(), BundleError, "make it with `fedge export`"),
+        (lambda folder: (folder / "toy.fedge").write_bytes(b"PK rubbish"), BundleError, "bundle"),
+        (lambda folder: (folder / "test.npz").unlink(), Exception, "test.npz"),
+        (_spoil, LedgerError, "ledger.db"),
+    ],
+    ids=["missing", "damaged", "data", "ledger"],
+)
+@together
+async def test_what_cannot_be_used_ends_the_run_at_once(tmp_path, damage, error, words):
+    config = settings(tmp_path)
+    damage(tmp_path)
+    async with Hall(tmp_path) as hall:
+        with pytest.raises(error, match=words):
+            await hall.server(config).run()
+        assert hall.hub.retained(TOPICS.offer) is None
+
+
+@together
+async def test_a_failure_of_the_ledger_ends_the_run_with_its_message(tmp_path, monkeypatch):
+    config = settings(tmp_path)
+
+    def full(*arguments: object) -> None:
+        raise LedgerError("disk full")
+
+    monkeypatch.setattr(Ledger, "record", full)
+    async with Hall(tmp_path) as hall:
+        hall.join("c1", "c2", "c3")
+        with pytest.raises(LedgerError, match="disk full"):
+            await hall.server(config).run()
+
+
+@together
+async def test_an_unreachable_broker_is_named(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        port = taken.getsockname()[1]
+        config = settings(tmp_path, broker={"url": f"mqtt://127.0.0.1:{port}"})
+        lines = []
+        with broker(config, lines.append) as address:
+            link = server_link(config, address, attempts=1)
+            with pytest.raises(TransportError, match=f"127.0.0.1:{port} after 1 attempts"):
+                await Server(config, lines.append, link).run()
+    assert lines[0] == f"broker: mqtt://127.0.0.1:{port}"
+    assert str(port) in lines[1] or "refused" in lines[1]
+
+
+def test_the_password_comes_from_its_file(tmp_path):
+    secret = tmp_path / "password"
+    section = {"url": "mqtt://broker", "username": "server", "password_file": str(secret)}
+    config = settings(tmp_path, broker=section)
+    with pytest.raises(ConfigError, match="password_file"), broker(config, lambda line: None):
+        pass
+    secret.write_text("s3cret\n")
+    with broker(config, lambda line: None) as address:
+        assert address == Address("broker", 1883, False, "server", "s3cret")
+        assert "s3cret" not in str(address)
