@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,10 +32,12 @@ def serve(file: Path) -> None:
     """
     settings, console = load(file), Console(stderr=True, highlight=False)
 
+    log = _logger(console)
+
     async def run() -> Outcome:
-        with broker(settings, console.print) as address:
+        with broker(settings, log) as address:
             link = server_link(settings, address)
-            server = Server(settings, console.print, link, on_round=lambda done: console.print(_line(done)))
+            server = Server(settings, log, link, on_round=lambda done: log(_line(done)))
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, server.stop, "stopped by signal")
@@ -62,7 +64,7 @@ def simulate(file: Path, clients: int | None, overrides: tuple[str, ...], path: 
     settings = load(file, replaced)
     console = Console(stderr=True, highlight=False)
     with progress(settings, console) as bar:
-        result = asyncio.run(run_simulation(settings, console.print, bar))
+        result = asyncio.run(run_simulation(settings, _logger(console), bar))
     console.print(table(result.rounds, metric=settings.stop.metric, title=settings.federation.name))
     _tell(console, result.outcome)
     fleet = result.fleet
@@ -114,7 +116,7 @@ def models(file: Path) -> None:
         )
     console.print(shown)
     for folder in sorted(Path(settings.federation.state, "models").glob("*")):
-        console.print(f"{folder.name}: {', '.join(sorted(entry.name for entry in folder.iterdir()))} in {folder}")
+        _logger(console)(f"{folder.name}: {', '.join(sorted(entry.name for entry in folder.iterdir()))} in {folder}")
 
 
 @click.command()
@@ -175,6 +177,11 @@ def results(result: Simulated) -> dict[str, object]:
     }
 
 
+def _logger(console: Console) -> Callable[[str], None]:
+    """Prints lines as they are: what a client says may hold brackets, which rich would take for styles."""
+    return lambda line: console.print(line, markup=False, soft_wrap=True)
+
+
 def _line(done: Round) -> str:
     shown = "".join(f" · {name} {value:.4f}" for name, value in sorted(done.metrics.items()))
     traffic = f"up {human_bytes(done.bytes_up)} · down {human_bytes(done.bytes_down)}"
@@ -182,9 +189,10 @@ def _line(done: Round) -> str:
 
 
 def _tell(console: Console, outcome: Outcome) -> None:
-    console.print(f"ended: {outcome.reason}")
+    log = _logger(console)
+    log(f"ended: {outcome.reason}")
     for folder in outcome.models:
-        console.print(f"model: {folder}")
+        log(f"model: {folder}")
 
 
 @contextmanager

@@ -1,0 +1,88 @@
+"""Emulated phones in a process of their own, a real broker, real sockets."""
+
+import asyncio
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+
+from broker_server.config import Federation
+from broker_server.simulation import Simulated, simulate
+from edge_client.errors import ConfigError, FedgeError
+from tests.toy import toy_bundle, toy_data
+
+
+def settings(folder, **sections) -> Federation:
+    (folder / "toy.fedge").write_bytes(toy_bundle())
+    np.savez(folder / "data.npz", **toy_data(400))
+    base = {
+        "federation": {"name": "toys", "bundle": str(folder / "toy.fedge"), "state": str(folder / "state")},
+        "round": {"cohort": 4, "deadline": 30.0},
+        "transfer": {"spread": 0.0},
+        "train": {"batch_size": 16, "epochs": 4},
+        "stop": {"rounds": 5},
+        "simulation": {
+            "clients": 8,
+            "data": str(folder / "data.npz"),
+            "split": "dirichlet",
+            "test_fraction": 0.25,
+            "slots": 1,
+        },
+    }
+    merged = {name: base.get(name, {}) | sections.get(name, {}) for name in {*base, *sections}}
+    return msgspec.convert(merged, Federation)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_behind():
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    after = {child.pid for child in psutil.Process().children(recursive=True)}
+    assert after <= before
+
+
+def run(config: Federation, on_round=lambda done: None) -> Simulated:
+    return asyncio.run(asyncio.wait_for(simulate(config, lambda line: None, on_round), 60))
+
+
+def test_a_small_fleet(tmp_path):
+    seen = []
+    result = run(settings(tmp_path), seen.append)
+    assert result.outcome.reason == "5 rounds are done"
+    assert seen == result.rounds
+    assert [done.clients for done in seen] == [4] * 5
+    assert seen[-1].metrics["accuracy"] > 0.5
+    fleet = result.fleet
+    assert (fleet.clients, fleet.dropped) == (8, 0)
+    assert fleet.sent > sum(done.bytes_up for done in seen) * 0.9
+    assert fleet.received > 8 * (tmp_path / "toy.fedge").stat().st_size
+    assert (tmp_path / "state" / "models" / "best" / "infer.onnx").is_file()
+
+
+def test_phones_that_come_go_and_vanish(tmp_path):
+    config = settings(
+        tmp_path,
+        round={"cohort": 4, "minimum": 1, "deadline": 5.0, "clients": 2},
+        simulation={"dropout": 0.2, "availability": 0.8, "speed": [0.5, 1.0], "latency": 0.01, "bandwidth": 1e6},
+        stop={"rounds": 4},
+    )
+    result = run(config)
+    assert [done.round for done in result.rounds] == [1, 2, 3, 4]
+    assert all(1 <= done.clients <= 4 for done in result.rounds)
+
+
+def test_without_data_there_is_nothing_to_simulate(tmp_path):
+    with pytest.raises(ConfigError, match=r"simulation.data is empty"):
+        run(settings(tmp_path, simulation={"data": ""}))
+
+
+def test_data_that_does_not_fit_the_bundle_is_named_by_the_phones(tmp_path):
+    np.savez(tmp_path / "wide.npz", **toy_data(100, features=9))
+    with pytest.raises(FedgeError, match=r"9.*4|4.*9"):
+        run(settings(tmp_path, simulation={"data": str(tmp_path / "wide.npz"), "test_fraction": 0.0}))
+
+
+def test_a_label_that_is_not_in_the_data(tmp_path):
+    with pytest.raises(FedgeError, match=r"emulated phones: .*'label'"):
+        run(settings(tmp_path, simulation={"label": "label"}))
