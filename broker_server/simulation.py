@@ -57,6 +57,10 @@ async def simulate(
         on_round(result)
 
     started = time.monotonic()
+    if not settings.round.clients and settings.simulation.availability == 1:
+        # All phones first, so that who is drawn does not depend on who was quick to connect.
+        everyone = msgspec.structs.replace(settings.round, clients=settings.simulation.clients)
+        settings = msgspec.structs.replace(settings, round=everyone)
     settings, data = await asyncio.to_thread(_reserve, settings)
     with broker(settings, log) as address:
         server = Server(settings, log, server_link(settings, address, attempts=5), on_round=finished)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
-# Run elsewhere: the first two by CI itself (a test that runs all tests does not end), the install lines by test_install.
+# Run by CI itself: a test that runs all tests does not end.
 ELSEWHERE = {"make test", "make lint"}
 DATA = Path(os.environ.get("FEDGE_DATA", ROOT.parent / "shared" / "data"))
 
