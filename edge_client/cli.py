@@ -97,7 +97,7 @@ def main() -> None:
 @click.option("--federation", default=None, help="The federation's name; also as the URL's path.  [default: default]")
 @click.option("--holdout", default=0.0, help="Share of the samples to evaluate on instead of training.")
 @click.option("--state", type=click.Path(path_type=Path), default=None, help="Folder for this device's state.")
-@click.option("--threads", default=1, help="Threads to train with.", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=1, help="Threads to train with.", show_default=True)
 @click.option("--once", is_flag=True, help="Leave when the federation has finished.")
 def join(
     url: str,
@@ -118,6 +118,8 @@ def join(
     name = federation or address.federation or "default"
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}", client):
         raise ConfigError(f"--id {client!r}: expected 1 to 64 letters, digits, dots, dashes or underscores")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        raise ConfigError(f"federation {name!r}: expected 1 to 64 letters, digits, dashes or underscores")
     if not 0 <= holdout < 1:
         raise ConfigError(f"--holdout {holdout}: expected 0 or more and less than 1")
     folder = state or Path.home() / ".local" / "state" / "fedge" / name / client

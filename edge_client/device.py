@@ -37,7 +37,7 @@ from edge_client.events import (
     Work,
 )
 from edge_client.manifest import Manifest
-from edge_client.session import ClientSession, Held, SessionSettings
+from edge_client.session import NO_HASH, ClientSession, Held, SessionSettings
 from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
 from edge_client.transport import Link
@@ -126,7 +126,8 @@ class Device:
     _stop: threading.Event = field(init=False, default_factory=threading.Event)
     _closing: bool = field(init=False, default=False)
     _jobs: set[asyncio.Task[None]] = field(init=False, default_factory=set)
-    _failure: asyncio.Future[None] = field(init=False)
+    _failure: asyncio.Event = field(init=False, default_factory=asyncio.Event)
+    _error: Exception | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         rng = random.Random(self.seed if self.seed is not None else secrets.randbits(64))  # noqa: S311
@@ -142,18 +143,17 @@ class Device:
 
     async def run(self) -> None:
         """Take part until closed."""
-        self._failure = asyncio.get_running_loop().create_future()
         link = asyncio.ensure_future(self.link.run(self))
+        failure = asyncio.ensure_future(self._failure.wait())
         try:
-            await asyncio.wait((link, self._failure), return_when=asyncio.FIRST_COMPLETED)
-            if self._failure.done():
-                self._failure.result()
+            await asyncio.wait((link, failure), return_when=asyncio.FIRST_COMPLETED)
+            if self._error is not None:
+                raise self._error
             await link
         finally:
+            failure.cancel()
             await self.close()
-            await asyncio.gather(link, return_exceptions=True)
-            if not self._failure.done():
-                self._failure.cancel()
+            await asyncio.gather(link, failure, return_exceptions=True)
 
     async def close(self) -> None:
         """Say goodbye, stop the task under way, and disconnect; what was stored is taken up at the next start."""
@@ -191,12 +191,17 @@ class Device:
 
     def feed(self, event: Event) -> None:
         """Give the session one event and carry out what follows from it."""
-        if self._closing:
+        if self._closing or self._error is not None:
             return
         loop = asyncio.get_running_loop()
-        self._session.handle(Counted(self.link.traffic), loop.time())
-        for action in self._session.handle(event, loop.time()):
-            self._act(action)
+        try:
+            self._session.handle(Counted(self.link.traffic), loop.time())
+            for action in self._session.handle(event, loop.time()):
+                self._act(action)
+        except Exception as error:
+            # The caller is the link or a timer, which could do nothing about it.
+            self._fail(error)
+            return
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -234,9 +239,13 @@ class Device:
         try:
             await job
         except Exception as error:
-            # An error that no one expected ends this client with its traceback, rather than leave it silent.
-            if not self._failure.done():
-                self._failure.set_exception(error)
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """An error that no one expected ends this client with its traceback, rather than leave it silent."""
+        if self._error is None:
+            self._error = error
+            self._failure.set()
 
     async def _work(self, work: Work) -> None:
         self.feed(await self._perform(work))
@@ -268,7 +277,13 @@ class Device:
         if data is None or hashlib.sha256(data).digest() != held.bundle:
             return Held()
         try:
-            return dataclasses.replace(held, samples=self._prepare(held.bundle, data))
+            held = dataclasses.replace(held, samples=self._prepare(held.bundle, data))
         except BundleError as error:
             self.log(f"{self.client}: stored bundle: {error}; fetching it again")
             return Held()
+        bundle = self._bundle
+        if held.version and bundle is not None and self.copies.load(held.digest, bundle.layout) is None:
+            # Said now, the server sends the whole difference; found out later, it costs a task.
+            self.store.hold(0, NO_HASH)
+            held = dataclasses.replace(held, version=0, digest=NO_HASH)
+        return held

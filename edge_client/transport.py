@@ -96,7 +96,8 @@ class Address:
         return cls(parts.hostname, port or (8883 if tls else 1883), tls, user, password, name)
 
     def __str__(self) -> str:
-        return f"{'mqtts' if self.tls else 'mqtt'}://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
 
 
 class _Client(mqtt.Client):
@@ -147,18 +148,21 @@ class MqttLink:
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Send a message; without a connection it is dropped."""
-        if self._client is not None:
-            self._client.publish(topic, payload, QOS, retain)
+        client = self._up()
+        if client is not None:
+            client.publish(topic, payload, QOS, retain)
 
     def subscribe(self, topics: tuple[str, ...]) -> None:
         """Subscribe to topics, all in one packet."""
-        if self._client is not None and topics:
-            self._client.subscribe([(topic, QOS) for topic in topics])
+        client = self._up()
+        if client is not None and topics:
+            client.subscribe([(topic, QOS) for topic in topics])
 
     def unsubscribe(self, topics: tuple[str, ...]) -> None:
         """Unsubscribe from topics, all in one packet."""
-        if self._client is not None and topics:
-            self._client.unsubscribe(list(topics))
+        client = self._up()
+        if client is not None and topics:
+            client.unsubscribe(list(topics))
 
     async def run(self, handler: Handler) -> None:
         """Connect, and connect again whenever the connection is lost, until closed.
@@ -181,13 +185,13 @@ class MqttLink:
             if self._closing:
                 return
             handler.disconnected(self._reason)
-            failures += 1
+            failures += not accepted
             if self.attempts and failures >= self.attempts:
                 raise TransportError(
                     f"broker {self.address} after {failures} attempts: {self._reason}; is it running and reachable?"
                 )
             with contextlib.suppress(TimeoutError):
-                pause = min(self.slowest, 2.0 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
+                pause = min(self.slowest, 2.0 ** min(max(failures - 1, 0), 10)) * random.uniform(0.5, 1.0)  # noqa: S311
                 await asyncio.wait_for(self._over.wait(), pause)
 
     def drop(self) -> None:
@@ -215,6 +219,10 @@ class MqttLink:
             await asyncio.wait_for(self._lost.wait(), 2.0)
         self._lost.set()
 
+    def _up(self) -> _Client | None:
+        """The client while the broker takes messages; paho would queue them before that, and send them later."""
+        return self._client if self._client is not None and self._client.is_connected() else None
+
     async def _connect(self, handler: Handler) -> bool:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[str] = loop.create_future()
@@ -226,7 +234,7 @@ class MqttLink:
         except TimeoutError:
             self._reason = "no answer within 20 s"
         except (OSError, ValueError) as error:
-            self._reason = f"{error}"
+            self._reason = str(error) or type(error).__name__
         return not self._reason
 
     def _make(self, loop: asyncio.AbstractEventLoop, handler: Handler, answer: "asyncio.Future[str]") -> _Client:
@@ -245,9 +253,15 @@ class MqttLink:
             else:
                 loop.call_soon_threadsafe(call, *arguments)
 
+        def read() -> None:
+            client.loop_read()
+            # TLS hands over whole records: what is left of one does not make the socket readable again.
+            while isinstance(sock := client.socket(), ssl.SSLSocket) and sock.pending():
+                client.loop_read()
+
         def watch(sock: socket.socket) -> None:
             if client.socket() is sock:
-                loop.add_reader(sock, client.loop_read)
+                loop.add_reader(sock, read)
 
         def opened(_c: mqtt.Client, _u: Any, sock: Any) -> None:
             # paho leaves Nagle's algorithm on: each small exchange would wait 40 ms for a delayed acknowledgement.
@@ -330,6 +344,12 @@ class MemoryBroker:
         """The retained message of a topic."""
         return self._retained.get(topic)
 
+    def matching(self, wanted: str) -> list[tuple[str, bytes]]:
+        """The retained messages that a filter matches."""
+        if not wanted.endswith("#"):
+            return [(wanted, self._retained[wanted])] if wanted in self._retained else []
+        return [(topic, payload) for topic, payload in self._retained.items() if _matches(wanted, topic)]
+
 
 class MemoryLink:
     """A link to a `MemoryBroker` in the same process; messages arrive on a later turn of the event loop."""
@@ -357,10 +377,11 @@ class MemoryLink:
 
     def subscribe(self, topics: tuple[str, ...]) -> None:
         """Subscribe to topics; their retained messages follow."""
-        for topic in topics:
-            self._filters.add(topic)
-            payload = self._broker.retained(topic)
-            if payload is not None:
+        if self._handler is None:
+            return
+        for wanted in topics:
+            self._filters.add(wanted)
+            for topic, payload in self._broker.matching(wanted):
                 self.deliver(topic, payload)
 
     def unsubscribe(self, topics: tuple[str, ...]) -> None:
@@ -369,9 +390,7 @@ class MemoryLink:
 
     def wants(self, topic: str) -> bool:
         """Whether a subscription matches ``topic``."""
-        return any(
-            topic == wanted or (wanted.endswith("#") and topic.startswith(wanted[:-1])) for wanted in self._filters
-        )
+        return any(_matches(wanted, topic) for wanted in self._filters)
 
     def deliver(self, topic: str, payload: bytes) -> None:
         """Hand a message to the handler on a later turn."""
@@ -390,6 +409,8 @@ class MemoryLink:
 
     def drop(self) -> None:
         """Let the connection fall: the broker sends the last will."""
+        if self._handler is None:
+            return
         self._leave()
         if self._will is not None:
             self._broker.publish(self._will[0], self._will[1], retain=False)
@@ -409,3 +430,7 @@ class MemoryLink:
         if self._handler is not None and self.wants(topic):
             self._received += len(payload)
             self._handler.message(topic, payload)
+
+
+def _matches(wanted: str, topic: str) -> bool:
+    return topic == wanted or (wanted.endswith("#") and topic.startswith(wanted[:-1]))

@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,7 @@ class SharedCopies:
 
     _states: dict[bytes, State] = field(default_factory=dict)
     _holders: dict[bytes, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def load(self, digest: bytes, layout: Layout) -> State | None:
         """The copy with that digest."""
@@ -89,14 +91,15 @@ class SharedCopies:
 
     def save(self, digest: bytes, state: State, replaces: bytes) -> None:
         """One phone more holds ``state``, one less what it replaces."""
-        self._states.setdefault(digest, state)
-        self._holders[digest] = self._holders.get(digest, 0) + 1
-        left = self._holders.get(replaces, 0) - 1
-        if left > 0:
-            self._holders[replaces] = left
-        elif replaces in self._holders:
-            del self._holders[replaces]
-            self._states.pop(replaces, None)
+        with self._lock:
+            self._states.setdefault(digest, state)
+            self._holders[digest] = self._holders.get(digest, 0) + 1
+            left = self._holders.get(replaces, 0) - 1
+            if left > 0:
+                self._holders[replaces] = left
+            elif replaces in self._holders:
+                del self._holders[replaces]
+                self._states.pop(replaces, None)
 
 
 @dataclass

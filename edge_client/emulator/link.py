@@ -1,6 +1,7 @@
 """A phone's radio: what it sends and receives takes time."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ class _Lane:
     profile: PhoneProfile
     free: float = 0.0
     due: float = 0.0
+    queue: deque[Callable[[], None]] = field(default_factory=deque)
 
     def send(self, size: int, deliver: Callable[[], None]) -> None:
         if not self.profile.bandwidth and not self.profile.latency:
@@ -24,7 +26,9 @@ class _Lane:
         loop = asyncio.get_running_loop()
         self.free = max(self.free, loop.time()) + self.profile.transfer_seconds(size) - self.profile.latency
         self.due = max(self.due, self.free + self.profile.latency)
-        loop.call_at(self.due, deliver)
+        # Timers that are due at once fire in any order, so each takes the oldest message and not its own.
+        self.queue.append(deliver)
+        loop.call_at(self.due, lambda: self.queue.popleft()())
 
 
 @dataclass
@@ -66,11 +70,12 @@ class RadioLink:
 
     def drop(self) -> None:
         """Let the connection fall without a word."""
-        self._life += 1
+        self.reset()
         self.inner.drop()
 
     async def close(self) -> None:
-        """Disconnect and end `run`."""
+        """Send what is under way, for at most two seconds, disconnect and end `run`."""
+        await asyncio.sleep(min(2.0, max(0.0, self._up.due - asyncio.get_running_loop().time())))
         await self.inner.close()
 
     def arrive(self, size: int, deliver: Callable[[], None]) -> None:
@@ -80,6 +85,7 @@ class RadioLink:
     def reset(self) -> None:
         """The connection is gone, and what was under way with it."""
         self._life += 1
+        self._up, self._down = _Lane(self.profile), _Lane(self.profile)
 
     def _later(self, lane: _Lane, size: int, act: Callable[[], None]) -> None:
         life = self._life
