@@ -61,12 +61,14 @@ class Worker:
 
     def _model(self, invitation: Invitation, delta: bytes | None, bundle: Bundle) -> State:
         layout = bundle.layout
-        held = self.store.held()
-        if (held.version, held.digest) == (invitation.version, invitation.digest) and held.version > 0:
-            state = self._copy(held.digest, layout)
+        # Copies are named by what they hold, so one of that name is the model, wherever it came from.
+        known = self.copies.load(invitation.digest, layout)
+        if known is not None:
+            state = known
         elif delta is None:
             state = origin(layout.size)
         else:
+            held = self.store.held()
             start = origin(layout.size) if invitation.held == 0 else self._copy(held.digest, layout)
             state = apply_delta(start, delta, layout)
         if state.digest() != invitation.digest:
