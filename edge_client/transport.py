@@ -214,9 +214,11 @@ class MqttLink:
             if not client.want_write() and not client._out_messages:
                 break
             await asyncio.sleep(0.01)
+        accepted = client.is_connected()
         client.disconnect()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._lost.wait(), 2.0)
+        if accepted:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._lost.wait(), 2.0)
         self._lost.set()
 
     def _up(self) -> _Client | None:
