@@ -119,8 +119,14 @@ class Server:
 
     def _feed(self, event: e.Event) -> None:
         loop = asyncio.get_running_loop()
-        for action in self._coordinator.handle(event, loop.time()):
-            self._act(action)
+        try:
+            for action in self._coordinator.handle(event, loop.time()):
+                self._act(action)
+        except Exception as error:
+            # The caller is often the link or a timer, which could do nothing about it.
+            if not self._ended.done():
+                self._ended.set_exception(error)
+            return
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

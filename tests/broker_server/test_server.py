@@ -275,6 +275,17 @@ async def test_a_failure_of_the_ledger_ends_the_run_with_its_message(tmp_path, m
 
 
 @together
+async def test_an_error_of_a_callback_ends_the_run(tmp_path):
+    def shows(done):
+        raise ZeroDivisionError(done.round)
+
+    async with Hall(tmp_path) as hall:
+        hall.join("c1", "c2", "c3")
+        with pytest.raises(ZeroDivisionError):
+            await hall.server(settings(tmp_path), on_round=shows).run()
+
+
+@together
 async def test_an_unreachable_broker_is_named(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
