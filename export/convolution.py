@@ -8,10 +8,34 @@ import itertools
 from collections.abc import Sequence
 
 from edge_client.errors import ExportError
+from export import columns
 from export.lower import Lowering, Rule, Value
+from export.operators import convolution
 
 FEW_CHANNELS = 4
 """Up to so many input channels, a tap sees runs too short to copy fast and too few for a matrix product."""
+
+
+def _forward(
+    b: Lowering,
+    out: Value,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> str:
+    geometry = Geometry(stride, padding, dilation, groups)
+    # Without a backward pass the columns serve once, and evaluation runs large batches: Conv needs little memory.
+    if b.differentiated and not transposed and columns.suits(x, geometry):
+        spatial = range(2, x.rank)
+        found = columns.gather(b, x, weight.static(*spatial), out.static(*spatial), geometry)
+        return columns.product(b, found, weight, bias, out)
+    return convolution(b, out, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
 
 
 def _backward(
@@ -29,7 +53,7 @@ def _backward(
     groups: int,
     mask: Sequence[bool],
 ) -> tuple[str | None, ...]:
-    geometry = Geometry(list(stride), list(padding), list(dilation), groups)
+    geometry = Geometry(stride, padding, dilation, groups)
     name = grad.name
     if transposed:
         toward_input = geometry.convolve(b, name, weight.name) if mask[0] else None
@@ -41,11 +65,8 @@ def _backward(
     return toward_input, toward_weight, b.reduce("ReduceSum", name, axes) if mask[2] else None
 
 
-class Geometry:
-    """Stride, padding and dilation along each spatial axis, and groups."""
-
-    def __init__(self, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> None:
-        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+class Geometry(columns.Geometry):
+    """The products of a convolution with the gradients around it."""
 
     def convolve(self, b: Lowering, x: str, weight: str) -> str:
         """The plain convolution."""
@@ -88,9 +109,11 @@ class Geometry:
     def weight_gradient(self, b: Lowering, grad: Value, x: Value, weight: Value) -> str:
         """The gradient of the weights of ``grad``'s shape's convolution of ``x``: ``[out, in / groups, *kernel]``."""
         out_channels, in_channels = grad.static(1)[0], x.static(1)[0]
+        if self.groups == 1 and in_channels <= FEW_CHANNELS:
+            return self._by_convolution(b, grad, x, weight)
         if self.groups == 1:
-            few = in_channels <= FEW_CHANNELS
-            return (self._by_convolution if few else self._by_products)(b, grad, x, weight)
+            found = columns.gather(b, x, weight.static(*range(2, weight.rank)), grad.static(*range(2, grad.rank)), self)
+            return columns.weight_gradient(b, found, grad, weight)
         if self.groups == in_channels == out_channels:
             return self._by_taps(b, grad, x, weight)
         raise ExportError(
@@ -115,22 +138,6 @@ class Geometry:
             steps = [] if set(self.stride) == {1} else [b.ints(self.stride)]
             slices.append(b.op("Slice", padded, b.ints(starts), b.ints(ends), b.ints(spatial), *steps))
         return slices
-
-    def _by_products(self, b: Lowering, grad: Value, x: Value, weight: Value) -> str:
-        # Channels last, so that a tap of all channels is one run of memory: [N, *spatial, C].
-        last = [0, *range(2, x.rank), 1]
-        out_channels, in_channels = grad.static(1)[0], x.static(1)[0]
-        kernel = weight.static(*range(2, weight.rank))
-        moved = Value(b.transpose(x.name, last), tuple(x.shape[a] for a in last), x.dtype)
-        taps = self._taps(b, grad, moved, range(1, x.rank - 1), weight)
-        right = b.op("Reshape", b.transpose(grad.name, last), b.ints([-1, out_channels]))
-        # One product for each tap: joining the columns first costs more than the multiplication (12 ms against 10 for
-        # 5x5, 32 to 64 channels), and takes 25 times the input's memory.
-        products = [b.op("Gemm", b.op("Reshape", t, b.ints([-1, in_channels])), right, transA=1) for t in taps]
-        product = b.op("Concat", *products, axis=0) if len(products) > 1 else products[0]
-        shaped = b.op("Reshape", product, b.ints([*kernel, in_channels, out_channels]))
-        n = len(kernel)
-        return b.transpose(shaped, [n + 1, n, *range(n)])
 
     def _by_convolution(self, b: Lowering, grad: Value, x: Value, weight: Value) -> str:
         # The output's gradient as kernel over the input, batch and channels swapped; stride and dilation change places.
@@ -160,4 +167,4 @@ class Geometry:
         return b.op("Reshape", stacked, b.ints([x.static(1)[0], 1, *kernel]))
 
 
-CONVOLUTION: dict[str, Rule] = {"aten.convolution_backward": _backward}
+CONVOLUTION: dict[str, Rule] = {"aten.convolution": _forward, "aten.convolution_backward": _backward}

@@ -45,8 +45,10 @@ class Value:
 class Lowering(Builder):
     """A builder that also knows sizes, so that rules read like the mathematics they state."""
 
-    def __init__(self, graph: Graph, batch: str | None) -> None:
+    def __init__(self, graph: Graph, batch: str | None, differentiated: bool = False) -> None:
+        """``batch`` names an input whose first size is the batch; ``differentiated``: a backward pass follows."""
         super().__init__(graph)
+        self.differentiated = differentiated
         self._batch = batch
         self._batch_size: str | None = None
 
@@ -166,7 +168,8 @@ def lower(traced: Traced, rules: Mapping[str, Rule]) -> Graph:
     """
     outputs = next(node for node in traced.graph.nodes if node.op == "output").args[0]
     graph = Graph([], [])
-    builder = Lowering(graph, traced.batched[0] if traced.batched else None)
+    backward = any(operator_name(node.target).endswith("_backward") for node in traced.graph.nodes)
+    builder = Lowering(graph, traced.batched[0] if traced.batched else None, backward)
     values: dict[fx.Node, Any] = {}
     placeholders = iter(traced.inputs)
     for node in traced.graph.nodes:

@@ -178,7 +178,7 @@ def _addmm(b: Lowering, out: Value, c: Value, x: Value, y: Value, *, beta: float
     return b.op("Gemm", x.name, y.name, c.name, alpha=float(alpha), beta=float(beta))
 
 
-def _convolution(
+def convolution(
     b: Lowering,
     out: Value,
     x: Value,
@@ -191,6 +191,7 @@ def _convolution(
     output_padding: Sequence[int],
     groups: int,
 ) -> str:
+    """ONNX's own convolution, plain or transposed."""
     extra = {"output_padding": list(output_padding)} if transposed else {}
     return b.op(
         "ConvTranspose" if transposed else "Conv",
@@ -385,7 +386,6 @@ OPERATORS: dict[str, Rule] = {
     "aten.mm": _mm,
     "aten.addmm": _addmm,
     "aten.bmm": lambda b, out, x, y: b.op("MatMul", x.name, y.name),
-    "aten.convolution": _convolution,
     "aten.max_pool2d_with_indices": _max_pool,
     "aten.avg_pool2d": _avg_pool,
     "aten.embedding": _embedding,
