@@ -195,7 +195,7 @@ class Coordinator:
         except WireError as error:
             self.dropped += 1
             if self.dropped == 1:
-                yield e.Log(f"dropped a message on {topic[:100]}: {error} (further ones are only counted)")
+                yield e.Log(f"dropped a message on {_printable(topic[:100])}: {error} (further ones are only counted)")
 
     def _said(self, client: str, message: m.Message, now: float) -> Iterator[e.Action]:
         match message:
@@ -207,7 +207,7 @@ class Coordinator:
                     yield from self._lost(client, now)
             case m.Decline(epoch, task, reason):
                 if self._is_open(epoch, task, client):
-                    yield e.Log(f"{client} declines task {task}: {reason}")
+                    yield e.Log(f"{client} declines task {task}: {_printable(reason)}")
                     yield from self._lost(client, now)
             case m.Upload():
                 self._roster.count(client, message.traffic)
@@ -542,3 +542,8 @@ class Coordinator:
 
     def _tell(self, client: str, message: m.Message) -> e.Action:
         return e.Publish(self._topics.down(client), m.encode(message))
+
+
+def _printable(text: str) -> str:
+    """What a stranger says, fit for an operator's terminal: on one line and without escape sequences."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)

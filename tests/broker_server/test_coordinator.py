@@ -137,6 +137,15 @@ def test_a_lost_member_is_replaced(leaves):
     assert list(invited(actions)) == [spare]
 
 
+def test_what_clients_say_cannot_harm_the_operators_terminal():
+    table = desk()
+    table.hello("a", "b", "c")
+    logs = of(table.say(table.cohort[0], m.Decline(*table.task, "too\nhot\x1b[2J")), e.Log)
+    logs += of(table.feed(e.Received("fedge/\x1b[2J", b"")), e.Log)
+    assert len(logs) == 2
+    assert all(log.text.isprintable() for log in logs)
+
+
 def test_with_nobody_left_to_ask_the_minimum_closes_the_round():
     table = desk(round={"cohort": 3, "minimum": 1})
     table.hello("a", "b", "c")
