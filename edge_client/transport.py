@@ -7,6 +7,7 @@ protocol's. Each connection is a new MQTT session, and what was queued for the o
 import asyncio
 import contextlib
 import random
+import re
 import socket
 import ssl
 import threading
@@ -82,13 +83,14 @@ class Address:
         Raises:
             TransportError: it is not one that fedge can use.
         """
+        shown = re.sub(r"//[^@/]*@", "//...@", url)  # a log is no place for a password
         try:
             parts = urlsplit(url)
             port = parts.port
         except ValueError as error:
-            raise TransportError(f"broker URL {url!r}: {error}; expected mqtt://host:port") from error
+            raise TransportError(f"broker URL {shown!r}: {error}; expected mqtt://host:port") from error
         if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname:
-            raise TransportError(f"broker URL {url!r} is not of the form mqtt://host:port or mqtts://host:port")
+            raise TransportError(f"broker URL {shown!r} is not of the form mqtt://host:port or mqtts://host:port")
         tls = parts.scheme == "mqtts"
         name = parts.path.strip("/") or None
         user = None if parts.username is None else unquote(parts.username)

@@ -1,6 +1,7 @@
 """One task on a device: bring the model to the task's version, train or evaluate, encode what came of it."""
 
 import contextlib
+import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from edge_client.codec.layout import Layout
 from edge_client.codec.quantize import pack_residual, unpack_residual
 from edge_client.codec.update import CodecSettings, encode_update
 from edge_client.data import DataSource
-from edge_client.errors import CodecError, FedgeError, TrainingError
+from edge_client.errors import CodecError, FedgeError, StoreError, TrainingError
 from edge_client.events import Failed, Finished, Work
 from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
@@ -53,7 +54,8 @@ class Worker:
             )
         except CodecError as error:
             # The copy cannot be trusted any more: the next task starts from the bundle's weights.
-            self.store.hold(0, digest=bytes(32))
+            with contextlib.suppress(StoreError):
+                self.store.hold(0, digest=bytes(32))
             return Failed(invitation.epoch, invitation.task, str(error), 0, bytes(32))
         except FedgeError as error:
             return Failed(invitation.epoch, invitation.task, str(error), version, digest)
