@@ -1,7 +1,6 @@
 """One task on a device: bring the model to the task's version, train or evaluate, encode what came of it."""
 
 import contextlib
-import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
