@@ -11,7 +11,7 @@ import numpy as np
 
 from edge_client.errors import ExportError
 from export.lower import Lowering, Rule, Value
-from export.operators import INVERSE_SQRT_TAU, operand, pool_attributes, pooled_slabs, tiles
+from export.operators import INVERSE_SQRT_TAU, operand
 
 
 def _threshold(b: Lowering, out: Value, grad: Value, result: Value, threshold: float) -> str:
@@ -105,83 +105,6 @@ def _layer_norm(
     )
 
 
-def _max_pool(
-    b: Lowering,
-    out: Value,
-    grad: Value,
-    x: Value,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil: bool,
-    _: object,
-) -> str:
-    """Each output's gradient goes to the first maximum of its window, as in PyTorch."""
-    attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
-    spread = [int(d) for d in dilation] * (1 if len(dilation) == x.rank - 2 else x.rank - 2)
-    if tiles(x, attributes, spread):
-        return _max_pool_by_slabs(b, grad, x, attributes["kernel_shape"])
-    _, indices = b.ops("MaxPool", 2, x.name, dilations=spread, **attributes)
-    flat = b.op("Reshape", b.zeros(x.shape, out.dtype), b.ints([-1]))
-    summed = b.op(
-        "ScatterElements", flat, b.reshape(indices, [-1]), b.reshape(grad.name, [-1]), axis=0, reduction="add"
-    )
-    return b.reshape(summed, x.shape)
-
-
-def _max_pool_by_slabs(b: Lowering, grad: Value, x: Value, kernel: Sequence[int]) -> str:
-    """What a slab of window positions takes is gone for those after it: that is how the first maximum wins."""
-    rank, channels = x.rank, x.shape[1]
-    last, first = [0, *range(2, rank), 1], [0, rank - 1, *range(1, rank - 1)]
-    sizes = grad.static(*range(2, rank))
-    slabs, top = pooled_slabs(b, x, kernel, sizes)
-    thin = [n for size in sizes for n in (size, 1)]
-    left = b.reshape(b.transpose(grad.name, last), [x.shape[0], *thin, channels])
-    parts: list[str] = []
-    for slab in slabs[:-1]:
-        taken = b.op("Mul", left, b.cast(b.op("Equal", slab, top), "bool", x.dtype))
-        left = b.op("Sub", left, taken)
-        parts.append(taken)
-    parts.append(left)
-    for axis in range(2 * len(kernel), 0, -2):
-        k = kernel[axis // 2 - 1]
-        parts = [b.op("Concat", *parts[i : i + k], axis=axis) for i in range(0, len(parts), k)]
-    return b.transpose(b.reshape(parts[0], [x.shape[a] for a in last]), first)
-
-
-def _avg_pool(
-    b: Lowering,
-    out: Value,
-    grad: Value,
-    x: Value,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    ceil: bool,
-    count_include_pad: bool,
-    divisor: int | None,
-) -> str:
-    attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
-    if ceil or divisor is not None or (any(padding) and not count_include_pad):
-        raise ExportError("average pooling with ceil_mode, divisor_override or uncounted padding has no gradient rule")
-    channels, *spatial = x.static(*range(1, x.rank))
-    window = attributes["kernel_shape"]
-    weight = b.constant(np.full((channels, 1, *window), 1 / math.prod(window), np.float32))
-    pads, steps = attributes["pads"][: len(window)], attributes["strides"]
-    got = grad.static(*range(2, x.rank))
-    extra = [s - ((g - 1) * t - 2 * p + k) for s, g, t, p, k in zip(spatial, got, steps, pads, window, strict=True)]
-    return b.op(
-        "ConvTranspose",
-        grad.name,
-        weight,
-        strides=steps,
-        pads=attributes["pads"],
-        group=channels,
-        output_padding=extra,
-    )
-
-
 def _leaky_relu(b: Lowering, out: Value, grad: Value, x: Value, slope: float, _: bool) -> str:
     positive = b.cast(b.op("Greater", x.name, b.scalar(0, x.dtype)), "bool", out.dtype)
     factor = b.op("Add", b.op("Mul", positive, b.scalar(1 - slope, out.dtype)), b.scalar(slope, out.dtype))
@@ -198,7 +121,5 @@ GRADIENTS: dict[str, Rule] = {
     "aten.select_backward": _select,
     "aten.embedding_dense_backward": _embedding,
     "aten.native_layer_norm_backward": _layer_norm,
-    "aten.max_pool2d_with_indices_backward": _max_pool,
-    "aten.avg_pool2d_backward": _avg_pool,
 }
-"""Convolution has its own module, `convolution`; recurrent layers theirs, `recurrent`."""
+"""Convolution and pooling have their own modules, `convolution` and `pooling`; recurrent layers theirs, `recurrent`."""

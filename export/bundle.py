@@ -23,11 +23,12 @@ from export.losses import Loss, LossFunction, resolve_loss
 from export.lower import Rule, dtype_name, lower
 from export.operators import OPERATORS
 from export.optimize import optimize
+from export.pooling import POOLING
 from export.step import Problem, choose_optimizer, eval_step, train_step
 from export.trace import trace
 from export.verify import Graphs, verify
 
-RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION
+RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION | POOLING
 LEAST_RUNTIME = "1.24"
 
 

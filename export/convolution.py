@@ -8,9 +8,10 @@ import itertools
 from collections.abc import Sequence
 
 from edge_client.errors import ExportError
-from export import columns
+from export import columns, widened
 from export.lower import Lowering, Rule, Value
 from export.operators import convolution
+from export.pooling import Tiled, tiling_window
 
 FEW_CHANNELS = 4
 """Up to so many input channels, a tap sees runs too short to copy fast and too few for a matrix product."""
@@ -28,14 +29,18 @@ def _forward(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
-) -> str:
+) -> str | Value:
     geometry = Geometry(stride, padding, dilation, groups)
     # Without a backward pass the columns serve once, and evaluation runs large batches: Conv needs little memory.
     if b.differentiated and not transposed and columns.suits(x, geometry):
         spatial = range(2, x.rank)
         found = columns.gather(b, x, weight.static(*spatial), out.static(*spatial), geometry)
         return columns.product(b, found, weight, bias, out)
-    return convolution(b, out, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+    whole = convolution(b, out, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+    window = tiling_window(b, out) if b.differentiated and not transposed else None
+    if window is not None and widened.suits(x, weight, window, geometry):
+        return Tiled(whole, out.shape, out.dtype, widened.slabs(b, x, weight, bias, window, geometry), tuple(window))
+    return whole
 
 
 def _backward(
@@ -55,7 +60,12 @@ def _backward(
 ) -> tuple[str | None, ...]:
     geometry = Geometry(stride, padding, dilation, groups)
     name = grad.name
-    if transposed:
+    toward_weight: str | None
+    if isinstance(grad, Tiled) and not transposed:
+        toward_input = geometry.transposed(b, grad, weight, x) if mask[0] else None
+        toward_weight = widened.weight_gradient(b, grad, x, weight, geometry) if mask[1] else None
+        name = grad.total
+    elif transposed:
         toward_input = geometry.convolve(b, name, weight.name) if mask[0] else None
         toward_weight = geometry.weight_gradient(b, x, grad, weight) if mask[1] else None
     else:

@@ -49,6 +49,7 @@ class Lowering(Builder):
         """``batch`` names an input whose first size is the batch; ``differentiated``: a backward pass follows."""
         super().__init__(graph)
         self.differentiated = differentiated
+        self.readers: tuple[fx.Node, ...] = ()  # of the value that is being lowered
         self._batch = batch
         self._batch_size: str | None = None
 
@@ -208,6 +209,7 @@ def _lower_node(builder: Lowering, node: fx.Node, values: Mapping[fx.Node, Any],
     rule = rules.get(name)
     if rule is None:
         raise ExportError(f"module {_origin(node)!r} uses {name}, which has no rule yet; replace it in the model")
+    builder.readers = tuple(node.users)
     shape = described("", found) if isinstance(found, torch.Tensor) else _parts(node, found)
     try:
         result = rule(builder, shape, *arguments, **named)

@@ -4,7 +4,6 @@ A rule is ``rule(b, out, *args, **kwargs)``: ``b`` emits nodes, ``out`` tells th
 arguments are those of the ATen operator with tensors as `Value`. It returns the result's name, or a tuple of names.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -206,89 +205,6 @@ def convolution(
     )
 
 
-def pool_attributes(
-    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool, rank: int
-) -> dict[str, Any]:
-    """ONNX attributes of a pooling window; PyTorch gives one number for all axes or one for each."""
-
-    def each(values: Sequence[int]) -> list[int]:
-        return [int(v) for v in values] * (1 if len(values) == rank else rank)
-
-    pads = each(padding)
-    return {
-        "kernel_shape": each(kernel),
-        "strides": each(stride or kernel),
-        "pads": [*pads, *pads],
-        "ceil_mode": int(ceil),
-    }
-
-
-MOST_SLABS = 16
-"""Largest pooling window whose positions are handled one by one."""
-
-
-def pooled_slabs(b: Lowering, x: Value, kernel: Sequence[int], sizes: Sequence[int]) -> tuple[list[str], str]:
-    """Windows that tile the input: each position in the window as a slab ``[N, size, 1, ..., C]``, and their maximum.
-
-    Channels last, so that slabs are made of long runs of memory.
-    """
-    last = [0, *range(2, x.rank), 1]
-    split = [n for size, k in zip(sizes, kernel, strict=True) for n in (size, k)]
-    windows = b.reshape(b.transpose(x.name, last), [x.shape[0], *split, x.shape[1]])
-    axes = [2 + 2 * i for i in range(len(kernel))]
-    slabs = [
-        b.op("Slice", windows, b.ints(place), b.ints(p + 1 for p in place), b.ints(axes))
-        for place in itertools.product(*[range(k) for k in kernel])
-    ]
-    return slabs, b.op("Max", *slabs)
-
-
-def tiles(x: Value, attributes: dict[str, Any], dilation: Sequence[int]) -> bool:
-    """Whether pooling windows tile ``x`` exactly, and are few enough to go position by position."""
-    kernel = attributes["kernel_shape"]
-    plain = kernel == attributes["strides"] and not any(attributes["pads"]) and set(dilation) == {1}
-    divisible = all(size % k == 0 for size, k in zip(x.static(*range(2, x.rank)), kernel, strict=True))
-    return plain and divisible and math.prod(kernel) <= MOST_SLABS
-
-
-def _max_pool(
-    b: Lowering,
-    out: Sequence[Value | None],
-    x: Value,
-    kernel: Sequence[int],
-    stride: Sequence[int] = (),
-    padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,),
-    ceil: bool = False,
-) -> tuple[str | None, ...]:
-    # Without indices: asking for them makes the kernel ten times slower, and the gradient rule finds its own way.
-    spread = [int(d) for d in dilation] * (1 if len(dilation) == x.rank - 2 else x.rank - 2)
-    attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
-    if out[1] is not None and out[0] is not None and tiles(x, attributes, spread):
-        # The gradient needs the slabs too; pooling them saves reading the input once more.
-        sizes = out[0].static(*range(2, x.rank))
-        top = b.reshape(pooled_slabs(b, x, attributes["kernel_shape"], sizes)[1], [x.shape[0], *sizes, x.shape[1]])
-        return b.transpose(top, [0, x.rank - 1, *range(1, x.rank - 1)]), None
-    return b.op("MaxPool", x.name, dilations=spread, **attributes), None
-
-
-def _avg_pool(
-    b: Lowering,
-    out: Value,
-    x: Value,
-    kernel: Sequence[int],
-    stride: Sequence[int] = (),
-    padding: Sequence[int] = (0,),
-    ceil: bool = False,
-    count_include_pad: bool = True,
-    divisor: int | None = None,
-) -> str:
-    if divisor is not None:
-        raise ExportError("divisor_override is not supported")
-    attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
-    return b.op("AveragePool", x.name, count_include_pad=int(count_include_pad), **attributes)
-
-
 def _embedding(b: Lowering, out: Value, weight: Value, indices: Value, *_: object) -> str:
     return b.op("Gather", weight.name, indices.name, axis=0)
 
@@ -386,8 +302,6 @@ OPERATORS: dict[str, Rule] = {
     "aten.mm": _mm,
     "aten.addmm": _addmm,
     "aten.bmm": lambda b, out, x, y: b.op("MatMul", x.name, y.name),
-    "aten.max_pool2d_with_indices": _max_pool,
-    "aten.avg_pool2d": _avg_pool,
     "aten.embedding": _embedding,
     "aten.index": _index,
     "aten._softmax": _softmax("Softmax"),

@@ -1,0 +1,232 @@
+"""Pooling and its gradients.
+
+Max-pooling whose windows tile the input goes by slabs: each position in the window as a tensor of the output's size,
+and elementwise operators over them, which stream through memory. ONNX's own MaxPool takes ten times longer when it is
+asked for the indices that a gradient needs.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edge_client.errors import ExportError
+from export.lower import Lowering, Rule, Value, operator_name
+
+
+@dataclass(frozen=True)
+class Tiled(Value):
+    """A tensor ``[N, C, *spatial]`` that exists as slabs, one for each position in a pooling window.
+
+    ``name`` is the whole tensor; the nodes that make it are dropped when nothing reads it. ``total`` sums to what the
+    slabs sum to, channel by channel, and is smaller.
+    """
+
+    slabs: tuple[str, ...] = ()
+    window: tuple[int, ...] = ()
+    total: str = ""
+
+
+def pool_attributes(
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool, rank: int
+) -> dict[str, Any]:
+    """ONNX attributes of a pooling window; PyTorch gives one number for all axes or one for each."""
+
+    def each(values: Sequence[int]) -> list[int]:
+        return [int(v) for v in values] * (1 if len(values) == rank else rank)
+
+    pads = each(padding)
+    return {
+        "kernel_shape": each(kernel),
+        "strides": each(stride or kernel),
+        "pads": [*pads, *pads],
+        "ceil_mode": int(ceil),
+    }
+
+
+MOST_SLABS = 16
+"""Largest pooling window whose positions are handled one by one."""
+
+
+def pooled_slabs(b: Lowering, x: Value, kernel: Sequence[int], sizes: Sequence[int]) -> tuple[list[str], str]:
+    """Windows that tile the input: each position in the window as a slab ``[N, size, 1, ..., C]``, and their maximum.
+
+    Channels last, so that slabs are made of long runs of memory.
+    """
+    last = [0, *range(2, x.rank), 1]
+    split = [n for size, k in zip(sizes, kernel, strict=True) for n in (size, k)]
+    windows = b.reshape(b.transpose(x.name, last), [x.shape[0], *split, x.shape[1]])
+    axes = [2 + 2 * i for i in range(len(kernel))]
+    slabs = [
+        b.op("Slice", windows, b.ints(place), b.ints(p + 1 for p in place), b.ints(axes))
+        for place in itertools.product(*[range(k) for k in kernel])
+    ]
+    return slabs, b.op("Max", *slabs)
+
+
+def tiles(x: Value, attributes: dict[str, Any], dilation: Sequence[int]) -> bool:
+    """Whether pooling windows tile ``x`` exactly, and are few enough to go position by position."""
+    kernel = attributes["kernel_shape"]
+    plain = kernel == attributes["strides"] and not any(attributes["pads"]) and set(dilation) == {1}
+    divisible = all(size % k == 0 for size, k in zip(x.static(*range(2, x.rank)), kernel, strict=True))
+    return plain and divisible and math.prod(kernel) <= MOST_SLABS
+
+
+def _max_pool(
+    b: Lowering,
+    out: Sequence[Value | None],
+    x: Value,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    ceil: bool = False,
+) -> tuple[str | None, ...]:
+    spread = [int(d) for d in dilation] * (1 if len(dilation) == x.rank - 2 else x.rank - 2)
+    attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
+    if isinstance(x, Tiled):
+        return b.op("Max", *x.slabs), None
+    # Without indices, which would be slow; the gradient rule finds its own way.
+    if out[1] is not None and out[0] is not None and tiles(x, attributes, spread):
+        # The gradient needs the slabs too; pooling them saves reading the input once more.
+        sizes = out[0].static(*range(2, x.rank))
+        top = b.reshape(pooled_slabs(b, x, attributes["kernel_shape"], sizes)[1], [x.shape[0], *sizes, x.shape[1]])
+        return b.transpose(top, [0, x.rank - 1, *range(1, x.rank - 1)]), None
+    return b.op("MaxPool", x.name, dilations=spread, **attributes), None
+
+
+def _avg_pool(
+    b: Lowering,
+    out: Value,
+    x: Value,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    ceil: bool = False,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+) -> str:
+    if divisor is not None:
+        raise ExportError("divisor_override is not supported")
+    attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
+    return b.op("AveragePool", x.name, count_include_pad=int(count_include_pad), **attributes)
+
+
+def _max_pool_backward(
+    b: Lowering,
+    out: Value,
+    grad: Value,
+    x: Value,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil: bool,
+    _: object,
+) -> str | Value:
+    """Each output's gradient goes to the first maximum of its window, as in PyTorch."""
+    attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
+    spread = [int(d) for d in dilation] * (1 if len(dilation) == x.rank - 2 else x.rank - 2)
+    if isinstance(x, Tiled):
+        return _max_pool_tiled(b, grad, x, attributes["kernel_shape"])
+    if tiles(x, attributes, spread):
+        return _max_pool_by_slabs(b, grad, x, attributes["kernel_shape"])
+    _, indices = b.ops("MaxPool", 2, x.name, dilations=spread, **attributes)
+    flat = b.op("Reshape", b.zeros(x.shape, out.dtype), b.ints([-1]))
+    summed = b.op(
+        "ScatterElements", flat, b.reshape(indices, [-1]), b.reshape(grad.name, [-1]), axis=0, reduction="add"
+    )
+    return b.reshape(summed, x.shape)
+
+
+def _shared_out(b: Lowering, left: str, slabs: Sequence[str], top: str, dtype: str) -> list[str]:
+    """What a slab of window positions takes is gone for those after it: that is how the first maximum wins."""
+    parts: list[str] = []
+    for slab in slabs[:-1]:
+        taken = b.op("Mul", left, b.cast(b.op("Equal", slab, top), "bool", dtype))
+        left = b.op("Sub", left, taken)
+        parts.append(taken)
+    return [*parts, left]
+
+
+def _joined(b: Lowering, parts: list[str], kernel: Sequence[int], before: int) -> str:
+    """Slabs ``[N, size, 1, ...]`` with ``before`` further axes after the batch -> ``[N, size, k, ...]``."""
+    for i, k in reversed(list(enumerate(kernel))):
+        axis = before + 2 + 2 * i
+        parts = [b.op("Concat", *parts[j : j + k], axis=axis) for j in range(0, len(parts), k)]
+    return parts[0]
+
+
+def _max_pool_tiled(b: Lowering, grad: Value, x: Tiled, kernel: Sequence[int]) -> Tiled:
+    parts = _shared_out(b, grad.name, x.slabs, b.op("Max", *x.slabs), x.dtype)
+    thin = [n for size in grad.static(*range(2, grad.rank)) for n in (size, 1)]
+    whole = _joined(b, [b.reshape(part, [x.shape[0], x.shape[1], *thin]) for part in parts], kernel, 1)
+    return Tiled(b.reshape(whole, x.shape), x.shape, x.dtype, tuple(parts), tuple(kernel), grad.name)
+
+
+def tiling_window(b: Lowering, out: Value) -> list[int] | None:
+    """The window of the one max-pooling that reads the value being lowered, where its windows tile it."""
+    pools = [node for node in b.readers if operator_name(node.target) == "aten.max_pool2d_with_indices"]
+    rest = {operator_name(node.target) for node in b.readers if node not in pools}
+    if len(pools) != 1 or rest != {"aten.max_pool2d_with_indices_backward"}:
+        return None
+    given: tuple[Any, ...] = pools[0].args[1:]
+    defaults: tuple[Any, ...] = ((), (0,), (1,), False)
+    kernel, stride, padding, dilation, ceil = given + defaults[len(given) - 1 :]
+    attributes = pool_attributes(kernel, stride, padding, ceil, out.rank - 2)
+    return list(attributes["kernel_shape"]) if tiles(out, attributes, dilation) else None
+
+
+def _max_pool_by_slabs(b: Lowering, grad: Value, x: Value, kernel: Sequence[int]) -> str:
+    rank, channels = x.rank, x.shape[1]
+    last, first = [0, *range(2, rank), 1], [0, rank - 1, *range(1, rank - 1)]
+    sizes = grad.static(*range(2, rank))
+    slabs, top = pooled_slabs(b, x, kernel, sizes)
+    thin = [n for size in sizes for n in (size, 1)]
+    left = b.reshape(b.transpose(grad.name, last), [x.shape[0], *thin, channels])
+    parts = _shared_out(b, left, slabs, top, x.dtype)
+    whole = _joined(b, parts, kernel, 0)
+    return b.transpose(b.reshape(whole, [x.shape[a] for a in last]), first)
+
+
+def _avg_pool_backward(
+    b: Lowering,
+    out: Value,
+    grad: Value,
+    x: Value,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+) -> str:
+    attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
+    if ceil or divisor is not None or (any(padding) and not count_include_pad):
+        raise ExportError("average pooling with ceil_mode, divisor_override or uncounted padding has no gradient rule")
+    channels, *spatial = x.static(*range(1, x.rank))
+    window = attributes["kernel_shape"]
+    weight = b.constant(np.full((channels, 1, *window), 1 / math.prod(window), np.float32))
+    pads, steps = attributes["pads"][: len(window)], attributes["strides"]
+    got = grad.static(*range(2, x.rank))
+    extra = [s - ((g - 1) * t - 2 * p + k) for s, g, t, p, k in zip(spatial, got, steps, pads, window, strict=True)]
+    return b.op(
+        "ConvTranspose",
+        grad.name,
+        weight,
+        strides=steps,
+        pads=attributes["pads"],
+        group=channels,
+        output_padding=extra,
+    )
+
+
+POOLING: dict[str, Rule] = {
+    "aten.max_pool2d_with_indices": _max_pool,
+    "aten.max_pool2d_with_indices_backward": _max_pool_backward,
+    "aten.avg_pool2d": _avg_pool,
+    "aten.avg_pool2d_backward": _avg_pool_backward,
+}
