@@ -19,6 +19,7 @@ from edge_client.manifest import FORMAT, Feature, Manifest, Parameter, Parity
 from export.backward import GRADIENTS
 from export.convolution import CONVOLUTION
 from export.graph import OPSET
+from export.large import speed_up_large
 from export.losses import Loss, LossFunction, resolve_loss
 from export.lower import Rule, dtype_name, lower
 from export.operators import OPERATORS
@@ -147,6 +148,7 @@ def _graphs(problem: Problem, rules: Mapping[str, Rule]) -> Graphs:
     module, outputs = problem.module, {feature.name for feature in problem.outputs}
     step, fixed = train_step(problem)
     training = optimize(lower(trace(step, fixed, features, module.train()), rules))
+    speed_up_large(training)
     step, fixed = eval_step(problem)
     traced = trace(step, fixed, features, module.eval())
     evaluation, inference = lower(traced, rules), lower(traced, rules)

@@ -45,11 +45,30 @@ class Node:
     inputs: list[str]
     outputs: list[str]
     attributes: dict[str, Any] = field(default_factory=dict)
+    branches: "dict[str, Branch]" = field(default_factory=dict)
+
+    def nested(self) -> "list[Node]":
+        """The node and those of its branches, which may read any value before the node."""
+        return [self, *(node for branch in self.branches.values() for node in branch.nodes)]
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for two nodes that compute the same."""
-        return self.op, tuple(self.inputs), len(self.outputs), repr(sorted(self.attributes.items()))
+        return (
+            self.op,
+            tuple(self.inputs),
+            len(self.outputs),
+            repr(sorted(self.attributes.items())),
+            repr(self.branches),
+        )
+
+
+@dataclass
+class Branch:
+    """What an `If` does in one case, and the one value that it gives."""
+
+    nodes: list[Node]
+    output: Port
 
 
 @dataclass
@@ -68,7 +87,7 @@ class Graph:
 
     def uses(self) -> Counter[str]:
         """How often each value is read, graph outputs included."""
-        counts = Counter(name for node in self.nodes for name in node.inputs)
+        counts = Counter(name for node in self.nodes for inner in node.nested() for name in inner.inputs)
         counts.update(port.name for port in self.outputs)
         return counts
 
@@ -81,7 +100,8 @@ class Graph:
             return name
 
         for node in self.nodes:
-            node.inputs = [final(name) for name in node.inputs]
+            for inner in node.nested():
+                inner.inputs = [final(name) for name in inner.inputs]
 
     def prune(self) -> None:
         """Drop nodes and constants that no output needs."""
@@ -90,17 +110,14 @@ class Graph:
         for node in reversed(self.nodes):
             if needed.intersection(node.outputs):
                 kept.append(node)
-                needed.update(name for name in node.inputs if name)
+                needed.update(name for inner in node.nested() for name in inner.inputs if name)
         self.nodes = kept[::-1]
         self.constants = {name: value for name, value in self.constants.items() if name in needed}
 
     def to_model(self, name: str, least_ir: int = IR_VERSION) -> bytes:
         """Serialize as a checked ONNX model without external data."""
         graph = helper.make_graph(
-            [
-                helper.make_node(node.op, node.inputs, node.outputs, name=f"{node.op}_{i}", **node.attributes)
-                for i, node in enumerate(self.nodes)
-            ],
+            [_proto(node, f"{node.op}_{i}") for i, node in enumerate(self.nodes)],
             name,
             [value_info(port) for port in self.inputs],
             [value_info(port) for port in self.outputs],
@@ -112,6 +129,19 @@ class Graph:
         onnx.checker.check_model(model)
         data: bytes = model.SerializeToString()
         return data
+
+
+def _proto(node: Node, name: str) -> onnx.NodeProto:
+    branches = {
+        key: helper.make_graph(
+            [_proto(inner, f"{name}_{key}_{i}") for i, inner in enumerate(branch.nodes)],
+            key,
+            [],
+            [value_info(branch.output)],
+        )
+        for key, branch in node.branches.items()
+    }
+    return helper.make_node(node.op, node.inputs, node.outputs, name=name, **node.attributes, **branches)
 
 
 def value_info(port: Port) -> onnx.ValueInfoProto:
