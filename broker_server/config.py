@@ -92,7 +92,7 @@ class Codec(_Section, frozen=True):
     """``[codec]``: the rate of updates and of the global model."""
 
     kind: Literal["quantized", "none"] = "quantized"
-    step: Factor = 4.0
+    step: Factor = 2.0
     """Quantization step of an update, in standard deviations of that update."""
     dead_zone: Annotated[float, Meta(ge=0.5, le=1)] = 0.7
     """Values below this many steps become zero."""

@@ -65,7 +65,7 @@ class CodecSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     kind: Literal["quantized", "none"] = "quantized"
-    step: Annotated[float, Meta(gt=0, le=1000)] = 4.0
+    step: Annotated[float, Meta(gt=0, le=1000)] = 2.0
     dead_zone: Annotated[float, Meta(ge=0.5, le=1)] = 0.7
 
 

@@ -55,7 +55,7 @@ class UpdatePlan(Struct, frozen=True, forbid_unknown_fields=True):
     """How a client encodes its update; ``step`` and ``dead_zone`` as in `edge_client.codec.update.CodecSettings`."""
 
     kind: Literal["quantized", "none"] = "quantized"
-    step: Annotated[float, Meta(gt=0, le=1000)] = 4.0
+    step: Annotated[float, Meta(gt=0, le=1000)] = 2.0
     dead_zone: Annotated[float, Meta(ge=0.5, le=1)] = 0.7
     feedback: bool = True
     """Whether what the encoding loses is kept and added to the next update (error feedback)."""

@@ -60,7 +60,7 @@ learning_rate = 0.5
 momentum = 0.9
 [codec]
 kind = "none"
-step = 2.0
+step = 3.0
 dead_zone = 0.6
 feedback = false
 lattice = 30
