@@ -15,8 +15,9 @@ from broker_server.server import Outcome, Server, broker, server_link
 from edge_client.data import ArraySource
 from edge_client.device import Device, Workshop
 from edge_client.errors import BundleError, ConfigError, LedgerError, TransportError
+from edge_client.memory import MemoryBroker, MemoryLink
 from edge_client.store import FileCopies, Store
-from edge_client.transport import Address, MemoryBroker, MemoryLink
+from edge_client.transport import Address
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
 from tests.toy import toy_bundle, toy_data

@@ -13,8 +13,8 @@ from edge_client.codec.update import decode_scalars, decode_update
 from edge_client.data import ArraySource, check
 from edge_client.device import Device, Workshop
 from edge_client.errors import BundleError, DataError, StoreError
+from edge_client.memory import MemoryBroker, MemoryLink
 from edge_client.store import FileCopies, Store
-from edge_client.transport import MemoryBroker, MemoryLink
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
 from edge_client.wire.transfer import Assembly, count, piece, refer

@@ -9,7 +9,8 @@ import pytest
 
 from broker_server.broker import EmbeddedBroker, find_mosquitto
 from edge_client.errors import TransportError
-from edge_client.transport import Address, MemoryBroker, MemoryLink, MqttLink
+from edge_client.memory import MemoryBroker, MemoryLink
+from edge_client.transport import Address, MqttLink
 
 MOSQUITTO = pytest.param(
     "mosquitto", marks=pytest.mark.skipif(find_mosquitto() is None, reason="needs the Debian package mosquitto")
