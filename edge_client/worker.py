@@ -116,6 +116,6 @@ class Worker:
         return encoded.data, pack_residual(encoded.residual, encoded.step) if keep else None
 
     def _seed(self, invitation: Invitation) -> int:
-        """Each client and task shuffles its own way, and the same way again."""
-        text = f"{invitation.seed}/{invitation.epoch}/{invitation.task}/{self.client}"
+        """Each client and round shuffles its own way, and the same way again, also after restarts of the server."""
+        text = f"{invitation.seed}/{invitation.round}/{self.client}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

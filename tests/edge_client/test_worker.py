@@ -76,6 +76,16 @@ def test_the_same_task_gives_the_same_bytes_and_another_client_other_ones(worker
     assert not np.array_equal(delta_of(other.perform(work, trainer, never).update), first)
 
 
+def test_the_order_of_the_samples_follows_the_round_and_survives_a_restart_of_the_server(worker, trainer):
+    def trained(**changes):
+        return delta_of(worker.perform(invitation(update=m.UpdatePlan("none"), **changes), trainer, never).update)
+
+    first = trained()
+    np.testing.assert_array_equal(trained(task=7, epoch=3), first)
+    assert not np.array_equal(trained(round=2), first)
+    assert not np.array_equal(trained(seed=6), first)
+
+
 def test_what_the_encoding_lost_is_added_to_the_next_update(worker, trainer):
     plain = delta_of(worker.perform(invitation(update=m.UpdatePlan("none")), trainer, never).update)
     coarse = m.UpdatePlan(step=4.0, dead_zone=1.0)
