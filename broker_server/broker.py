@@ -19,6 +19,8 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PLACES = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin", "/usr/local/opt/mosquitto/sbin")
 _START_SECONDS = 15.0
 _STOP_SECONDS = 10.0
+_PORT_SECONDS = 5.0
+"""A broker whose server was killed takes a moment to end, and its port with it."""
 _POLL_SECONDS = 0.02
 
 # Anonymous is safe here because the listener is on loopback. The queue is long because a full one drops messages and
@@ -73,7 +75,8 @@ class EmbeddedBroker:
 
         Raises:
             ConfigError: ``host`` is not loopback, or the broker asked for is not installed.
-            TransportError: the port is taken, or the broker does not start; the message ends with its last words.
+            TransportError: the port stays taken for some seconds, or the broker does not start; the message ends with
+                its last words.
         """
         if host not in _LOOPBACK:
             raise ConfigError(
@@ -81,7 +84,7 @@ class EmbeddedBroker:
                 "anybody in. For other machines run a mosquitto with passwords and name it in broker.url"
             )
         chosen, program = _choose(kind)
-        port = _free_port(host, port)
+        port = _await_port(host, port)
         directory.mkdir(parents=True, exist_ok=True)
         if program is None:
             command = [sys.executable, "-m", "broker_server.amqtt_broker", host, str(port)]
@@ -161,6 +164,18 @@ def _choose(kind: Literal["auto", "mosquitto", "amqtt"]) -> tuple[Kind, Path | N
             "or the demo broker with `pip install 'fedge[server]'`, or name a broker in broker.url"
         )
     return "amqtt", None
+
+
+def _await_port(host: str, port: int) -> int:
+    """The port, once it is free."""
+    deadline = time.monotonic() + _PORT_SECONDS
+    while True:
+        try:
+            return _free_port(host, port)
+        except TransportError:
+            if port == 0 or time.monotonic() >= deadline:
+                raise
+        time.sleep(_POLL_SECONDS)
 
 
 def _free_port(host: str, port: int) -> int:

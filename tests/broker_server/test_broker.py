@@ -62,7 +62,8 @@ def test_a_retained_chunk_comes_through(broker):
         client.loop_stop()
 
 
-def test_a_taken_port_is_named(broker, tmp_path):
+def test_a_taken_port_is_named(broker, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PORT_SECONDS", 0.1)
     host, port = address(broker.url)
     with pytest.raises(TransportError, match=rf"port {port} on 127\.0\.0\.1 cannot be used .*broker\.port"):
         EmbeddedBroker.start(tmp_path, kind=broker.kind, host=host, port=port)
@@ -80,6 +81,23 @@ def test_stopping_frees_the_port_and_leaves_no_process(tmp_path, kind):
     assert psutil.wait_procs(family, timeout=5)[1] == []
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(address(running.url), timeout=1).close()
+
+
+def test_a_port_that_is_about_to_be_free_is_waited_for(tmp_path, monkeypatch):
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    tries = []
+
+    def bind(host: str, wanted: int, free=module._free_port) -> int:
+        tries.append(wanted)
+        if len(tries) == 3:
+            taken.close()  # the broker of a server that was killed has ended
+        return free(host, wanted)
+
+    monkeypatch.setattr(module, "_free_port", bind)
+    with EmbeddedBroker.start(tmp_path, port=port) as running:
+        assert address(running.url) == ("127.0.0.1", port)
+    assert tries == [port] * 3
 
 
 _SERVER = """
