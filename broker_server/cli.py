@@ -15,9 +15,10 @@ from rich.table import Table
 from broker_server.config import Federation, load
 from broker_server.ledger import BEST, Ledger, Round
 from broker_server.report import human_bytes, table
-from broker_server.server import Outcome, Server, broker, server_link
+from broker_server.server import Outcome, Server, broker, locked, server_link
 from broker_server.simulation import Simulated
 from broker_server.simulation import simulate as run_simulation
+from broker_server.worker import ledger_path
 from edge_client.errors import ConfigError, LedgerError
 
 _FILE = click.argument("file", type=click.Path(path_type=Path))
@@ -35,9 +36,9 @@ def serve(file: Path) -> None:
     log = _logger(console)
 
     async def run() -> Outcome:
-        with broker(settings, log) as address:
+        with locked(settings) as lock, broker(settings, log) as address:
             link = server_link(settings, address)
-            server = Server(settings, log, link, on_round=lambda done: log(_line(done)))
+            server = Server(settings, log, link, on_round=lambda done: log(_line(done)), lock=lock)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, server.stop, "stopped by signal")
@@ -197,7 +198,7 @@ def _tell(console: Console, outcome: Outcome) -> None:
 
 @contextmanager
 def _ledger(settings: Federation) -> Iterator[Ledger]:
-    path = Path(settings.federation.state) / "ledger.db"
+    path = ledger_path(settings)
     if not path.exists():
         raise LedgerError(f"{path} does not exist: this federation has not been served yet; run `fedge serve` first")
     with Ledger.read(path) as ledger:

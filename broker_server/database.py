@@ -17,30 +17,69 @@ Migrations = tuple[tuple[str, ...], ...]
 """Schema n is what the statements of the first n migrations make; a released migration never changes."""
 
 
+class Lock:
+    """The right to write to one file. The kernel frees it with the process, however that ends.
+
+    Raises:
+        LedgerError: another process, or another lock of this one, has it; the folder cannot be made or written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise LedgerError(
+                f"{path}: cannot be created ({error.strerror}); name a state folder to write to"
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise LedgerError(
+                f"{path}: another server has it open; stop that one, or name another state folder"
+            ) from error
+        self.path = path
+        self._file: int | None = lock
+
+    def close(self) -> None:
+        """Let the next writer in; closing twice is harmless."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
 class Database:
     """A connection for one thread. Statements raise LedgerError, which says what to do, never sqlite3's own errors."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, lock: int | None) -> None:
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock: Lock | None) -> None:
         self.path = path
         self._connection = connection
         self._lock = lock
         self._depth = 0
 
     @classmethod
-    def write_to(cls, path: Path, migrations: Migrations) -> Self:
-        """Open for writing, or create; hold the lock beside the file until closed.
+    def write_to(cls, path: Path, migrations: Migrations, lock: Lock | None = None) -> Self:
+        """Open for writing, or create, under the caller's ``lock`` on the path, or one of its own until closed.
 
         Raises:
             LedgerError: another process has it open, or it is damaged, foreign, of a newer schema, or not writable.
         """
-        lock = _lock(path)
+        own = Lock(path) if lock is None else None
         try:
             with explained(path):
                 connection = sqlite3.connect(path, isolation_level=None)
         except LedgerError:
-            os.close(lock)
+            if own is not None:
+                own.close()
             raise
-        database = cls(path, connection, lock)
+        database = cls(path, connection, own)
         try:
             with explained(path):
                 database._prepare(migrations)
@@ -76,8 +115,7 @@ class Database:
         """Close the file and let the next writer in; closing twice is harmless."""
         self._connection.close()
         if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            self._lock.close()
 
     @contextmanager
     def group(self) -> Iterator[None]:
@@ -148,21 +186,6 @@ class Database:
                 "upgrade fedge, or start with a new state folder"
             )
         return int(found)
-
-
-def _lock(path: Path) -> int:
-    """Hold an OS lock beside the file: the kernel frees it with the process, however that ends."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise LedgerError(f"{path}: cannot be created ({error.strerror}); name a state folder to write to") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise LedgerError(f"{path}: another server has it open; stop that one, or name another state folder") from error
-    return lock
 
 
 @contextmanager

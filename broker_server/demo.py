@@ -19,6 +19,8 @@ from edge_client.errors import FedgeError
 
 CLIENTS = 20
 TARGET = 0.95
+FEWER_UP, FEWER_DOWN = 10, 3
+"""How many times fewer bytes than fp32 FedAvg the demo stands for."""
 _FEDERATION = f"""\
 [federation]
 name = "digits"
@@ -111,6 +113,11 @@ def run_demo(output: Path, console: Console) -> None:
     console.print(f"results: {output}/summary.json, {output}/run.png, {output}/models")
     if accuracy < TARGET:
         raise FedgeError(f"the demo reached an accuracy of {accuracy:.4f}; expected {TARGET} or more")
+    if up < FEWER_UP or down < FEWER_DOWN:
+        raise FedgeError(
+            f"the demo took {up:.1f} times fewer bytes up and {down:.1f} down than fp32 FedAvg; "
+            f"expected at least {FEWER_UP} and {FEWER_DOWN}"
+        )
 
 
 def _write_digits(output: Path) -> None:

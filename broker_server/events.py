@@ -1,4 +1,4 @@
-"""What happens to a federation, and what its server does about it: the coordinator's events and actions."""
+"""What happens to a federation, and what its server does about it: the coordinator's start, events and actions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +13,31 @@ from edge_client.events import Received as Received
 from edge_client.events import Subscribe as Subscribe
 from edge_client.events import Tick as Tick
 from edge_client.wire.messages import BlobRef
+
+# The start.
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What the ledger knows when the server starts."""
+
+    epoch: int
+    version: int
+    digest: bytes
+    bundle: BlobRef
+    update_limit: int
+    """Bytes of the largest update."""
+    last_task: int = 0
+    rounds: tuple[Round, ...] = ()
+    unfinished: int | None = None
+    """The last round's number where its model is there and its evaluation is not."""
+    open_task: Task | None = None
+    """The task that was under way; its recorded updates follow as Recorded events."""
+    started: float = 0.0
+    """Seconds that earlier runs of the server took."""
+    leftovers: tuple[str, ...] = ()
+    """Topics on which an earlier run may have left chunks."""
+
 
 # Events.
 
@@ -67,10 +92,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Aggregated:
-    """A new version of the global model is in the ledger, and its task is closed."""
+    """A new version of the global model is in the ledger, and its task is closed.
+
+    ``clipped`` counts the parameters that were out of the lattice's reach and stay at its edge.
+    """
 
     version: int
     digest: bytes
+    clipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,7 +184,7 @@ class Aggregate:
     """Turn a task's sum into the next version; answer with Aggregated. Versions not in ``keep`` may be forgotten.
 
     ``result`` is what is known of the round so far. It goes into the ledger with the version, so that a server which
-    dies before the round is finished does not run it again.
+    dies before the round is finished measures and finishes it, and does not run it again.
     """
 
     epoch: int
@@ -196,6 +225,13 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Clear:
+    """Clear topics on which an earlier run left chunks, and forget them."""
+
+    topics: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class FinishRound:
     """Write a round's result to the ledger; ``best`` says whether its version is the best so far."""
 
@@ -225,6 +261,7 @@ Action = (
     | Evaluate
     | Spread
     | Sweep
+    | Clear
     | FinishRound
     | Stop
 )

@@ -16,7 +16,7 @@ from typing import Literal, Self
 
 import msgspec
 
-from broker_server.database import Database
+from broker_server.database import Database, Lock
 from broker_server.ledger_schema import MIGRATIONS
 from edge_client.errors import LedgerError
 
@@ -75,14 +75,16 @@ class Ledger:
         self._database = database
 
     @classmethod
-    def open(cls, path: str | Path, *, federation: str, bundle: str) -> Self:
+    def open(cls, path: str | Path, *, federation: str, bundle: str, lock: Lock | None = None) -> Self:
         """Open the ledger for writing, or create it; ``bundle`` is the bundle's SHA-256.
+
+        ``lock`` is the caller's lock on the path, where it was taken before; it stays the caller's.
 
         Raises:
             LedgerError: another server has it open; it belongs to another federation or bundle; it is damaged, foreign
                 or of a newer schema; the disk refuses.
         """
-        ledger = cls(Database.write_to(Path(path), MIGRATIONS))
+        ledger = cls(Database.write_to(Path(path), MIGRATIONS, lock))
         try:
             ledger._identify(federation, bundle)
         except LedgerError:
@@ -277,14 +279,20 @@ class Ledger:
 
     # -- rounds
 
-    def finish_round(self, result: Round) -> None:
-        """Write a round's result, over one of the same number."""
+    def finish_round(self, result: Round, *, finished: bool = True) -> None:
+        """Write a round's result, over one of the same number; ``finished`` False: its evaluation is still to come."""
         self._database.write(
-            "INSERT OR REPLACE INTO rounds (round, version, clients, samples, seconds, bytes_up, bytes_down, metrics) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO rounds "
+            "(round, version, clients, samples, seconds, bytes_up, bytes_down, metrics, finished) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             *(result.round, result.version, result.clients, result.samples, result.seconds),
-            *(result.bytes_up, result.bytes_down, msgspec.json.encode(result.metrics).decode()),
+            *(result.bytes_up, result.bytes_down, msgspec.json.encode(result.metrics).decode(), finished),
         )
+
+    def unfinished(self) -> int | None:
+        """The number of the last round, where its result is here and its evaluation is still to come."""
+        row = self._database.one("SELECT round, finished FROM rounds ORDER BY round DESC LIMIT 1")
+        return int(row[0]) if row is not None and not row[1] else None
 
     def set_metrics(self, number: int, metrics: dict[str, float]) -> None:
         """Write a finished round's metrics, once its evaluation is there.
@@ -297,7 +305,7 @@ class Ledger:
             raise LedgerError(f"{self.path}: round {number} is not finished, so it can have no metrics")
 
     def rounds(self) -> list[Round]:
-        """All finished rounds, in order."""
+        """All rounds that have a result, in order."""
         columns = "round, version, clients, samples, seconds, bytes_up, bytes_down"
         rounds = []
         for *row, text in self._database.all(f"SELECT {columns}, metrics FROM rounds ORDER BY round"):  # noqa: S608

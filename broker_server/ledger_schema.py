@@ -57,4 +57,8 @@ MIGRATIONS: Migrations = (
         )""",
         "CREATE TABLE retained (id INTEGER PRIMARY KEY, topic TEXT NOT NULL UNIQUE)",
     ),
+    (
+        "ALTER TABLE rounds ADD COLUMN finished INTEGER NOT NULL DEFAULT 1",
+        "UPDATE rounds SET finished = 0 WHERE round IN (SELECT round FROM tasks WHERE outcome IS NULL)",
+    ),
 )

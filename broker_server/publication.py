@@ -78,8 +78,10 @@ class Publication:
         """What leads a client from version ``held`` to the newest one."""
         return encode_delta(self._state(held), self._head.state, self._layout)
 
-    def advance(self, aggregate: Vector, result: Round, *, closes: tuple[int, int], keep: Collection[int]) -> None:
+    def advance(self, aggregate: Vector, result: Round, *, closes: tuple[int, int], keep: Collection[int]) -> int:
         """Step the server optimizer along ``aggregate`` (``[n_params] float32``) and publish what comes of it.
+
+        Returns how many parameters were out of the lattice's reach and stay at its edge.
 
         What rounding to the lattice leaves out is kept and added the next time. The new version, the close of its task
         and the round's result are one transaction.
@@ -88,6 +90,7 @@ class Publication:
         step, optimizer = self._optimizer.step(head.optimizer, aggregate)
         target = head.state.parameters(self._base).astype(np.float64)
         target += step
+        clipped = 0
         if self._codec.kind == "none":
             state: State = RawState(target.astype(np.float32))
             remainder = np.zeros(0, np.float32)
@@ -99,6 +102,7 @@ class Publication:
             exponent = self._bounded(exponent, previous, target)
             # What is out of the lattice's reach stays at its edge: an aggregate that diverged must not end the server.
             reach = math.ldexp(K_LIMIT - 1, exponent)
+            clipped = int(np.count_nonzero(np.abs(target - self._base) > reach))
             np.clip(target, self._base - np.float64(reach), self._base + np.float64(reach), out=target)
             state, remainder = place(target, self._base, exponent)
         self._head = _Head(head.version + 1, state, remainder, optimizer)
@@ -113,9 +117,10 @@ class Publication:
                 ),
                 closes=closes,
             )
-            self._ledger.finish_round(result)
+            self._ledger.finish_round(result, finished=False)
             self._ledger.prune({*keep, head.version})
         self._remember(self._head.version, state)
+        return clipped
 
     def _bounded(self, exponent: int, previous: int | None, target: npt.NDArray[np.float64]) -> int:
         """The exponent, or a larger one where that would be too fine for where the model is; never above the last."""

@@ -1,6 +1,5 @@
 """Who is there: what each client has said of itself, and the bytes that its transport has counted."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from broker_server.selection import Candidate
@@ -20,6 +19,11 @@ class Member:
     last_round: int = -1
     traffic: Traffic = field(default_factory=Traffic)
 
+    @property
+    def ready(self) -> bool:
+        """Whether it is there and may train."""
+        return self.present and self.available
+
 
 @dataclass
 class Roster:
@@ -34,6 +38,7 @@ class Roster:
     """Bytes that clients have sent, as far as they have told."""
     down: int = 0
     _members: dict[str, Member] = field(default_factory=dict)
+    _present: int = 0
 
     def hello(self, client: str, hello: Hello) -> Member:
         """Take a hello; a new boot nonce is a new life of the client."""
@@ -45,7 +50,10 @@ class Roster:
             member.traffic = before.traffic
         elif before is None and not self.counting:
             member.traffic = hello.traffic
+        if before is not None:
+            self._present -= before.ready
         self._members[client] = member
+        self._present += member.ready
         self.count(client, hello.traffic)
         return member
 
@@ -54,6 +62,7 @@ class Roster:
         member = self._members.get(client)
         if member is None or member.boot != boot or not member.present:
             return False
+        self._present -= member.ready
         member.present = False
         return True
 
@@ -72,15 +81,14 @@ class Roster:
 
     def present(self) -> int:
         """How many clients are there and may train."""
-        return sum(member.present and member.available for member in self._members.values())
+        return self._present
 
-    def candidates(self, exclude: Iterable[str] = ()) -> list[Candidate]:
+    def candidates(self) -> list[Candidate]:
         """Clients that may be asked."""
-        left_out = set(exclude)
         return [
             Candidate(client, member.samples, member.available, member.last_round)
             for client, member in self._members.items()
-            if member.present and client not in left_out
+            if member.present
         ]
 
     def versions(self) -> frozenset[int]:

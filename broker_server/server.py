@@ -13,9 +13,10 @@ from broker_server import events as e
 from broker_server.artifacts import Report
 from broker_server.broker import EmbeddedBroker
 from broker_server.config import Federation
-from broker_server.coordinator import Coordinator, Restored
+from broker_server.coordinator import Coordinator
+from broker_server.database import Lock
 from broker_server.ledger import Round
-from broker_server.worker import Worker
+from broker_server.worker import Worker, ledger_path
 from edge_client.errors import BundleError, ConfigError
 from edge_client.transport import Address, Link, MqttLink
 from edge_client.wire import transfer
@@ -45,7 +46,9 @@ class Server:
     log: Callable[[str], None]
     link: Link
     on_round: Callable[[Round], None] = lambda _: None
-    on_start: Callable[[Restored], None] = lambda _: None
+    on_start: Callable[[e.Restored], None] = lambda _: None
+    lock: Lock | None = None
+    """The lock on the federation's ledger (`locked`), where it was taken before; else `run` takes it."""
     _pool: ThreadPoolExecutor = field(init=False)
     _worker: Worker = field(init=False)
     _coordinator: Coordinator = field(init=False)
@@ -53,7 +56,6 @@ class Server:
     _ended: "asyncio.Future[str]" = field(init=False)
     _timer: asyncio.TimerHandle | None = field(init=False, default=None)
     _retained: set[str] = field(init=False, default_factory=set)
-    _leftovers: list[str] = field(init=False, default_factory=list)
 
     async def run(self) -> Outcome:
         """Serve until a stop condition holds or `stop` is called; then write the models."""
@@ -64,7 +66,6 @@ class Server:
         try:
             self._worker = await self._in_worker(self._open)
             restored = await self._in_worker(self._worker.start)
-            self._leftovers = await self._in_worker(self._worker.leftovers)
             self._coordinator = Coordinator(self.settings, restored)
             for answer in await self._in_worker(lambda: list(self._worker.replay(restored))):
                 self._feed(answer)
@@ -101,9 +102,6 @@ class Server:
 
     def connected(self) -> None:
         """The broker has accepted the connection."""
-        for topic in self._leftovers:
-            self.link.publish(topic, b"", retain=True)
-        self._leftovers = []
         self._feed(e.Connected())
 
     def disconnected(self, reason: str) -> None:
@@ -146,6 +144,11 @@ class Server:
                 self.log(text)
             case e.Stop(reason):
                 self.stop(reason)
+            case e.Clear(topics):
+                # At once, before the offer sends clients to topics that may be among them; the ledger in its turn.
+                for topic in topics:
+                    self.link.publish(topic, b"", retain=True)
+                self._queue.put_nowait(action)
             case _:
                 self._queue.put_nowait(action)
                 if isinstance(action, e.FinishRound):
@@ -175,6 +178,8 @@ class Server:
                     await self._spread(ref, indices)
                 case e.Sweep(ref):
                     await self._sweep(ref)
+                case e.Clear(topics):
+                    await self._in_worker(lambda topics=topics: self._worker.release(topics))  # type: ignore[misc]
                 case _:
                     answer = await self._in_worker(lambda action=action: self._worker.perform(action))  # type: ignore[misc]
                     if answer is not None:
@@ -215,12 +220,29 @@ class Server:
         return await asyncio.get_running_loop().run_in_executor(self._pool, job)
 
     def _open(self) -> Worker:
-        path = Path(self.settings.federation.bundle)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BundleError(f"bundle {path}: {error.strerror}; make it with `fedge export`") from error
-        return Worker(self.settings, data)
+        return Worker(self.settings, read_bundle(self.settings), self.lock)
+
+
+def read_bundle(settings: Federation) -> bytes:
+    """The bundle's bytes.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
+    path = Path(settings.federation.bundle)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"bundle {path}: {error.strerror}; make it with `fedge export`") from error
+
+
+def locked(settings: Federation) -> Lock:
+    """The lock on the federation's ledger: taken before anything is written to the state folder.
+
+    Raises:
+        LedgerError: another server has it.
+    """
+    return Lock(ledger_path(settings))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ import numpy as np
 
 from broker_server.config import Federation
 from broker_server.ledger import Round
-from broker_server.server import Outcome, Server, broker, server_link
+from broker_server.server import Outcome, Server, broker, locked, read_bundle, server_link
+from edge_client.bundle import Bundle
 from edge_client.data import load_arrays
 from edge_client.emulator.fleet import FleetReport, FleetSpec, peak_rss_mib
 from edge_client.errors import ConfigError, FedgeError, TransportError
@@ -61,30 +62,42 @@ async def simulate(
         # All phones first, so that who is drawn does not depend on who was quick to connect.
         everyone = msgspec.structs.replace(settings.round, clients=settings.simulation.clients)
         settings = msgspec.structs.replace(settings, round=everyone)
-    settings, data = await asyncio.to_thread(_reserve, settings)
-    with broker(settings, log) as address:
-        server = Server(settings, log, server_link(settings, address, attempts=5), on_round=finished)
-        serving = asyncio.ensure_future(server.run())
-        fleet = await _start(settings, address, data)
-        told = asyncio.ensure_future(_report(fleet))
-        try:
-            await asyncio.wait((serving, told), return_when=asyncio.FIRST_COMPLETED)
-            if not serving.done():
-                await told
-                server.stop("the emulated phones have ended")
-            outcome = await serving
-            report = await asyncio.wait_for(told, _LAST_WORDS)
-        except TimeoutError as error:
-            raise TransportError(f"the emulated phones did not end within {_LAST_WORDS:.0f} s") from error
-        finally:
-            serving.cancel()
-            if fleet.stdin is not None:
-                fleet.stdin.close()
-            if fleet.returncode is None:
-                fleet.terminate()
-            await asyncio.gather(fleet.wait(), told, serving, return_exceptions=True)
+    await asyncio.to_thread(_check, settings)
+    with locked(settings) as lock:
+        settings, data = await asyncio.to_thread(_reserve, settings)
+        with broker(settings, log) as address:
+            link = server_link(settings, address, attempts=5)
+            server = Server(settings, log, link, on_round=finished, lock=lock)
+            serving = asyncio.ensure_future(server.run())
+            fleet = await _start(settings, address, data)
+            told = asyncio.ensure_future(_report(fleet))
+            try:
+                await asyncio.wait((serving, told), return_when=asyncio.FIRST_COMPLETED)
+                if not serving.done():
+                    await told
+                    server.stop("the emulated phones have ended")
+                outcome = await serving
+                report = await asyncio.wait_for(told, _LAST_WORDS)
+            except TimeoutError as error:
+                raise TransportError(f"the emulated phones did not end within {_LAST_WORDS:.0f} s") from error
+            finally:
+                serving.cancel()
+                if fleet.stdin is not None:
+                    fleet.stdin.close()
+                if fleet.returncode is None:
+                    fleet.terminate()
+                await asyncio.gather(fleet.wait(), told, serving, return_exceptions=True)
     peak = peak_rss_mib() + report.peak_rss_mib
     return Simulated(outcome, rounds, time.monotonic() - started, report, peak)
+
+
+def _check(settings: Federation) -> None:
+    """Find a bundle that cannot be used before anything is written.
+
+    Raises:
+        BundleError: it is missing, damaged or foreign.
+    """
+    Bundle.from_bytes(read_bundle(settings))
 
 
 def _reserve(settings: Federation) -> tuple[Federation, str]:

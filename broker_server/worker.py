@@ -7,7 +7,7 @@ are added to the sum in ledger order: a replay after a crash then gives the same
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ from broker_server.aggregation.optimizer import sgd
 from broker_server.aggregation.streaming import fedavg
 from broker_server.artifacts import Report, write_artifacts
 from broker_server.config import Federation
-from broker_server.coordinator import Restored
+from broker_server.database import Lock
 from broker_server.evaluation import HeldOut
 from broker_server.ledger import BEST, Ledger
 from broker_server.publication import Publication
@@ -36,14 +36,21 @@ _VALUE_LIMIT = 1e9
 """An update with a larger value is refused: one that diverged would take the model of all with it."""
 
 
+def ledger_path(settings: Federation) -> Path:
+    """Where a federation's ledger is."""
+    return Path(settings.federation.state) / "ledger.db"
+
+
 class Worker:
     """What the coordinator's actions work on; every call comes from the thread that made it.
+
+    ``lock`` is the caller's lock on `ledger_path`, where it was taken before.
 
     Raises:
         BundleError, DataError, LedgerError: what the settings name cannot be used.
     """
 
-    def __init__(self, settings: Federation, bundle_bytes: bytes) -> None:
+    def __init__(self, settings: Federation, bundle_bytes: bytes, lock: Lock | None = None) -> None:
         self.bundle = Bundle.from_bytes(bundle_bytes)
         self._settings = settings
         self._state = Path(settings.federation.state)
@@ -60,7 +67,7 @@ class Worker:
             else None
         )
         self._ledger = Ledger.open(
-            self._state / "ledger.db", federation=settings.federation.name, bundle=self.bundle.digest
+            ledger_path(settings), federation=settings.federation.name, bundle=self.bundle.digest, lock=lock
         )
         optimizer = sgd(settings.aggregation.learning_rate, settings.aggregation.momentum)
         self._publication = Publication(self.bundle, self._ledger, settings.codec, optimizer)
@@ -70,13 +77,13 @@ class Worker:
         self._blobs: dict[bytes, bytes] = {}
         self._bundle_ref = self._blob(bundle_bytes)
 
-    def start(self) -> Restored:
+    def start(self) -> e.Restored:
         """Begin a new epoch where the ledger left off."""
         open_tasks = self._ledger.open_tasks()
         for stale in open_tasks[:-1]:
             self._ledger.close_task(stale.epoch, stale.task, "void")
         rounds = tuple(self._ledger.rounds())
-        return Restored(
+        return e.Restored(
             epoch=self._ledger.new_epoch(),
             version=self._publication.version,
             digest=self._publication.digest,
@@ -84,10 +91,12 @@ class Worker:
             update_limit=max_update_bytes({"delta": self.bundle.layout}),
             last_task=self._ledger.last_task(),
             rounds=rounds,
+            unfinished=self._ledger.unfinished(),
             open_task=open_tasks[-1] if open_tasks else None,
+            leftovers=tuple(self._ledger.retained()),
         )
 
-    def replay(self, restored: Restored) -> Iterator[e.Event]:
+    def replay(self, restored: e.Restored) -> Iterator[e.Event]:
         """Add up again what was recorded for the task that was under way."""
         task = restored.open_task
         if task is None:
@@ -98,10 +107,6 @@ class Worker:
             if delta is not None:
                 self._sum = self._aggregator.add(self._sum, delta, samples)
             yield e.Recorded(task.epoch, task.task, client, samples, scalars)
-
-    def leftovers(self) -> list[str]:
-        """Topics on which an earlier run may have left chunks."""
-        return self._ledger.retained()
 
     def perform_all(self, actions: Sequence[e.Action]) -> list[e.Event | None]:
         """Carry out several actions in one commit: all of them are on the disk before any answer is known."""
@@ -127,8 +132,8 @@ class Worker:
                 return e.Prepared(held, version, self._blob(self._publication.delta(held)))
             case e.Aggregate(epoch, number, result, keep):
                 aggregate = self._aggregator.finish(self._sum)
-                self._publication.advance(aggregate, result, closes=(epoch, number), keep=keep)
-                return e.Aggregated(self._publication.version, self._publication.digest)
+                clipped = self._publication.advance(aggregate, result, closes=(epoch, number), keep=keep)
+                return e.Aggregated(self._publication.version, self._publication.digest, clipped)
             case e.CloseTask(epoch, number, outcome):
                 self._ledger.close_task(epoch, number, outcome)
             case e.Evaluate(version):
@@ -152,7 +157,7 @@ class Worker:
         """Note topics before anything is retained on them."""
         self._ledger.retain(topics)
 
-    def release(self, topics: list[str], ref: BlobRef | None = None) -> None:
+    def release(self, topics: Iterable[str], ref: BlobRef | None = None) -> None:
         """Forget topics that are cleared, and the blob that they carried."""
         if ref is not None:
             self._blobs.pop(ref.sha256, None)

@@ -11,7 +11,7 @@ import msgspec
 
 from broker_server import events as e
 from broker_server.config import Federation
-from broker_server.coordinator import Coordinator, Restored
+from broker_server.coordinator import Coordinator
 from broker_server.ledger import Round, Task
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
@@ -57,16 +57,17 @@ class Paper:
     counted: list[list[tuple[Identity, str]]] = field(default_factory=list)
     """For each version after 0, the updates that it was made from."""
     sums: list[int] = field(default_factory=list)
+    unfinished: int | None = None
     best: int | None = None
     kept: set[int] = field(default_factory=lambda: {0})
     blobs: dict[bytes, bytes] = field(default_factory=dict)
 
-    def start(self) -> Restored:
+    def start(self) -> e.Restored:
         self.epoch += 1
         self.blobs.clear()
         opened = [task for identity, task in self.tasks.items() if identity not in self.outcomes]
         assert len(opened) <= 1
-        return Restored(
+        return e.Restored(
             epoch=self.epoch,
             version=self.version,
             digest=digest(self.version),
@@ -74,10 +75,11 @@ class Paper:
             update_limit=LIMIT,
             last_task=max((number for _, number in self.tasks), default=0),
             rounds=tuple(self.rounds.values()),
+            unfinished=self.unfinished,
             open_task=opened[0] if opened else None,
         )
 
-    def replay(self, restored: Restored) -> Iterator[e.Recorded]:
+    def replay(self, restored: e.Restored) -> Iterator[e.Recorded]:
         task = restored.open_task
         if task is not None:
             for client, known in self.updates[task.epoch, task.task].items():
@@ -121,12 +123,14 @@ class Paper:
                 self.kept = (self.kept & keep) | {self.version, self.version + 1}
                 self.version += 1
                 assert result.version == self.version
-                self.rounds[result.round] = result
+                self.rounds[result.round], self.unfinished = result, result.round
                 return e.Aggregated(self.version, digest(self.version))
             case e.CloseTask(epoch, number, outcome):
                 self._close(epoch, number, outcome)
+            case e.Evaluate(version):
+                return e.Evaluated(version, {"accuracy": version / 10})
             case e.FinishRound(result, best):
-                self.rounds[result.round] = result
+                self.rounds[result.round], self.unfinished = result, None
                 self.best = result.version if best else self.best
             case e.Sweep(ref):
                 del self.blobs[ref.sha256]

@@ -20,7 +20,7 @@ CLIENTS = [f"c{number}" for number in range(6)]
 ROUNDS = 4
 CONFIG = settings(
     round={"cohort": 3, "over_select": 1.4, "minimum": 2, "deadline": 120.0},
-    evaluation={"clients": 2, "every": 2, "deadline": 60.0},
+    evaluation={"data": "held out", "clients": 2, "every": 2, "deadline": 60.0},
     transfer={"window": 2, "uploads": 2, "chunk": 1024},
     stop={"rounds": ROUNDS},
 )
@@ -59,6 +59,8 @@ class World:
             self.now, _, call, arguments = heapq.heappop(self.queue)
             assert self.now < 20_000, "the run does not end"
             call(*arguments)
+        while self.work:  # as the driver does before it ends
+            self.step(self.life)
 
     # The server, whose worker answers late; a crash loses what its worker has not done.
 
@@ -176,6 +178,8 @@ def test_every_update_counts_once_and_the_run_ends(seeds):
         paper = world.paper
         assert list(paper.rounds) == list(range(1, ROUNDS + 1)), seed
         assert paper.version == ROUNDS, seed
+        assert [("accuracy" in paper.rounds[n].metrics) for n in paper.rounds] == [False, True] * 2, seed
+        assert (paper.unfinished, paper.best) == (None, ROUNDS), seed
         counted = [one for version in paper.counted for one in version]
         assert len(counted) == len(set(counted)), seed
         assert [len(version) for version in paper.counted] == [paper.rounds[n].clients for n in paper.rounds], seed

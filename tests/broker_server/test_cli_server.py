@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from broker_server.database import Lock
 from broker_server.ledger import BEST, Ledger, Round, Task, Version
 from edge_client import cli
 from edge_client.bundle import Bundle
@@ -131,6 +132,30 @@ def test_what_serve_cannot_use(fedge, file, damage):
         assert word in line
     assert "Traceback" not in errors
     assert not file.with_name("state").joinpath("models").exists()
+
+
+@pytest.mark.parametrize("command", ["serve", "simulate"])
+def test_a_second_server_on_one_state_folder_touches_nothing(fedge, file, command):
+    file.write_text(TOML.replace('data = "test.npz"\n', "").replace("clients = 4", "clients = 4\ntest_fraction = 0.5"))
+    state = file.with_name("state")
+    with Lock(state / "ledger.db"):
+        there = files(file.parent)
+        status, _, errors = fedge(command, file)
+        assert status == 2
+        assert "another server has it open" in errors
+        assert "broker: " not in errors
+        assert files(file.parent) == there
+
+
+@pytest.mark.parametrize("damage", ["no bundle", "damaged bundle", "foreign bundle"])
+def test_simulate_with_a_bad_bundle_writes_nothing(fedge, file, damage):
+    file.write_text(TOML.replace('data = "test.npz"\n', "").replace("clients = 4", "clients = 4\ntest_fraction = 0.5"))
+    spoil, words = BAD[damage]
+    spoil(file)
+    status, _, errors = fedge("simulate", file)
+    assert status == 2
+    assert all(word in errors for word in words)
+    assert not file.with_name("state").exists()
 
 
 @pytest.mark.parametrize("command", ["serve", "simulate", "status", "models"])

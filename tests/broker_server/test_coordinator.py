@@ -1,4 +1,6 @@
 import dataclasses
+import sys
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -192,6 +194,48 @@ def test_a_reconnection_does_not_invite_to_a_task_that_is_not_in_the_ledger():
     assert len(invited(table.perform())) == 2
 
 
+def lines_of(call: Callable[[], object]) -> int:
+    """How many lines of Python a call runs."""
+    count, before = 0, sys.gettrace()
+
+    def trace(frame: object, event: str, argument: object) -> object:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)  # type: ignore[arg-type]
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("stage", ["quorum", "asked", "delta", "short"])
+def test_a_hello_costs_the_same_in_a_fleet_of_any_size(stage):
+    """Before the quorum, while a task is under way, while its delta is built, and with nobody left to ask."""
+
+    def cost(fleet: int) -> int:
+        names = [f"c{number}" for number in range(fleet)]
+        table = desk(
+            round={"cohort": fleet // 2, "over_select": 1.8, "clients": fleet + 5 * (stage == "quorum"), "minimum": 1},
+            manual=(e.Prepare,) if stage == "delta" else (),
+        )
+        table.hello(*names)
+        if stage == "delta":
+            for name in list(table.cohort)[: fleet // 2]:
+                table.upload(name)
+        if stage == "short":
+            for name in names:
+                table.say(name, m.Decline(*table.task, "no"))
+        client = table.cohort[-1] if table.paper.tasks else names[-1]
+        said = m.Hello(1, b"boot0000", BUNDLE.sha256, 0, digest(0), 10, True)
+        event = e.Received(TOPICS.up(client), m.encode(said))
+        return lines_of(lambda: table.coordinator.handle(event, table.now))
+
+    assert cost(20) == cost(200)
+
+
 def test_hellos_of_other_epochs_and_bundles_are_ignored():
     table = desk(round={"cohort": 1})
     hello = m.Hello(2, b"boot0000", BUNDLE.sha256, 0, digest(0), 10, True)
@@ -277,6 +321,33 @@ def test_a_refused_update_gets_a_receipt_and_the_round_goes_on(blob, words):
     table.upload(spare)
     table.upload(good)
     assert table.paper.counted == [[((1, 1), spare), ((1, 1), good)]]
+
+
+def test_a_client_whose_update_was_refused_is_not_asked_again():
+    table = desk(round={"cohort": 2, "clients": 2, "minimum": 1})
+    table.hello("a", "b")
+    table.upload("a", b"NaN")
+    assert not invited(table.hello("a"))
+    assert not invited(table.hello("a", boot=b"boot0001"))
+    again = table.upload("a")
+    assert not of(again, e.Record)
+    (receipt,) = told(again, "a", m.Receipt)
+    assert (receipt.status, "malformed" in receipt.detail) == ("refused", True)
+    assert of(table.upload("b"), e.Aggregate)
+    assert table.paper.sums == [10]
+    assert "a" in table.cohort  # the next round asks it like all others
+
+
+def test_an_update_that_comes_both_inline_and_in_chunks_counts_once():
+    table = desk()
+    table.hello("a", "b", "c")
+    first, second = table.cohort
+    data, ref = chunked(3000)
+    table.say(first, m.Upload(*table.task, ref))
+    table.upload(first, update(7))
+    assert not of(send(table, first, data, ref, (0, 1, 2)), e.Record)
+    table.upload(second)
+    assert table.paper.rounds[1].samples == table.paper.sums[0] == 17
 
 
 def test_malformed_foreign_and_unasked_messages_are_counted_and_dropped():
@@ -409,6 +480,16 @@ def test_the_server_evaluates_and_the_result_goes_with_its_round():
     assert of(actions, e.FinishRound)[0].best
 
 
+def test_an_aggregate_out_of_reach_is_told():
+    table = desk(manual=(e.Aggregate, e.OpenTask))
+    table.hello("a", "b", "c")
+    table.perform()
+    finish_round(table)
+    actions = table.feed(e.Aggregated(1, digest(1), clipped=7))
+    assert "version 1: 7 parameters are out of the lattice's reach" in of(actions, e.Log)[0].text
+    assert of(actions, e.FinishRound)
+
+
 def test_clients_evaluate_in_weighted_sums():
     table = desk(evaluation={"clients": 2, "deadline": 30.0}, round={"cohort": 3})
     table.hello("a", "b", "c")
@@ -536,6 +617,75 @@ def test_a_restart_while_clients_evaluate_counts_the_round_once():
     assert again.paper.rounds[1].metrics["accuracy"] == 0.5
     assert of(actions, e.OpenTask)[0].task.round == 2
     assert not of(again.actions, e.Stop)
+
+
+def test_a_restart_before_the_server_has_evaluated_evaluates_and_finishes_the_round_first():
+    sections = {"evaluation": {"data": "held out"}}
+    table = desk(manual=(e.Evaluate,), **sections)
+    table.hello("a", "b", "c")
+    finish_round(table)
+    again = desk(table.paper, **sections)
+    (finished,) = of(again.actions, e.FinishRound)
+    assert (finished.result.round, finished.result.metrics["accuracy"], finished.best) == (1, 0.1, True)
+    assert finished.result.clients == 2
+    actions = again.hello("a", "b", "c")
+    assert of(actions, e.OpenTask)[0].task.round == 2
+    third = desk(table.paper, **sections)
+    assert not of(third.actions, e.FinishRound)
+
+
+def test_a_restart_before_a_round_without_evaluation_is_finished():
+    table = desk(evaluation={"data": "held out", "every": 2}, manual=(e.OpenTask, e.FinishRound))
+    table.hello("a", "b", "c")
+    table.perform()
+    finish_round(table)
+    assert [type(action) for action in table.waiting] == [e.FinishRound, e.OpenTask]
+    again = desk(table.paper, evaluation={"data": "held out", "every": 2})
+    assert not of(again.actions, e.Evaluate)
+    assert [done.result.round for done in of(again.actions, e.FinishRound)] == [1]
+
+
+@pytest.mark.parametrize("there", [2, 1])
+def test_a_restart_before_clients_evaluate_asks_those_who_come_back(there):
+    sections = {"evaluation": {"clients": 2}, "round": {"cohort": 2}}
+    table = desk(manual=(e.OpenTask,), **sections)
+    table.hello("a", "b")
+    table.perform()
+    finish_round(table)
+    again = desk(table.paper, **sections)
+    actions = again.hello(*"ab"[:there])
+    if there < 2:
+        assert not of(actions, e.OpenTask)
+        actions = again.wait(12.0)
+    (opened,) = of(actions, e.OpenTask)
+    assert (opened.task.kind, opened.task.round, len(opened.task.cohort)) == ("evaluate", 1, there)
+    for client in opened.task.cohort:
+        again.upload(client, update(10, sum_count=10, sum_correct=4))
+    assert again.paper.rounds[1].metrics["accuracy"] == 0.4
+    assert again.paper.unfinished is None
+
+
+def test_a_restart_while_clients_evaluate_measures_again_what_was_lost():
+    sections = {"evaluation": {"data": "held out", "clients": 1}, "round": {"cohort": 2}}
+    table = desk(**sections)
+    table.hello("a", "b")
+    finish_round(table)
+    client = table.cohort[0]
+    again = desk(table.paper, manual=(e.Evaluate,), **sections)
+    assert again.coordinator.phase == "measure"
+    assert not invited(again.hello("a", "b"))
+    assert list(invited(again.perform())) == [client]
+    again.upload(client, update(10, sum_count=10, sum_correct=5), identity=(1, 2))
+    metrics = again.paper.rounds[1].metrics
+    assert (metrics["accuracy"], metrics["client_accuracy"]) == (0.1, 0.5)
+
+
+def test_what_an_earlier_run_left_on_the_broker_is_cleared_once_and_first():
+    table = desk()
+    start = dataclasses.replace(table.restored, leftovers=("x/1", "x/2"))
+    fresh = Coordinator(settings(round=THREE), start)
+    assert fresh.handle(e.Connected(), 5.0)[0] == e.Clear(("x/1", "x/2"))
+    assert not of(fresh.handle(e.Connected(), 6.0), e.Clear)
 
 
 def test_after_a_restart_a_round_waits_for_the_fleet_for_a_while():

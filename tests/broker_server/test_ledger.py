@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from broker_server.database import APPLICATION
+from broker_server.database import APPLICATION, Lock
 from broker_server.ledger import BEST, Ledger, Round, Task, Version
 from broker_server.ledger_schema import MIGRATIONS
 from edge_client.errors import LedgerError
@@ -136,6 +136,34 @@ def test_rounds_and_late_metrics(ledger):
         ledger.set_metrics(9, {})
 
 
+def test_a_round_is_unfinished_until_its_evaluation_is_there(ledger):
+    assert ledger.unfinished() is None
+    results = [Round(round=n, version=n, clients=1, samples=1, seconds=0.0, bytes_up=0, bytes_down=0) for n in (1, 2)]
+    ledger.finish_round(results[0], finished=False)
+    assert ledger.unfinished() == 1
+    ledger.finish_round(results[0])
+    assert ledger.unfinished() is None
+    ledger.finish_round(results[1], finished=False)
+    assert ledger.unfinished() == 2
+    assert ledger.rounds() == results
+
+
+def test_a_ledger_of_the_first_schema_migrates_with_the_round_that_clients_evaluate(tmp_path):
+    raw = sqlite3.connect(tmp_path / "ledger.db")
+    for statement in MIGRATIONS[0]:
+        raw.execute(statement)
+    for number in (1, 2):
+        raw.execute("INSERT INTO rounds VALUES (?, ?, 1, 1, 0.0, 0, 0, '{}')", (number, number))
+    raw.execute("INSERT INTO tasks VALUES (1, 4, 2, 'evaluate', 2, x'', 0.0, NULL)")
+    raw.execute(f"PRAGMA application_id = {APPLICATION}")
+    raw.execute("PRAGMA user_version = 1")
+    raw.commit()
+    raw.close()
+    with open_ledger(tmp_path) as ledger:
+        assert ledger.unfinished() == 2
+        assert [done.round for done in ledger.rounds()] == [1, 2]
+
+
 def test_retained_topics_and_notes(ledger):
     ledger.retain(["b", "a", "b"])
     ledger.retain(["c"])
@@ -176,6 +204,14 @@ def test_a_caught_failure_inside_a_group_undoes_only_itself(ledger):
         with pytest.raises(LedgerError):
             ledger.publish(version(0), closes=(1, 1))
     assert ledger.open_tasks() == [task()]
+
+
+def test_a_lock_taken_before_serves_the_ledger_and_stays_the_callers(tmp_path):
+    with Lock(tmp_path / "ledger.db") as lock:
+        Ledger.open(tmp_path / "ledger.db", federation="f", bundle="ab", lock=lock).close()
+        with pytest.raises(LedgerError, match="another server has it open"):
+            Ledger.open(tmp_path / "ledger.db", federation="f", bundle="ab")
+    Ledger.open(tmp_path / "ledger.db", federation="f", bundle="ab").close()
 
 
 def test_a_second_server_is_refused_and_a_reader_is_not(ledger, tmp_path):

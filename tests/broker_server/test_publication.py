@@ -24,7 +24,7 @@ def steps(count: int, seed: int = 0, scale: float = 0.01):
     return [rng.normal(0, scale * 0.7**n, SIZE).astype(np.float32) for n in range(count)]
 
 
-def advance(publication: Publication, ledger: Ledger, aggregate, keep=()) -> None:
+def advance(publication: Publication, ledger: Ledger, aggregate, keep=()) -> int:
     number = publication.version + 1
     task = Task(
         epoch=1,
@@ -40,7 +40,7 @@ def advance(publication: Publication, ledger: Ledger, aggregate, keep=()) -> Non
     result = Round(
         round=number, version=number, clients=1, samples=1, seconds=0.0, bytes_up=0, bytes_down=0, metrics={}
     )
-    publication.advance(aggregate, result, closes=(1, number), keep=keep)
+    return publication.advance(aggregate, result, closes=(1, number), keep=keep)
 
 
 @pytest.fixture
@@ -156,11 +156,14 @@ def test_a_tiny_round_does_not_make_the_step_too_fine(ledger):
 
 def test_a_round_that_diverged_does_not_end_the_server(ledger):
     publication = Publication(BUNDLE, ledger, Codec(), sgd())
+    clipped = []
     for scale in (0.01, 1e8, 0.01):
         held = publication.version
         before = publication.parameters()
-        advance(publication, ledger, steps(1, scale=scale)[0])
+        clipped.append(advance(publication, ledger, steps(1, scale=scale)[0]))
         assert np.isfinite(publication.parameters()).all()
         assert before.shape == publication.parameters().shape
         publication.delta(held)
         publication.delta(0)
+    assert clipped[0] == 0
+    assert clipped[1] > SIZE // 2

@@ -14,7 +14,10 @@ def test_who_is_there():
     roster.hello("b", hello(available=False))
     assert roster.present() == 1
     assert [(c.id, c.available) for c in roster.candidates()] == [("a", True), ("b", False)]
-    assert [c.id for c in roster.candidates(exclude=["a"])] == ["b"]
+    roster.hello("a", hello(available=False))
+    assert roster.present() == 0
+    roster.hello("a", hello())
+    assert roster.present() == 1
     assert roster.get("c") is None
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from broker_server.config import Federation
+from broker_server.evaluation import HeldOut
 from broker_server.ledger import Ledger, Round
 from broker_server.server import Outcome, Server, broker, server_link
+from edge_client.bundle import Bundle
 from edge_client.data import ArraySource
 from edge_client.device import Device, Workshop
 from edge_client.errors import BundleError, ConfigError, LedgerError, TransportError
@@ -131,6 +133,43 @@ async def test_everything_in_chunks(tmp_path):
         await hall.server(config).run()
         assert [topic for topic, _ in hall.hub.matching("fedge/toys/pub/#")] == [TOPICS.offer]
     assert len(counted(config)) == 3
+
+
+@together
+async def test_what_earlier_runs_left_on_the_broker_is_cleared_and_forgotten(tmp_path):
+    config = settings(tmp_path, transfer={"spread": 0.0, "inline": 0, "chunk": 1024}, stop={"rounds": 1})
+    async with Hall(tmp_path) as hall:
+        left = TOPICS.published(bytes(32), 0)
+        hall.join("c1", "c2", "c3")
+        first = hall.server(config, on_start=lambda _: first.stop("at once"))
+        await first.run()
+        with Ledger.open(
+            tmp_path / "state" / "ledger.db", federation="toys", bundle=Bundle.open(tmp_path / "toy.fedge").digest
+        ) as ledger:
+            ledger.retain([left])
+        await hall.server(config).run()
+    with Ledger.read(tmp_path / "state" / "ledger.db") as ledger:
+        assert len(ledger.rounds()) == 1
+        assert left not in ledger.retained()
+        assert ledger.retained()  # the bundle's chunks are noted after the old ones are forgotten
+
+
+@together
+async def test_a_crash_before_the_evaluation_is_mended_by_the_next_start(tmp_path, monkeypatch):
+    config, seen = settings(tmp_path, stop={"rounds": 2}), []
+
+    def dies(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    async with Hall(tmp_path) as hall:
+        hall.join("c1", "c2", "c3")
+        with monkeypatch.context() as patched:
+            patched.setattr(HeldOut, "evaluate", dies)
+            with pytest.raises(ZeroDivisionError):
+                await hall.server(config).run()
+        await hall.server(config, on_round=seen.append).run()
+    assert [(done.round, "accuracy" in done.metrics) for done in seen] == [(1, True), (2, True)]
+    assert list(counted(config).values()) == [["c1", "c2", "c3"]] * 2
 
 
 @pytest.mark.parametrize("codec", ["quantized", "none"])

@@ -190,6 +190,20 @@ def test_of_several_open_tasks_the_last_goes_on(make, tmp_path):
         assert ledger.outcome(1, 1) == "void"
 
 
+def test_a_round_is_unfinished_until_the_coordinator_says_otherwise(make):
+    worker = make()
+    worker.start()
+    worker.perform(e.OpenTask(task()))
+    worker.perform(e.Record(1, 1, "a", encoded(delta(1))))
+    worker.perform(aggregate())
+    worker.close()
+    worker = make()
+    assert worker.start().unfinished == 1
+    worker.perform(e.FinishRound(aggregate().result, best=True))
+    worker.close()
+    assert make().start().unfinished is None
+
+
 def test_inquiries(make):
     worker = make()
     worker.start()
@@ -241,8 +255,9 @@ def test_chunks_come_from_what_was_built(make):
     assert b"".join(data for _, data in chunks) == DATA
     worker.retain(["one", "two"])
     worker.release(["one"], ref)
-    assert worker.leftovers() == ["two"]
     assert worker.chunks(ref, (0,)) == []
+    worker.close()
+    assert make(transfer={"inline": 0, "chunk": 1024}).start().leftovers == ("two",)
 
 
 def test_bad_starts(make, tmp_path):
