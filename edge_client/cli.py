@@ -14,7 +14,7 @@ from edge_client.data import ArraySource, DataSource, open_data, split
 from edge_client.device import Device, Workshop
 from edge_client.errors import ConfigError, FedgeError
 from edge_client.manifest import Manifest
-from edge_client.store import FileCopies, Store
+from edge_client.store import FileCopies, Store, claimed
 from edge_client.transport import Address, Link, MqttLink
 
 _EXTRAS = {"broker_server": "server", "export": "export"}
@@ -154,7 +154,8 @@ def join(
         finally:
             workshop.close()
 
-    asyncio.run(run())
+    with claimed(folder):
+        asyncio.run(run())
 
 
 async def run_until_signal(

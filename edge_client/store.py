@@ -1,13 +1,16 @@
 """What a device must not forget across a power cut: its bundle, its copy of the model, its residual, an unsent update.
 
 Everything is a file in one folder. Files that hold data are written first, under names that nothing refers to yet; then
-the index is replaced in one atomic rename. A power cut leaves the old index or the new one, and files that no index
-names are removed at the next start.
+the index is replaced in one atomic rename. A power cut leaves the old index or the new one, and files of ours that no
+index names are removed at the next start. Files of others stay: the folder may be anybody's.
 """
 
 import contextlib
+import fcntl
 import os
+import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +24,9 @@ from edge_client.upload import Pending
 
 _INDEX = "index.msgpack"
 _SCHEMA = 1
+_OURS = re.compile(
+    r"(index\.msgpack|(update|residual)-[0-9]+\.bin|model-[0-9a-f]{64}\.bin|bundle-[0-9a-f]{64}\.fedge)(\.new)?\Z"
+)
 
 
 class _Schema(msgspec.Struct, frozen=True):
@@ -196,7 +202,7 @@ class Store:
     def _sweep(self) -> None:
         named = self._index.files()
         for entry in os.scandir(self._folder):
-            if entry.name not in named and entry.is_file():
+            if entry.name not in named and _OURS.match(entry.name) and entry.is_file():
                 os.unlink(entry.path)
 
     def _put(self, name: str, data: bytes) -> str:
@@ -208,6 +214,30 @@ class Store:
             return (self._folder / name).read_bytes()
         except OSError:
             return None
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a state folder; the kernel frees it with this one, however that ends.
+
+    Raises:
+        StoreError: another process has it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise StoreError(f"state folder {folder}: {error.strerror or error}; it must be writable") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreError(
+                f"state folder {folder} is in use by another client; stop that one, or give this one its own --state"
+            ) from error
+        yield
+    finally:
+        os.close(lock)
 
 
 def _bundle_file(digest: bytes) -> str:

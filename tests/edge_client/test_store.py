@@ -13,7 +13,7 @@ from edge_client.codec.lattice import origin
 from edge_client.codec.layout import Layout, TensorSpec
 from edge_client.errors import StoreError
 from edge_client.session import NO_HASH, Held
-from edge_client.store import FileCopies, Store
+from edge_client.store import FileCopies, Store, claimed
 from edge_client.upload import Pending
 
 A, B = bytes([1] * 32), bytes([2] * 32)
@@ -276,3 +276,34 @@ def test_a_full_disk_is_an_error_and_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert store.held().version == 1
     assert seen(tmp_path)[0] == Held(A, 1, V1, Pending(1, 2, b"update 2"))
+
+
+def test_files_of_others_in_the_folder_stay(tmp_path):
+    others = ["thesis.txt", "pi.npz", "update.bin", "model-1.bin", "federation.toml.new", "index.msgpack.bak"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"precious")
+    ours = ["update-7.bin", "residual-7.bin.new", f"model-{'0' * 64}.bin", f"bundle-{'f' * 64}.fedge.new"]
+    for name in ours:
+        (tmp_path / name).write_bytes(b"left by a power cut")
+    prepared(tmp_path)
+    left = os.listdir(tmp_path)
+    assert set(others) <= set(left)
+    assert not set(ours) & set(left)
+
+
+def test_a_folder_has_one_client_at_a_time(tmp_path):
+    folder = tmp_path / "new"
+    with (
+        claimed(folder),
+        pytest.raises(StoreError, match=r"new is in use by another client; stop that one"),
+        claimed(folder),
+    ):
+        pass
+    with claimed(folder):
+        Store(folder)
+
+
+def test_a_folder_that_cannot_be_claimed_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"state folder .*file.*must be writable"), claimed(tmp_path / "file"):
+        pass
