@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 from edge_client.bundle import Bundle
 from edge_client.data import DataSource
-from edge_client.errors import BundleError
+from edge_client.errors import BundleError, DataError
 from edge_client.events import (
     Available,
     Cancel,
@@ -278,8 +278,9 @@ class Device:
             return Held()
         try:
             held = dataclasses.replace(held, samples=self._prepare(held.bundle, data))
-        except BundleError as error:
-            self.log(f"{self.client}: stored bundle: {error}; fetching it again")
+        except (BundleError, DataError) as error:
+            # Data that does not fit may be there for the next bundle, which only the federation knows of.
+            self.log(f"{self.client}: stored bundle: {error}; asking for the bundle again")
             return Held()
         bundle = self._bundle
         if held.version and bundle is not None and self.copies.load(held.digest, bundle.layout) is None:

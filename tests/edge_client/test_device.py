@@ -303,6 +303,21 @@ def test_data_that_does_not_fit_ends_the_device_with_both_shapes(tmp_path, works
     asyncio.run(play())
 
 
+def test_data_for_the_next_bundle_does_not_keep_a_device_from_asking_for_it(tmp_path, workshop, lines):
+    Store(tmp_path, durable=False).install(bytes.fromhex(BUNDLE.digest), DATA)
+
+    async def play():
+        async with federation() as (broker, server):
+            made = device(broker, tmp_path, workshop, lines, toy_data(5, features=7))
+            assert "asking for the bundle again" in lines[0]
+            server.offer()
+            with pytest.raises(DataError, match=r"\[n, 4\]|4.*7|7.*4"):
+                await asyncio.wait_for(made.run(), 10)
+            assert made.store.held().bundle.hex() == BUNDLE.digest
+
+    asyncio.run(play())
+
+
 def test_a_damaged_bundle_is_rejected_and_the_device_stays(tmp_path, workshop, lines):
     async def play():
         async with federation() as (broker, server):
