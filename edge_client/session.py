@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from edge_client import events as e
 from edge_client.download import Download, Pull, check_blob
 from edge_client.errors import WireError
-from edge_client.upload import Announcement, Pending, announce
+from edge_client.upload import Announcement, Pending, announce, pause
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
 from edge_client.wire.topics import Topics
@@ -76,6 +76,7 @@ class ClientSession:
     _working: bool = False
     _waiting: m.Invitation | None = None
     _upload: Announcement | None = None
+    _failures: int = 0
 
     def __post_init__(self) -> None:
         self._topics = Topics(self.settings.federation)
@@ -280,7 +281,7 @@ class ClientSession:
         yield e.Work(invitation, delta)
 
     def _finished(self, event: e.Finished, now: float) -> Iterator[e.Action]:
-        self._working, self._task = False, None
+        self._working, self._task, self._failures = False, None, 0
         self._version, self._digest = event.version, event.digest
         self._upload = self._announcement(Pending(event.epoch, event.task, event.update))
         if self._connected:
@@ -293,7 +294,9 @@ class ClientSession:
         if self._waiting is None:
             yield e.Log(f"task {event.task} failed: {event.reason}")
             yield self._say(m.Decline(event.epoch, event.task, event.reason[:500]))
-            self._hello_at = now + self.settings.patience if self._connected else None
+            # A hello brings the next invitation: a client that always fails must not train day and night for nothing.
+            self._hello_at = now + pause(self.settings.patience, self._failures) if self._connected else None
+            self._failures += 1
         yield from self._next(now)
         yield from self._tick(now)
 
@@ -374,19 +377,9 @@ class ClientSession:
             yield from self._pull(self._download.tick(now), self._download)
         if self._hello_at is not None and now >= self._hello_at and self._ready:
             self._hello_at = now + self._offer.heartbeat * self.rng.uniform(0.75, 1.25)
-            yield self._say(
-                m.Hello(
-                    self._offer.epoch,
-                    self.boot,
-                    self._bundle,
-                    self._version,
-                    self._digest,
-                    self._samples,
-                    self._available,
-                    self._traffic,
-                    self.settings.software,
-                )
-            )
+            held = self._bundle, self._version, self._digest, self._samples
+            about = self._available, self._traffic, self.settings.software
+            yield self._say(m.Hello(self._offer.epoch, self.boot, *held, *about))
         upload = self._upload
         if upload is not None and upload.due(now):
             # The bytes that follow are told with the announcement: they count for the round that they belong to.

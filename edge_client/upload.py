@@ -10,6 +10,11 @@ from edge_client.wire.messages import BlobRef
 _SLOWEST = 300.0
 
 
+def pause(patience: float, attempts: int) -> float:
+    """Seconds to wait after so many attempts: ``patience``, doubled by each, up to five minutes."""
+    return min(_SLOWEST, patience * 2.0 ** min(attempts, 16))
+
+
 @dataclass(frozen=True)
 class Pending:
     """An update that is stored and has no receipt yet."""
@@ -48,8 +53,8 @@ class Announcement:
         """Whether to announce it now; the next time is then set."""
         if now < self.at:
             return False
-        self._attempts = min(self._attempts + 1, 16)
-        self.at = now + min(_SLOWEST, self.patience * 2**self._attempts)
+        self._attempts += 1
+        self.at = now + pause(self.patience, self._attempts)
         return True
 
     def pieces(self, indices: tuple[int, ...], now: float) -> Iterator[tuple[int, bytes]]:

@@ -448,6 +448,18 @@ def test_a_failed_task_is_declined_and_hello_follows():
     assert (hello.version, hello.digest) == (0, NO_HASH)
 
 
+def test_a_client_that_always_fails_asks_less_and_less_often():
+    machine, waits = joined(), []
+    for task in range(1, 10):
+        machine.told(invitation(task))
+        failed = machine.now
+        machine.feed(e.Failed(1, task, "disk full", 1, V1))
+        (at, hello), *_ = machine.wait(300.0)
+        assert said([hello])
+        waits.append(at - failed)
+    assert waits == [5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0, 300.0, 300.0]
+
+
 def test_a_task_that_ends_while_offline_is_announced_after_the_next_offer():
     machine = joined()
     machine.told(invitation())
