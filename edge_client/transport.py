@@ -24,6 +24,10 @@ from edge_client.errors import TransportError
 from edge_client.wire.messages import Traffic
 
 QOS = 1
+_SETTLED = 10.0
+"""Seconds after which a connection counts as one that lasts: the pauses between attempts start anew."""
+_DOUBTFUL = 4
+"""Short connections in a row after which another client of the same name is suspected."""
 
 
 class Handler(Protocol):
@@ -124,7 +128,7 @@ class MqttLink:
     """A link over TCP or TLS, with reconnection.
 
     ``attempts`` bounds how often in a row a connection is tried before `run` raises TransportError; 0 tries for ever,
-    with a back-off of 1 to ``slowest`` seconds, jittered.
+    with a back-off of 1 to ``slowest`` seconds, jittered, that only a connection which lasts resets.
     """
 
     address: Address
@@ -172,10 +176,11 @@ class MqttLink:
         Raises:
             TransportError: ``attempts`` connections in a row failed.
         """
-        failures = 0
+        loop = asyncio.get_running_loop()
+        failures, short = 0, 0
         while not self._closing:
             self._lost.clear()
-            accepted = await self._connect(handler)
+            accepted, began = await self._connect(handler), loop.time()
             if accepted:
                 failures = 0
                 while not self._lost.is_set():
@@ -186,14 +191,17 @@ class MqttLink:
             self._retire()
             if self._closing:
                 return
-            handler.disconnected(self._reason)
             failures += not accepted
+            short = 0 if loop.time() - began >= _SETTLED else short + 1
+            # Brokers end a connection without a word when another one of the same name comes.
+            doubt = f"; is there another client named {self.client_id!r}?" if accepted and short >= _DOUBTFUL else ""
+            handler.disconnected(f"broker {self.address}: {self._reason}{doubt}")
             if self.attempts and failures >= self.attempts:
                 raise TransportError(
                     f"broker {self.address} after {failures} attempts: {self._reason}; is it running and reachable?"
                 )
             with contextlib.suppress(TimeoutError):
-                pause = min(self.slowest, 2.0 ** min(max(failures - 1, 0), 10)) * random.uniform(0.5, 1.0)  # noqa: S311
+                pause = min(self.slowest, 2.0 ** min(max(short - 1, 0), 10)) * random.uniform(0.5, 1.0)  # noqa: S311
                 await asyncio.wait_for(self._over.wait(), pause)
 
     def drop(self) -> None:

@@ -411,3 +411,41 @@ def test_addresses(url):
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(TransportError, match="broker URL"):
         Address.parse(url)
+
+
+def test_connections_that_end_at_once_name_the_broker_and_the_doubt():
+    """A broker ends the older of two connections of one name without saying why."""
+    reasons = []
+
+    class Handler:
+        def connected(self):
+            pass
+
+        def disconnected(self, reason):
+            reasons.append(reason)
+
+        def message(self, topic, payload):
+            raise AssertionError(topic)
+
+    async def greet(reader, writer):
+        await reader.read(1024)
+        writer.write(b"\x20\x02\x00\x00")
+        await writer.drain()
+        writer.close()
+
+    async def play():
+        server = await asyncio.start_server(greet, "127.0.0.1", 0)
+        address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
+        link = MqttLink(address, "fedge-demo-pi", slowest=0.01)
+        life = asyncio.ensure_future(link.run(Handler()))
+        async with asyncio.timeout(20):
+            while len(reasons) < 5:
+                await asyncio.sleep(0.01)
+        await link.close()
+        await life
+        server.close()
+        return address
+
+    address = asyncio.run(play())
+    assert all(reason.startswith(f"broker {address}: connection lost") for reason in reasons)
+    assert [("another client named 'fedge-demo-pi'" in reason) for reason in reasons[:5]] == [False] * 3 + [True] * 2
