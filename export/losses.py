@@ -64,8 +64,22 @@ def _reference_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
 
 
+class _BinaryCrossEntropy(torch.autograd.Function):
+    # sigmoid - target: autograd's way through relu and abs is wrong by a half where a logit is exactly zero.
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        return (torch.relu(logits) - logits * targets + torch.log1p(torch.exp(-torch.abs(logits)))).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, targets = ctx.saved_tensors
+        return (torch.sigmoid(logits) - targets) * (grads[0] / logits.numel()), None
+
+
 def _traced_bce(logits: Tensor, targets: Tensor) -> Tensor:
-    return (torch.relu(logits) - logits * targets + torch.log1p(torch.exp(-torch.abs(logits)))).mean()
+    result: Tensor = _BinaryCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _correct_classes(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:

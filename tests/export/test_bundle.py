@@ -153,6 +153,13 @@ def test_losses(loss: str, metrics: tuple[str, ...], tmp_path: Path) -> None:
     assert report.manifest.targets == (Feature("y", (2,), "float32"),)
 
 
+def test_binary_cross_entropy_has_its_gradient_where_logits_are_zero(tmp_path: Path) -> None:
+    module = nn.Linear(4, 1)
+    nn.init.zeros_(module.weight)
+    nn.init.zeros_(module.bias)
+    export_bundle(module, tmp_path / "z.fedge", name="z", inputs=[((4,), "float32")], loss="bce_with_logits")
+
+
 def test_callable_loss(tmp_path: Path) -> None:
     def weighted(outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         return (((outputs.squeeze(-1) - targets) ** 2) * weights).mean()
