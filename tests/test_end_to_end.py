@@ -189,6 +189,12 @@ class Federation:
     def ledger(self) -> Ledger:
         return Ledger.read(self.folder / "state" / "ledger.db")
 
+    def versions(self) -> list[bytes]:
+        """The states of all versions that the run made."""
+        with self.ledger() as ledger:
+            found = [ledger.version(number) for number, _, _ in ledger.versions()]
+        return [version.state for version in found if version is not None]
+
     def close(self) -> None:
         for one in reversed(self._open):
             one.close()
@@ -203,8 +209,8 @@ def federation(folder: Path, broker: str, **more: object) -> Iterator[Federation
         made.close()
 
 
-def undisturbed(folder: Path, broker: str) -> bytes:
-    """Version 1 of a run in which c3 answers last and nothing goes wrong."""
+def undisturbed(folder: Path, broker: str) -> list[bytes]:
+    """All versions of a run in which nothing goes wrong."""
     with federation(folder, broker) as run:
         os.mkfifo(run.gate)
         server = run.serve()
@@ -216,10 +222,7 @@ def undisturbed(folder: Path, broker: str) -> bytes:
         assert server.ends() == 0, server.lines
         for client in clients:
             assert client.ends() == 0, client.lines
-        with run.ledger() as ledger:
-            version = ledger.version(1)
-    assert version is not None
-    return version.state
+        return run.versions()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -261,9 +264,10 @@ def test_kills_in_the_middle_of_a_round_change_nothing(tmp_path, kind):
             tasks = [(1, 1), *((2, number) for number in range(2, 5) if ledger.recorded(2, number))]
             assert [sorted(ledger.recorded(*task)) for task in tasks] == [["c1", "c2", "c3"]] * 2
             assert ledger.open_tasks() == []
-            killed = ledger.version(1)
-    assert killed is not None
-    assert killed.state == undisturbed(tmp_path / "whole", broker)
+        killed = run.versions()
+    assert len(killed) == 2
+    assert all(killed)
+    assert killed == undisturbed(tmp_path / "whole", broker)
 
 
 def test_a_broker_that_is_not_there_yet_is_named_and_tried_again(tmp_path):
