@@ -9,6 +9,7 @@ All calls on one ledger come from the thread that opened it.
 
 import hashlib
 import math
+import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -118,9 +119,14 @@ class Ledger:
     # -- epochs and notes
 
     def new_epoch(self) -> int:
-        """Count one more server start; the first is 1."""
+        """Count one more server start, from the time (seconds since 1970) of the first.
+
+        So a new state folder continues above the epochs of the one before: clients take a lower epoch for an old
+        server's, and would not follow it.
+        """
         with self.group():
-            epoch = int(self.get(_EPOCH) or 0) + 1
+            before = self.get(_EPOCH)
+            epoch = int(time.time()) if before is None else int(before) + 1
             self.put(_EPOCH, str(epoch))
         return epoch
 

@@ -3,6 +3,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,22 @@ def ledger(tmp_path):
 
 
 def test_epochs_grow_with_every_start(tmp_path):
-    for expected in (1, 2, 3):
+    before, epochs = int(time.time()), []
+    for _ in range(3):
         with open_ledger(tmp_path) as ledger:
-            assert ledger.new_epoch() == expected
+            epochs.append(ledger.new_epoch())
+    assert epochs == [epochs[0], epochs[0] + 1, epochs[0] + 2]
+    assert before <= epochs[0] <= time.time()
+
+
+def test_a_new_ledger_goes_on_above_the_epochs_of_an_old_one(tmp_path, monkeypatch):
+    """Clients that have seen the old one's would take a lower epoch for a server of the past."""
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    with open_ledger(tmp_path / "old") as ledger:
+        old = [ledger.new_epoch() for _ in range(5)][-1]
+    monkeypatch.setattr(time, "time", lambda: 2000.0)
+    with open_ledger(tmp_path / "new") as ledger:
+        assert ledger.new_epoch() > old
 
 
 def test_a_task_survives_reopening_with_its_cohort_in_order(tmp_path):
@@ -303,16 +317,17 @@ while True:
 
 def test_kill_9_loses_nothing_that_got_a_receipt(tmp_path):
     path = tmp_path / "ledger.db"
-    for epoch in (1, 2, 3):
+    for size in (20, 40, 60):
         server = subprocess.Popen([sys.executable, "-c", _RECORDER, str(path)], stdout=subprocess.PIPE, text=True)
         assert server.stdout is not None
-        receipts = [server.stdout.readline() for _ in range(20 * epoch)]
+        receipts = [server.stdout.readline() for _ in range(size)]
         server.send_signal(signal.SIGKILL)
         receipts += [line for line in server.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
         server.wait()
         server.stdout.close()
         promised = " ".join(receipts).split()
         with open_ledger(tmp_path) as ledger:
+            epoch = int(ledger.get("epoch") or 0)
             recorded = ledger.recorded(epoch, 1)
             assert recorded[: len(promised)] == promised
             assert len(recorded) % 3 == 0, "a group is whole or absent"

@@ -97,9 +97,10 @@ def together(test):
 def counted(config: Federation) -> dict[int, list[str]]:
     """For each round, the clients whose updates are in the ledger."""
     with Ledger.read(Path(config.federation.state) / "ledger.db") as ledger:
+        last = int(ledger.get("epoch") or 0)
         return {
             number: sorted(ledger.recorded(epoch, number))
-            for epoch in range(1, 9)
+            for epoch in range(last - 8, last + 1)
             for number in range(1, 50)
             if ledger.recorded(epoch, number)
         }
