@@ -37,7 +37,8 @@ def serve(file: Path) -> None:
 
     async def run() -> Outcome:
         with locked(settings) as lock, broker(settings, log) as address:
-            link = server_link(settings, address)
+            # A broker of ours that died does not come back: give up, and whoever watches the server starts both anew.
+            link = server_link(settings, address, attempts=0 if settings.broker.url else 5)
             server = Server(settings, log, link, on_round=lambda done: log(_line(done)), lock=lock)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):

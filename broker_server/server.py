@@ -17,7 +17,9 @@ from broker_server.coordinator import Coordinator
 from broker_server.database import Lock
 from broker_server.ledger import Round
 from broker_server.worker import Worker, ledger_path
+from edge_client.bundle import Bundle
 from edge_client.errors import BundleError, ConfigError
+from edge_client.graphs import defaults
 from edge_client.transport import Address, Link, MqttLink
 from edge_client.wire import transfer
 from edge_client.wire.messages import BlobRef
@@ -220,7 +222,9 @@ class Server:
         return await asyncio.get_running_loop().run_in_executor(self._pool, job)
 
     def _open(self) -> Worker:
-        return Worker(self.settings, read_bundle(self.settings), self.lock)
+        data = read_bundle(self.settings)
+        check_hypers(self.settings, Bundle.from_bytes(data))
+        return Worker(self.settings, data, self.lock)
 
 
 def read_bundle(settings: Federation) -> bytes:
@@ -234,6 +238,21 @@ def read_bundle(settings: Federation) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise BundleError(f"bundle {path}: {error.strerror}; make it with `fedge export`") from error
+
+
+def check_hypers(settings: Federation, bundle: Bundle) -> None:
+    """Find a hyperparameter that the bundle has not got before every client declines every task for it.
+
+    Raises:
+        ConfigError: ``train.hypers`` names one.
+    """
+    known = defaults(bundle.manifest)
+    for name in settings.train.hypers:
+        if name not in known:
+            raise ConfigError(
+                f"train.hypers.{name} is not a hyperparameter of bundle {bundle.manifest.name!r}; "
+                f"known there: {', '.join(sorted(known))}"
+            )
 
 
 def locked(settings: Federation) -> Lock:

@@ -351,3 +351,12 @@ def test_the_password_comes_from_its_file(tmp_path):
     with broker(config, lambda line: None) as address:
         assert address == Address("broker", 1883, False, "server", "s3cret")
         assert "s3cret" not in str(address)
+
+
+@together
+async def test_a_hyperparameter_that_the_bundle_has_not_got_ends_the_run_at_once(tmp_path):
+    config = settings(tmp_path, train={"hypers": {"learning_rate": 0.1}})
+    async with Hall(tmp_path) as hall:
+        with pytest.raises(ConfigError, match=r"train\.hypers\.learning_rate is not .*known there: .*lr"):
+            await hall.server(config).run()
+        assert not (tmp_path / "state" / "ledger.db").exists()
