@@ -64,6 +64,8 @@ def simulate(file: Path, clients: int | None, overrides: tuple[str, ...], path: 
     if clients is not None:
         replaced["simulation.clients"] = clients
     settings = load(file, replaced)
+    if path is not None:
+        _writable(path)
     console = Console(stderr=True, highlight=False)
     with progress(settings, console) as bar:
         result = asyncio.run(run_simulation(settings, _logger(console), bar))
@@ -72,7 +74,6 @@ def simulate(file: Path, clients: int | None, overrides: tuple[str, ...], path: 
     fleet = result.fleet
     console.print(f"{fleet.clients} phones sent {human_bytes(fleet.sent)} and received {human_bytes(fleet.received)}")
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.format(msgspec.json.encode(results(result)), indent=2))
 
 
@@ -184,6 +185,15 @@ def _logger(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, markup=False, soft_wrap=True)
 
 
+def _writable(path: Path) -> None:
+    """Find out before the run, not after it, that its results have no place."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise ConfigError(f"--json {path}: {error.strerror}; name a file that can be written") from error
+
+
 def _line(done: Round) -> str:
     shown = "".join(f" · {name} {value:.4f}" for name, value in sorted(done.metrics.items()))
     traffic = f"up {human_bytes(done.bytes_up)} · down {human_bytes(done.bytes_down)}"
@@ -193,6 +203,8 @@ def _line(done: Round) -> str:
 def _tell(console: Console, outcome: Outcome) -> None:
     log = _logger(console)
     log(f"ended: {outcome.reason}")
+    if outcome.dropped:
+        log(f"dropped: {outcome.dropped} messages that were malformed, foreign or too large")
     for folder in outcome.models:
         log(f"model: {folder}")
 

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -272,7 +273,8 @@ def _check_keys(table: Mapping[str, object], section: type[_Section], prefix: st
 
 
 def _check_value(key: str, value: object, kind: Any) -> None:
-    problem = ConfigError(f"{key} is {value!r}; expected {_allowed(inspect.type_info(kind))}")
+    shown = re.sub(r"//[^@/]*@", "//...@", repr(value))  # an address may hold a password
+    problem = ConfigError(f"{key} is {shown}; expected {_allowed(inspect.type_info(kind))}")
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:

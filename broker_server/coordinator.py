@@ -57,7 +57,7 @@ class Coordinator:
         self._roster = Roster(counting=not restored.rounds)
         # A round whose evaluation goes on has its result in the ledger already, and is counted when it is finished.
         finished = [result for result in restored.rounds if result.round != restored.unfinished]
-        self._progress = Progress(self.settings.stop, finished, restored.started)
+        self._progress = Progress(self.settings.stop, finished)
         self._task, self._version = restored.last_task, restored.version
         self._digests[restored.version] = restored.digest
         self._round = OpenRound((finished[-1].round if finished else 0) + 1)

@@ -33,8 +33,6 @@ class Restored:
     """The last round's number where its model is there and its evaluation is not."""
     open_task: Task | None = None
     """The task that was under way; its recorded updates follow as Recorded events."""
-    started: float = 0.0
-    """Seconds that earlier runs of the server took."""
     leftovers: tuple[str, ...] = ()
     """Topics on which an earlier run may have left chunks."""
 

@@ -300,16 +300,6 @@ class Ledger:
         row = self._database.one("SELECT round, finished FROM rounds ORDER BY round DESC LIMIT 1")
         return int(row[0]) if row is not None and not row[1] else None
 
-    def set_metrics(self, number: int, metrics: dict[str, float]) -> None:
-        """Write a finished round's metrics, once its evaluation is there.
-
-        Raises:
-            LedgerError: the round is not finished.
-        """
-        text = msgspec.json.encode(metrics).decode()
-        if self._database.write("UPDATE rounds SET metrics = ? WHERE round = ?", text, number) != 1:
-            raise LedgerError(f"{self.path}: round {number} is not finished, so it can have no metrics")
-
     def rounds(self) -> list[Round]:
         """All rounds that have a result, in order."""
         columns = "round, version, clients, samples, seconds, bytes_up, bytes_down"

@@ -34,6 +34,8 @@ class Outcome:
 
     reason: str
     models: dict[str, Report]
+    dropped: int
+    """Messages that were malformed, foreign or too large."""
 
 
 @dataclass
@@ -58,6 +60,8 @@ class Server:
     _ended: "asyncio.Future[str]" = field(init=False)
     _timer: asyncio.TimerHandle | None = field(init=False, default=None)
     _retained: set[str] = field(init=False, default_factory=set)
+    _online: bool = field(init=False, default=False)
+    _unswept: list[BlobRef] = field(init=False, default_factory=list)
 
     async def run(self) -> Outcome:
         """Serve until a stop condition holds or `stop` is called; then write the models."""
@@ -83,7 +87,7 @@ class Server:
             await self._until(self._queue.join(), tasks[0])
             models = await self._in_worker(self._worker.write_models)
             self._clear()
-            return Outcome(reason, models)
+            return Outcome(reason, models, self._coordinator.dropped)
         finally:
             if self._timer is not None:
                 self._timer.cancel()
@@ -104,10 +108,15 @@ class Server:
 
     def connected(self) -> None:
         """The broker has accepted the connection."""
+        self._online = True
+        unswept, self._unswept = self._unswept, []
+        for ref in unswept:
+            self._queue.put_nowait(e.Sweep(ref))
         self._feed(e.Connected())
 
     def disconnected(self, reason: str) -> None:
         """The connection is gone."""
+        self._online = False
         self.log(f"{reason}; trying again")
         self._feed(e.Disconnected())
 
@@ -198,6 +207,10 @@ class Server:
             self.link.publish(topics.published(ref.sha256, index), data, retain=True)
 
     async def _sweep(self, ref: BlobRef) -> None:
+        if not self._online:
+            # What is published now is lost, and a topic that the ledger has released is never cleared again.
+            self._unswept.append(ref)
+            return
         topics = Topics(self.settings.federation.name)
         names = [topics.published(ref.sha256, index) for index in range(transfer.count(ref))]
         for name in names:

@@ -122,7 +122,7 @@ def _reserve(settings: Federation) -> tuple[Federation, str]:
 async def _start(settings: Federation, address: Address, data: str) -> asyncio.subprocess.Process:
     simulation, state = settings.simulation, Path(settings.federation.state)
     spec = FleetSpec(
-        url=str(address),
+        url="",
         federation=settings.federation.name,
         state=str(state / "phones"),
         data=data,
@@ -142,7 +142,7 @@ async def _start(settings: Federation, address: Address, data: str) -> asyncio.s
         dropout=simulation.dropout,
     )
     path = await asyncio.to_thread(_write, state / "fleet.json", msgspec.json.encode(spec))
-    return await asyncio.create_subprocess_exec(
+    fleet = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "edge_client.emulator",
@@ -151,6 +151,10 @@ async def _start(settings: Federation, address: Address, data: str) -> asyncio.s
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
+    assert fleet.stdin is not None
+    # Through the pipe and not the file: it may hold a password.
+    fleet.stdin.write(f"{address.url}\n".encode())
+    return fleet
 
 
 def _write(path: Path, data: bytes) -> Path:

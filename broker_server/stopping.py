@@ -9,9 +9,9 @@ from broker_server.ledger import Round
 class Progress:
     """What the finished rounds add up to, against the stop conditions."""
 
-    def __init__(self, stop: Stop, rounds: Iterable[Round] = (), seconds: float = 0.0) -> None:
+    def __init__(self, stop: Stop, rounds: Iterable[Round] = ()) -> None:
         self._stop = stop
-        self._seconds = seconds
+        self._seconds = 0.0
         self._bytes = 0
         self._best: float | None = None
         self._since = 0

@@ -110,11 +110,6 @@ class Uploads:
         self._open.pop(client, None)
         return self._admit(now)
 
-    def clear(self) -> None:
-        """Forget all uploads: their task is closed."""
-        self._open.clear()
-        self._queue.clear()
-
     def _admit(self, now: float) -> list[Grant]:
         return list(self._admitted(now))
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
@@ -100,6 +100,13 @@ class Address:
         user = None if parts.username is None else unquote(parts.username)
         password = None if parts.password is None else unquote(parts.password)
         return cls(parts.hostname, port or (8883 if tls else 1883), tls, user, password, name)
+
+    @property
+    def url(self) -> str:
+        """The URL that `parse` reads this address from, password included."""
+        user = "" if self.username is None else quote(self.username, safe="")
+        password = "" if self.password is None else f":{quote(self.password, safe='')}"
+        return str(self).replace("://", f"://{user}{password}@" if user else "://", 1)
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

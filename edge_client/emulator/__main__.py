@@ -31,10 +31,12 @@ def main(spec: Path) -> None:
 
 
 async def _run(spec: FleetSpec) -> str:
-    fleet = Fleet(spec, lambda line: click.echo(line, err=True))
     # A parent that dies closes the pipe, so no fleet outlives it.
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    if not spec.url:
+        spec = msgspec.structs.replace(spec, url=(await reader.readline()).decode().strip())
+    fleet = Fleet(spec, lambda line: click.echo(line, err=True))
     parent = asyncio.ensure_future(reader.read())
     life = asyncio.ensure_future(fleet.run())
     everything: list[asyncio.Future[Any]] = [parent, life]

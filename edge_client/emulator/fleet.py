@@ -38,6 +38,7 @@ class FleetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """A fleet: where its broker is, how many phones it has, how the data is split over them, and what they are like."""
 
     url: str
+    """The broker's; empty where it is the first line of standard input, as a password is not for a file."""
     federation: str
     state: str
     """Folder for the phones' state."""
@@ -74,6 +75,8 @@ class FleetReport(msgspec.Struct, frozen=True):
     dropped: int
     """Messages that phones dropped as malformed."""
     peak_rss_mib: float
+    threads: int
+    """Threads alive at the end: they do not grow with the number of phones."""
 
 
 @dataclass
@@ -197,6 +200,7 @@ class Fleet:
             sum(counted.received for counted in traffic),
             sum(phone.dropped for phone in self.phones),
             peak_rss_mib(),
+            threading.active_count(),
         )
 
     def _phone(

@@ -137,17 +137,16 @@ def test_pruning_keeps_the_asked_the_best_and_the_latest(ledger):
     assert ledger.version(2) == version(2)
 
 
-def test_rounds_and_late_metrics(ledger):
-    result = Round(round=1, version=1, clients=3, samples=30, seconds=1.5, bytes_up=2**40, bytes_down=7)
-    ledger.finish_round(result)
-    ledger.set_metrics(1, {"accuracy": 0.5, "loss": math.nan})
+def test_a_finished_round_replaces_what_was_known_of_it(ledger):
+    known = Round(round=1, version=1, clients=3, samples=30, seconds=0.0, bytes_up=0, bytes_down=0)
+    ledger.finish_round(known)
+    metrics = {"accuracy": 0.5, "loss": math.nan}
+    ledger.finish_round(
+        Round(round=1, version=1, clients=3, samples=30, seconds=1.5, bytes_up=2**40, bytes_down=7, metrics=metrics)
+    )
     (found,) = ledger.rounds()
-    assert (found.bytes_up, found.metrics["accuracy"]) == (2**40, 0.5)
+    assert (found.bytes_up, found.seconds, found.metrics["accuracy"]) == (2**40, 1.5, 0.5)
     assert math.isnan(found.metrics["loss"])
-    ledger.finish_round(result)
-    assert ledger.rounds() == [result]
-    with pytest.raises(LedgerError, match="round 9 is not finished"):
-        ledger.set_metrics(9, {})
 
 
 def test_a_round_is_unfinished_until_its_evaluation_is_there(ledger):

@@ -7,6 +7,7 @@ import numpy as np
 import psutil
 import pytest
 
+from broker_server.broker import find_mosquitto
 from broker_server.config import Federation
 from broker_server.simulation import Simulated, simulate
 from edge_client.errors import ConfigError, FedgeError
@@ -70,6 +71,20 @@ def test_phones_that_come_go_and_vanish(tmp_path):
     result = run(config)
     assert [done.round for done in result.rounds] == [1, 2, 3, 4]
     assert all(1 <= done.clients <= 4 for done in result.rounds)
+
+
+@pytest.mark.skipif(find_mosquitto() is None, reason="needs the Debian package mosquitto")
+def test_three_hundred_phones_need_no_thread_each(tmp_path):
+    small = {"clients": 300, "split": "iid", "test_fraction": 0.0, "slots": 2}
+    rounds = {"cohort": 30, "deadline": 60.0}
+    config = settings(tmp_path, simulation=small, round=rounds, stop={"rounds": 2}, broker={"kind": "mosquitto"})
+    np.savez(tmp_path / "data.npz", **toy_data(900))
+    result = run(config)
+    assert [done.clients for done in result.rounds] == [30, 30]
+    assert (result.fleet.clients, result.fleet.dropped) == (300, 0)
+    # The loop's, the slots', those that connect (at most 32 in asyncio's pool), and a few of the runtime's.
+    assert result.fleet.threads <= 48
+    assert result.fleet.peak_rss_mib < 600
 
 
 def test_without_data_there_is_nothing_to_simulate(tmp_path):

@@ -62,4 +62,4 @@ def test_rounds_without_a_measurement_cost_no_patience():
 
 
 def test_time_of_earlier_runs_counts():
-    assert Progress(Stop(seconds=10.0), seconds=11.0).reason() == "11 s have passed"
+    assert Progress(Stop(seconds=10.0), [result(1, seconds=11.0)]).reason() == "11 s have passed"

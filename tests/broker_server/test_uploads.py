@@ -97,14 +97,3 @@ def test_a_blob_above_the_limit_is_refused_before_anything_is_allocated():
     _, ref = blob()
     with pytest.raises(WireError, match="update of 4000 bytes; at most 3999"):
         uploads.announce("a", ref, 0.0)
-
-
-def test_a_closed_task_leaves_nothing():
-    uploads = Uploads(1, 16, LIMIT)
-    data, ref = blob()
-    uploads.announce("a", ref, 0.0)
-    uploads.announce("b", ref, 0.0)
-    uploads.clear()
-    assert uploads.wake is None
-    with pytest.raises(WireError, match="not under way"):
-        give(uploads, "a", data, ref, (0,))

@@ -449,3 +449,12 @@ def test_connections_that_end_at_once_name_the_broker_and_the_doubt():
     address = asyncio.run(play())
     assert [reason for reason in reasons if not reason.startswith(f"broker {address}: ")] == []
     assert [("another client named 'fedge-demo-pi'" in reason) for reason in reasons[:5]] == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize(
+    "url", ["mqtt://h:1883", "mqtts://h:8883", "mqtt://fleet:s%20ecret@127.0.0.1:1883", "mqtt://me@[::1]:7"]
+)
+def test_an_address_is_read_back_from_its_url_and_shows_no_password(url):
+    address = Address.parse(url)
+    assert Address.parse(address.url) == address
+    assert "ecret" not in str(address)

@@ -94,7 +94,7 @@ def built(spec):
 def test_phones_are_named_and_share_one_bundle_folder(spec, tmp_path):
     fleet = built(spec(split="natural"))
     assert [phone.client for phone in fleet.phones] == ["phone-0000", "phone-0001", "phone-0002"]
-    assert fleet.report() == FleetReport(3, 0, 0, 0, fleet.report().peak_rss_mib)
+    assert fleet.report() == FleetReport(3, 0, 0, 0, fleet.report().peak_rss_mib, threading.active_count())
     assert sorted(entry.name for entry in (tmp_path / "state").iterdir())[0] == "bundles"
 
 
