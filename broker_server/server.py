@@ -19,7 +19,6 @@ from broker_server.ledger import Round
 from broker_server.worker import Worker, ledger_path
 from edge_client.bundle import Bundle
 from edge_client.errors import BundleError, ConfigError
-from edge_client.graphs import defaults
 from edge_client.transport import Address, Link, MqttLink
 from edge_client.wire import transfer
 from edge_client.wire.messages import BlobRef
@@ -259,7 +258,7 @@ def check_hypers(settings: Federation, bundle: Bundle) -> None:
     Raises:
         ConfigError: ``train.hypers`` names one.
     """
-    known = defaults(bundle.manifest)
+    known = bundle.manifest.defaults()
     for name in settings.train.hypers:
         if name not in known:
             raise ConfigError(

@@ -96,7 +96,7 @@ class Step:
         self._buffers = [_zeros(manifest) for _ in range(2)]
         self._slots = {slot: np.zeros(layout.size, np.float32) for slot in manifest.optimizer.slots}
         self._anchor = np.zeros(layout.size if manifest.proximal else 0, np.float32)
-        self._hypers = {name: np.zeros((), np.float32) for name in defaults(manifest)}
+        self._hypers = {name: np.zeros((), np.float32) for name in manifest.defaults()}
         self.loss = np.zeros((), np.float32)
         self.metrics = {name: np.zeros((), np.float32) for name in ("count", *manifest.metrics)}
         # A graph may count its predictions, several of a sequence's row say; else the rows are counted.
@@ -195,11 +195,6 @@ class Evaluation:
     def run(self, feed: Feed, rows: int) -> None:
         """Put the sums of the first ``rows`` rows of ``feed`` into ``sums``."""
         self._binding.run(feed, rows)
-
-
-def defaults(manifest: Manifest) -> dict[str, float]:
-    """Defaults by name."""
-    return ({"mu": 0.0} if manifest.proximal else {}) | {hyper.name: hyper.default for hyper in manifest.hypers}
 
 
 def _features(manifest: Manifest) -> list[str]:

@@ -103,3 +103,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The layout of all parameters of the given roles, in the manifest's order; by default trainable ones."""
         wanted = roles or ("trainable",)
         return Layout(tuple(TensorSpec(p.name, p.shape) for p in self.parameters if p.role in wanted))
+
+    def defaults(self) -> dict[str, float]:
+        """Every hyperparameter by name, with its default; ``mu`` of a proximal bundle is 0 unless it says otherwise."""
+        return ({"mu": 0.0} if self.proximal else {}) | {hyper.name: hyper.default for hyper in self.hypers}

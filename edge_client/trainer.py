@@ -14,7 +14,7 @@ from edge_client.bundle import Bundle
 from edge_client.codec.layout import Vector
 from edge_client.data import DataSource
 from edge_client.errors import BundleError, DataError, TrainingError
-from edge_client.graphs import Evaluation, Feed, Step, defaults
+from edge_client.graphs import Evaluation, Feed, Step
 from edge_client.wire.messages import TrainPlan
 
 
@@ -168,7 +168,7 @@ class Trainer:
         return sums
 
     def _hypers(self, plan: TrainPlan) -> dict[str, float]:
-        known = defaults(self.bundle.manifest)
+        known = self.bundle.manifest.defaults()
         for name, value in plan.hypers.items():
             if name not in known:
                 raise TrainingError(
