@@ -360,3 +360,29 @@ async def test_a_hyperparameter_that_the_bundle_has_not_got_ends_the_run_at_once
         with pytest.raises(ConfigError, match=r"train\.hypers\.learning_rate is not .*known there: .*lr"):
             await hall.server(config).run()
         assert not (tmp_path / "state" / "ledger.db").exists()
+
+
+@together
+async def test_chunks_are_cleared_after_an_outage_and_not_forgotten_during_it(tmp_path):
+    config = settings(tmp_path, transfer={"spread": 0.0, "inline": 0, "chunk": 1024})
+    async with Hall(tmp_path) as hall:
+        server = hall.server(config)
+        life = asyncio.ensure_future(server.run())
+        while not server._online:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await server._queue.join()
+        ref = server._coordinator.restored.bundle
+        topic = TOPICS.published(ref.sha256, 0)
+        assert hall.hub.retained(topic)
+        server.disconnected("a test")
+        await server._sweep(ref)
+        assert hall.hub.retained(topic)
+        server.connected()
+        # The bundle is spread again on connecting, after the sweep; so the queue tells, before it is worked off.
+        sweeps = [action for action in server._queue._queue if type(action).__name__ == "Sweep"]
+        assert [sweep.ref for sweep in sweeps] == [ref]
+        await server._queue.join()
+        assert server._unswept == []
+        server.stop("enough")
+        await life
+    assert hall.hub.retained(topic) is None
