@@ -69,6 +69,11 @@ def simulate(file: Path, clients: int | None, overrides: tuple[str, ...], path: 
     console = Console(stderr=True, highlight=False)
     with progress(settings, console) as bar:
         result = asyncio.run(run_simulation(settings, _logger(console), bar))
+    if not result.rounds:
+        raise ConfigError(
+            f"there was nothing left to do in {settings.federation.state}: {result.outcome.reason}; "
+            "remove that folder to start over, name another in federation.state, or raise the stop condition"
+        )
     console.print(table(result.rounds, metric=settings.stop.metric, title=settings.federation.name))
     _tell(console, result.outcome)
     fleet = result.fleet

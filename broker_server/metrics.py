@@ -7,6 +7,11 @@ _NAMES = {"correct": "accuracy"}
 """What a sum is called once divided by the count; others keep their name."""
 
 
+def names(sums: Iterable[str]) -> set[str]:
+    """Metrics that come of an evaluation whose graph reports these sums, beside the loss."""
+    return {"loss"} | {_NAMES.get(name, name) for name in sums}
+
+
 def combine(sums: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Metrics over several evaluations: each sum over all of them, divided by ``count`` over all of them.
 

@@ -16,6 +16,7 @@ from broker_server.config import Federation
 from broker_server.coordinator import Coordinator
 from broker_server.database import Lock
 from broker_server.ledger import Round
+from broker_server.metrics import names
 from broker_server.worker import Worker, ledger_path
 from edge_client.bundle import Bundle
 from edge_client.errors import BundleError, ConfigError
@@ -235,7 +236,7 @@ class Server:
 
     def _open(self) -> Worker:
         data = read_bundle(self.settings)
-        check_hypers(self.settings, Bundle.from_bytes(data))
+        check_names(self.settings, Bundle.from_bytes(data))
         return Worker(self.settings, data, self.lock)
 
 
@@ -252,11 +253,11 @@ def read_bundle(settings: Federation) -> bytes:
         raise BundleError(f"bundle {path}: {error.strerror}; make it with `fedge export`") from error
 
 
-def check_hypers(settings: Federation, bundle: Bundle) -> None:
-    """Find a hyperparameter that the bundle has not got before every client declines every task for it.
+def check_names(settings: Federation, bundle: Bundle) -> None:
+    """Find what the bundle has not got, before every client declines every task for it or a target is never met.
 
     Raises:
-        ConfigError: ``train.hypers`` names one.
+        ConfigError: ``train.hypers`` names an unknown one, or a stop condition an unknown metric.
     """
     known = bundle.manifest.defaults()
     for name in settings.train.hypers:
@@ -265,6 +266,12 @@ def check_hypers(settings: Federation, bundle: Bundle) -> None:
                 f"train.hypers.{name} is not a hyperparameter of bundle {bundle.manifest.name!r}; "
                 f"known there: {', '.join(sorted(known))}"
             )
+    stop, metrics = settings.stop, names(bundle.manifest.metrics)
+    if (stop.target is not None or stop.patience) and stop.metric.removeprefix("client_") not in metrics:
+        raise ConfigError(
+            f"stop.metric is {stop.metric!r}, which bundle {bundle.manifest.name!r} does not report; "
+            f"known there: {', '.join(sorted(metrics))}"
+        )
 
 
 def locked(settings: Federation) -> Lock:

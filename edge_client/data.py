@@ -234,8 +234,10 @@ def _npz(path: Path) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read as .npz ({error}); write it with numpy.savez") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); name an .npz file") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: is not an .npz file of plain arrays; write it with numpy.savez") from error
 
 
 def _folder(path: Path, manifest: Manifest) -> dict[str, Array]:

@@ -1,6 +1,7 @@
 """Write a bundle: trace, lower, optimize, verify, and only then a file."""
 
 import hashlib
+import math
 import os
 import tempfile
 import time
@@ -161,6 +162,16 @@ def _graphs(problem: Problem, rules: Mapping[str, Rule]) -> Graphs:
     )
 
 
+def _check_numbers(numbers: Mapping[str, float]) -> None:
+    """Refuse what would train nothing or be no number, with the range."""
+    for name, value in numbers.items():
+        low_allowed = name in ("momentum", "weight_decay")
+        if not math.isfinite(value) or value < 0 or (value == 0 and not low_allowed):
+            raise ExportError(
+                f"{name} is {value:g}; expected a finite number {'of at least' if low_allowed else 'above'} 0"
+            )
+
+
 def _problem(
     module: nn.Module,
     inputs: Sequence[Feature | tuple[Sequence[int], str]],
@@ -172,6 +183,7 @@ def _problem(
     scale: float,
     **hypers: float,
 ) -> Problem:
+    _check_numbers({"scale": scale} | hypers)
     features = tuple(_feature(given, i, scale) for i, given in enumerate(inputs))
     if not any(p.requires_grad for p in module.parameters()):
         raise ExportError(f"module {type(module).__name__} has no parameter with requires_grad=True; nothing to train")

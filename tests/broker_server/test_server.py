@@ -12,7 +12,7 @@ import pytest
 from broker_server.config import Federation
 from broker_server.evaluation import HeldOut
 from broker_server.ledger import Ledger, Round
-from broker_server.server import Outcome, Server, broker, server_link
+from broker_server.server import Outcome, Server, broker, check_names, server_link
 from edge_client.bundle import Bundle
 from edge_client.data import ArraySource
 from edge_client.device import Device, Workshop
@@ -386,3 +386,11 @@ async def test_chunks_are_cleared_after_an_outage_and_not_forgotten_during_it(tm
         server.stop("enough")
         await life
     assert hall.hub.retained(topic) is None
+
+
+@pytest.mark.parametrize("stop", [{"target": 0.9}, {"patience": 2}])
+def test_a_target_that_no_evaluation_reports_is_refused_at_the_start(tmp_path, stop):
+    config = settings(tmp_path, stop={"metric": "acuracy"} | stop)
+    with pytest.raises(ConfigError, match=r"stop\.metric is 'acuracy', .*known there: accuracy, loss"):
+        check_names(config, Bundle.from_bytes(toy_bundle(hidden=8)))
+    check_names(settings(tmp_path, stop={"metric": "client_loss"} | stop), Bundle.from_bytes(toy_bundle(hidden=8)))

@@ -1,8 +1,11 @@
 """Whole exports: shipped models, losses, optimizers, roles, and what goes wrong."""
 
 import hashlib
+import math
+import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -282,3 +285,19 @@ def test_mistakes(module: nn.Module, options: dict[str, object], message: str, t
 def test_an_unwritable_place(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="cannot be written"):
         export_bundle(nn.Linear(4, 2), tmp_path / "no" / "x.fedge", name="x", inputs=[((4,), "float32")])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": math.nan}, "scale is nan; expected a finite number above 0"),
+        ({"scale": 0.0}, "scale is 0; expected a finite number above 0"),
+        ({"lr": -1.0}, "lr is -1; expected a finite number above 0"),
+        ({"optimizer": "momentum", "momentum": -0.1}, "momentum is -0.1; expected a finite number of at least 0"),
+        ({"weight_decay": math.inf}, "weight_decay is inf; expected a finite number of at least 0"),
+    ],
+)
+def test_numbers_that_would_train_nothing(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=re.escape(message)):
+        export_bundle(nn.Linear(3, 2), tmp_path / "n.fedge", name="n", inputs=[((3,), "float32")], **options)
+    assert not list(tmp_path.iterdir())
