@@ -185,7 +185,7 @@ def test_npz_that_cannot_be_read(tmp_path):
         ):
             open_data(str(path), MANIFEST)
     np.savez(path, x=np.array([{}], object), y=np.zeros(1), allow_pickle=True)
-    with pytest.raises(DataError, match="is not an .npz file of plain arrays"):
+    with pytest.raises(DataError, match=r"is not an \.npz file of plain arrays"):
         open_data(str(path), MANIFEST)
     np.savez(path, x=np.zeros((3, 2), np.float32), y=np.zeros(3, int))
     with pytest.raises(DataError, match=r"readings\.npz': 'x' is float32 \[3, 2\]; expected float32 .*\[n, 4\]"):
