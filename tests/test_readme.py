@@ -89,7 +89,7 @@ def test_walk_through(tmp_path):
 
 
 def test_make_demo_is_the_demo_command():
-    """test_demo runs the command; make only has to call it."""
+    """tests/test_demo.py runs the command; make only has to call it."""
     said = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "fedge demo -o build/demo" in said
 

@@ -19,7 +19,6 @@ MESSAGE_LIMIT = 128 * 1024
 """Bytes of the largest message; anything longer is dropped unread."""
 CHUNK_MIN, CHUNK_MAX = 1024, 1024 * 1024
 
-ClientId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}\Z")]
 FederationName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Natural = Annotated[int, Meta(ge=0, le=2**48)]
