@@ -5,9 +5,9 @@ is a matrix product, for each tap of the kernel, of the input that the tap sees 
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
-from edge_client.errors import ExportError
 from export import columns, widened
 from export.lower import Lowering, Rule, Value
 from export.operators import convolution
@@ -126,10 +126,7 @@ class Geometry(columns.Geometry):
             return columns.weight_gradient(b, found, grad, weight)
         if self.groups == in_channels == out_channels:
             return self._by_taps(b, grad, x, weight)
-        raise ExportError(
-            f"convolution with {self.groups} groups of {in_channels} channels has no gradient rule; "
-            "use groups=1 or a depthwise convolution"
-        )
+        return self._by_groups(b, grad, x, weight)
 
     def _taps(self, b: Lowering, grad: Value, x: Value, spatial: Sequence[int], weight: Value) -> list[str]:
         """``x`` as every weight of the kernel sees it: one slice of the grad's spatial size for each."""
@@ -175,6 +172,22 @@ class Geometry(columns.Geometry):
         ]
         stacked = b.op("Concat", *[b.op("Unsqueeze", s, b.ints([-1])) for s in sums], axis=-1)
         return b.op("Reshape", stacked, b.ints([x.static(1)[0], 1, *kernel]))
+
+    def _by_groups(self, b: Lowering, grad: Value, x: Value, weight: Value) -> str:
+        # For each tap a product of [inputs, pixels] with [pixels, outputs], batched over samples and groups. As fast as
+        # one product over all taps, without the columns; a grouped Conv takes 1.3 to 6 times longer.
+        spatial = range(2, x.rank)
+        outputs, inputs, *kernel = weight.static()
+        pixels = math.prod(grad.static(*range(2, grad.rank)))
+        each = outputs // self.groups
+        right = b.transpose(b.reshape(grad.name, [grad.shape[0], self.groups, each, pixels]), [0, 1, 3, 2])
+        products = [
+            b.op("MatMul", b.reshape(tap, [x.shape[0], self.groups, inputs, pixels]), right)
+            for tap in self._taps(b, grad, x, spatial, weight)
+        ]
+        joined = b.op("Concat", *products, axis=2) if len(products) > 1 else products[0]
+        rows = b.reshape(b.reduce("ReduceSum", joined, [0]), [self.groups, math.prod(kernel), inputs, each])
+        return b.reshape(b.transpose(rows, [0, 3, 2, 1]), [outputs, inputs, *kernel])
 
 
 CONVOLUTION: dict[str, Rule] = {"aten.convolution": _forward, "aten.convolution_backward": _backward}

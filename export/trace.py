@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -89,7 +90,8 @@ def trace(function: Step, fixed: Mapping[str, Tensor], batched: Sequence[Feature
         return list(results.values())
 
     # With the fake mode active, torch.zeros(batch, ...) inside the model is symbolic too.
-    with _attribution(module) as stack, RecurrentMode(), mode:
+    # Composite operators written in C++ would fix the batch; the Python dispatcher has them in terms of symbolic sizes.
+    with _attribution(module) as stack, RecurrentMode(), mode, enable_python_dispatcher():
         try:
             traced = make_fx(positional, decomposition_table=decompositions())(*values.values())
         except FedgeError:
