@@ -26,11 +26,12 @@ from export.lower import Rule, dtype_name, lower
 from export.operators import OPERATORS
 from export.optimize import optimize
 from export.pooling import POOLING
+from export.resize import RESIZE
 from export.step import Problem, choose_optimizer, eval_step, train_step
 from export.trace import trace
 from export.verify import Graphs, verify
 
-RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION | POOLING
+RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION | POOLING | RESIZE
 LEAST_RUNTIME = "1.24"
 
 

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from edge_client.errors import ExportError
 from export import columns, widened
 from export.lower import Lowering, Rule, Value
 from export.operators import convolution
@@ -31,6 +32,11 @@ def _forward(
     groups: int,
 ) -> str | Value:
     geometry = Geometry(stride, padding, dilation, groups)
+    if transposed and any(extra >= s for extra, s in zip(output_padding, stride, strict=True)):
+        raise ExportError(
+            f"output_padding {list(output_padding)} reaches the stride {list(stride)}, which ONNX Runtime refuses; "
+            "use less output_padding and pad the result with F.pad"
+        )
     # Without a backward pass the columns serve once, and evaluation runs large batches: Conv needs little memory.
     if b.differentiated and not transposed and columns.suits(x, geometry):
         spatial = range(2, x.rank)

@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from edge_client.errors import ExportError, FedgeError
 from edge_client.manifest import Feature
 from export.recurrent import RecurrentMode
+from export.spatial import SpatialMode
 
 Step = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 MODULE = "fedge_module"
@@ -91,7 +92,7 @@ def trace(function: Step, fixed: Mapping[str, Tensor], batched: Sequence[Feature
 
     # With the fake mode active, torch.zeros(batch, ...) inside the model is symbolic too.
     # Composite operators written in C++ would fix the batch; the Python dispatcher has them in terms of symbolic sizes.
-    with _attribution(module) as stack, RecurrentMode(), mode, enable_python_dispatcher():
+    with _attribution(module) as stack, RecurrentMode(), SpatialMode(), mode, enable_python_dispatcher():
         try:
             traced = make_fx(positional, decomposition_table=decompositions())(*values.values())
         except FedgeError:
