@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edge_client.errors import ExportError
 from edge_client.manifest import FORMAT, Feature, Manifest, Parameter, Parity
+from export.average import AVERAGE
 from export.backward import GRADIENTS
 from export.convolution import CONVOLUTION
 from export.graph import OPSET
@@ -25,13 +26,14 @@ from export.losses import Loss, LossFunction, resolve_loss
 from export.lower import Rule, dtype_name, lower
 from export.operators import OPERATORS
 from export.optimize import optimize
+from export.padding import PADDING
 from export.pooling import POOLING
 from export.resize import RESIZE
 from export.step import Problem, choose_optimizer, eval_step, train_step
 from export.trace import trace
 from export.verify import Graphs, verify
 
-RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION | POOLING | RESIZE
+RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION | POOLING | AVERAGE | RESIZE | PADDING
 LEAST_RUNTIME = "1.24"
 
 

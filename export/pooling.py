@@ -1,4 +1,4 @@
-"""Pooling and its gradients.
+"""Max-pooling and its gradients; `average` has the other kind.
 
 Max-pooling whose windows tile the input goes by slabs: each position in the window as a tensor of the output's size,
 and elementwise operators over them, which stream through memory. ONNX's own MaxPool takes ten times longer when it is
@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_client.errors import ExportError
 from export.lower import Lowering, Rule, Value, operator_name
+
+
+Places = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,12 @@ def pool_attributes(
     }
 
 
+def adaptive_windows(size: int, count: int) -> tuple[Places, Places]:
+    """Starts and ends of ``count`` windows that cover an axis evenly; they overlap where it does not divide."""
+    places = np.arange(count)
+    return places * size // count, -((places + 1) * -size // count)
+
+
 MOST_SLABS = 16
 """Largest pooling window whose positions are handled one by one."""
 
@@ -75,6 +85,28 @@ def tiles(x: Value, attributes: dict[str, Any], dilation: Sequence[int]) -> bool
     return plain and divisible and math.prod(kernel) <= MOST_SLABS
 
 
+def _exactly(attributes: dict[str, Any], x: Value, out: Value, dilation: Sequence[int]) -> dict[str, Any]:
+    """The attributes with as much padding at the end as the windows of ``out`` reach, instead of ``ceil_mode``.
+
+    ONNX Runtime and PyTorch differ in which of the last windows they leave out.
+    """
+    axes = range(2, x.rank)
+    before = attributes["pads"][: x.rank - 2]
+    ends = [
+        max(p, (count - 1) * s - p + d * (k - 1) + 1 - size)
+        for size, count, k, s, p, d in zip(
+            x.static(*axes),
+            out.static(*axes),
+            attributes["kernel_shape"],
+            attributes["strides"],
+            before,
+            dilation,
+            strict=True,
+        )
+    ]
+    return attributes | {"pads": [*before, *ends], "ceil_mode": 0}
+
+
 def _max_pool(
     b: Lowering,
     out: Sequence[Value | None],
@@ -87,32 +119,22 @@ def _max_pool(
 ) -> tuple[str | None, ...]:
     spread = [int(d) for d in dilation] * (1 if len(dilation) == x.rank - 2 else x.rank - 2)
     attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
+    # Without indices, which would be slow; the gradient rule finds its own way.
+    if out[0] is None or not _only_gradients_read_indices(b):
+        raise ExportError("the indices of max-pooling are not covered; instead of MaxUnpool use nn.Upsample")
     if isinstance(x, Tiled):
         return b.op("Max", *x.slabs), None
-    # Without indices, which would be slow; the gradient rule finds its own way.
-    if out[1] is not None and out[0] is not None and tiles(x, attributes, spread):
+    if out[1] is not None and tiles(x, attributes, spread):
         # The gradient needs the slabs too; pooling them saves reading the input once more.
         sizes = out[0].static(*range(2, x.rank))
         top = b.reshape(pooled_slabs(b, x, attributes["kernel_shape"], sizes)[1], [x.shape[0], *sizes, x.shape[1]])
         return b.transpose(top, [0, x.rank - 1, *range(1, x.rank - 1)]), None
-    return b.op("MaxPool", x.name, dilations=spread, **attributes), None
+    return b.op("MaxPool", x.name, dilations=spread, **_exactly(attributes, x, out[0], spread)), None
 
 
-def _avg_pool(
-    b: Lowering,
-    out: Value,
-    x: Value,
-    kernel: Sequence[int],
-    stride: Sequence[int] = (),
-    padding: Sequence[int] = (0,),
-    ceil: bool = False,
-    count_include_pad: bool = True,
-    divisor: int | None = None,
-) -> str:
-    if divisor is not None:
-        raise ExportError("divisor_override is not supported")
-    attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
-    return b.op("AveragePool", x.name, count_include_pad=int(count_include_pad), **attributes)
+def _only_gradients_read_indices(b: Lowering) -> bool:
+    readers = [reader for part in b.readers if part.args[1] == 1 for reader in part.users]
+    return all(operator_name(reader.target).endswith("_backward") for reader in readers)
 
 
 def _max_pool_backward(
@@ -134,7 +156,7 @@ def _max_pool_backward(
         return _max_pool_tiled(b, grad, x, attributes["kernel_shape"])
     if tiles(x, attributes, spread):
         return _max_pool_by_slabs(b, grad, x, attributes["kernel_shape"])
-    _, indices = b.ops("MaxPool", 2, x.name, dilations=spread, **attributes)
+    _, indices = b.ops("MaxPool", 2, x.name, dilations=spread, **_exactly(attributes, x, grad, spread))
     flat = b.op("Reshape", b.zeros(x.shape, out.dtype), b.ints([-1]))
     summed = b.op(
         "ScatterElements", flat, b.reshape(indices, [-1]), b.reshape(grad.name, [-1]), axis=0, reduction="add"
@@ -192,41 +214,51 @@ def _max_pool_by_slabs(b: Lowering, grad: Value, x: Value, kernel: Sequence[int]
     return b.transpose(b.reshape(whole, [x.shape[a] for a in last]), first)
 
 
-def _avg_pool_backward(
-    b: Lowering,
-    out: Value,
-    grad: Value,
-    x: Value,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    ceil: bool,
-    count_include_pad: bool,
-    divisor: int | None,
-) -> str:
-    attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
-    if ceil or divisor is not None or (any(padding) and not count_include_pad):
-        raise ExportError("average pooling with ceil_mode, divisor_override or uncounted padding has no gradient rule")
-    channels, *spatial = x.static(*range(1, x.rank))
-    window = attributes["kernel_shape"]
-    weight = b.constant(np.full((channels, 1, *window), 1 / math.prod(window), np.float32))
-    pads, steps = attributes["pads"][: len(window)], attributes["strides"]
-    got = grad.static(*range(2, x.rank))
-    extra = [s - ((g - 1) * t - 2 * p + k) for s, g, t, p, k in zip(spatial, got, steps, pads, window, strict=True)]
-    return b.op(
-        "ConvTranspose",
-        grad.name,
-        weight,
-        strides=steps,
-        pads=attributes["pads"],
-        group=channels,
-        output_padding=extra,
+def _adaptive_table(x: Value, sizes: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Where in a flat plane the windows look: ``[windows, positions]``, shorter ones with the last one repeated."""
+    spatial = x.static(*range(x.rank - len(sizes), x.rank))
+    axes = [list(zip(*adaptive_windows(n, m), strict=True)) for n, m in zip(spatial, sizes, strict=True)]
+    plane = np.arange(math.prod(spatial)).reshape(spatial)
+    windows = [plane[tuple(slice(*ends) for ends in window)].ravel() for window in itertools.product(*axes)]
+    most = max(len(window) for window in windows)
+    return np.stack([np.pad(window, (0, most - len(window)), mode="edge") for window in windows])
+
+
+def _adaptive_max_pool(
+    b: Lowering, out: Sequence[Value | None], x: Value, sizes: Sequence[int]
+) -> tuple[str | None, ...]:
+    table = _adaptive_table(x, sizes)
+    outer = x.shape[: x.rank - len(sizes)]
+    seen = b.reshape(x.name, [*outer, math.prod(x.static(*range(len(outer), x.rank)))])
+    if len(table) > 1:
+        seen = b.op("Gather", seen, b.constant(table.ravel()), axis=len(outer))
+    windows = b.reshape(seen, [*outer, *table.shape])
+    top = b.reshape(b.reduce("ReduceMax", windows, [len(outer) + 1]), [*outer, *sizes])
+    if out[1] is None:
+        return top, None
+    first = b.op("ArgMax", windows, axis=len(outer) + 1, keepdims=0)
+    position = b.op("Add", first, b.constant(np.arange(len(table)) * table.shape[1]))
+    return top, b.reshape(b.op("Gather", b.constant(table.ravel()), position), [*outer, *sizes])
+
+
+def _adaptive_max_pool_backward(b: Lowering, out: Value, grad: Value, x: Value, indices: Value) -> str:
+    outer = 2 if x.rank > 3 else 1
+    flat = [*x.shape[:outer], math.prod(x.static(*range(outer, x.rank)))]
+    windows = [*x.shape[:outer], math.prod(grad.static(*range(outer, x.rank)))]
+    summed = b.op(
+        "ScatterElements",
+        b.zeros(flat, out.dtype),
+        b.reshape(indices.name, windows),
+        b.reshape(grad.name, windows),
+        axis=outer,
+        reduction="add",
     )
+    return b.reshape(summed, x.shape)
 
 
 POOLING: dict[str, Rule] = {
-    "aten.max_pool2d_with_indices": _max_pool,
-    "aten.max_pool2d_with_indices_backward": _max_pool_backward,
-    "aten.avg_pool2d": _avg_pool,
-    "aten.avg_pool2d_backward": _avg_pool_backward,
+    **{f"aten.max_pool{n}d_with_indices": _max_pool for n in (2, 3)},
+    **{f"aten.max_pool{n}d_with_indices_backward": _max_pool_backward for n in (2, 3)},
+    **{f"aten.adaptive_max_pool{n}d": _adaptive_max_pool for n in (2, 3)},
+    **{f"aten.adaptive_max_pool{n}d_backward": _adaptive_max_pool_backward for n in (2, 3)},
 }

@@ -40,7 +40,9 @@ _KEPT = (
     "tanh_backward",
     "native_layer_norm_backward",
     "_adaptive_avg_pool2d",
-    "max_pool2d_with_indices_backward",
+    *(f"max_pool{n}d_with_indices_backward" for n in (2, 3)),
+    *(f"{kind}_pad{n}d{way}" for kind in ("reflection", "replication") for n in (1, 2, 3) for way in ("", "_backward")),
+    "roll",
 )
 
 
