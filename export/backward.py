@@ -79,32 +79,6 @@ def _embedding(
     return b.op("ScatterND", b.zeros(out.shape, out.dtype), places, values, reduction="add")
 
 
-def _layer_norm(
-    b: Lowering,
-    out: Sequence[Value],
-    grad: Value,
-    x: Value,
-    shape: Sequence[int],
-    mean: Value,
-    rstd: Value,
-    weight: Value | None,
-    bias: Value | None,
-    mask: Sequence[bool],
-) -> tuple[str | None, ...]:
-    inner = list(range(x.rank - len(shape), x.rank))
-    outer = list(range(x.rank - len(shape)))
-    normal = b.op("Mul", b.op("Sub", x.name, mean.name), rstd.name)
-    scaled = b.op("Mul", grad.name, weight.name) if weight is not None else grad.name
-    centred = b.op("Sub", scaled, b.reduce("ReduceMean", scaled, inner, True))
-    along = b.reduce("ReduceMean", b.op("Mul", scaled, normal), inner, True)
-    grads = b.op("Mul", b.op("Sub", centred, b.op("Mul", normal, along)), rstd.name)
-    return (
-        grads if mask[0] else None,
-        b.reduce("ReduceSum", b.op("Mul", grad.name, normal), outer) if mask[1] else None,
-        b.reduce("ReduceSum", grad.name, outer) if mask[2] else None,
-    )
-
-
 def _leaky_relu(b: Lowering, out: Value, grad: Value, x: Value, slope: float, _: bool) -> str:
     positive = b.cast(b.op("Greater", x.name, b.scalar(0, x.dtype)), "bool", out.dtype)
     factor = b.op("Add", b.op("Mul", positive, b.scalar(1 - slope, out.dtype)), b.scalar(slope, out.dtype))
@@ -120,6 +94,5 @@ GRADIENTS: dict[str, Rule] = {
     "aten.slice_backward": _slice,
     "aten.select_backward": _select,
     "aten.embedding_dense_backward": _embedding,
-    "aten.native_layer_norm_backward": _layer_norm,
 }
 """Convolution and pooling have their own modules, `convolution` and `pooling`; recurrent layers theirs, `recurrent`."""

@@ -23,6 +23,7 @@ from export.graph import OPSET
 from export.large import speed_up_large
 from export.losses import Loss, LossFunction, resolve_loss
 from export.lower import Rule, dtype_name, lower
+from export.normalization import NORMALIZATION
 from export.operators import OPERATORS
 from export.optimize import optimize
 from export.pooling import POOLING
@@ -30,7 +31,7 @@ from export.step import Problem, choose_optimizer, eval_step, train_step
 from export.trace import trace
 from export.verify import Graphs, verify
 
-RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION | POOLING
+RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | NORMALIZATION | CONVOLUTION | POOLING
 LEAST_RUNTIME = "1.24"
 
 

@@ -217,14 +217,6 @@ def _softmax(kind: str) -> Rule:
     return lambda b, out, x, dim, _: b.op(kind, x.name, axis=dim)
 
 
-def _layer_norm(
-    b: Lowering, out: Sequence[Value], x: Value, shape: Sequence[Size], w: Value | None, bias: Value | None, eps: float
-) -> tuple[str, ...]:
-    scale = w.name if w is not None else b.constant(np.ones([int(s) for s in shape], np.float32))
-    extra = [bias.name] if bias is not None else []
-    return tuple(b.ops("LayerNormalization", 3, x.name, scale, *extra, axis=-len(shape), epsilon=eps))
-
-
 def _index(b: Lowering, out: Value, x: Value, indices: Sequence[Value | None]) -> str:
     given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
     if len(given) != 1 or given[0][1].dtype == "bool":
@@ -306,7 +298,6 @@ OPERATORS: dict[str, Rule] = {
     "aten.index": _index,
     "aten._softmax": _softmax("Softmax"),
     "aten._log_softmax": _softmax("LogSoftmax"),
-    "aten.native_layer_norm": _layer_norm,
 }
 """Each entry's key is an ATen operator without its overload."""
 

@@ -36,7 +36,9 @@ _KEPT = (
     "embedding_dense_backward",
     "sigmoid_backward",
     "tanh_backward",
+    "native_batch_norm_backward",
     "native_layer_norm_backward",
+    "native_group_norm_backward",
     "_adaptive_avg_pool2d",
     "max_pool2d_with_indices_backward",
 )
