@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edge_client.errors import ExportError
 from edge_client.manifest import FORMAT, Feature, Manifest, Parameter, Parity
+from export.activations import ACTIVATIONS
 from export.backward import GRADIENTS
 from export.convolution import CONVOLUTION
 from export.graph import OPSET
@@ -31,7 +32,7 @@ from export.step import Problem, choose_optimizer, eval_step, train_step
 from export.trace import trace
 from export.verify import Graphs, verify
 
-RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | NORMALIZATION | CONVOLUTION | POOLING
+RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | ACTIVATIONS | NORMALIZATION | CONVOLUTION | POOLING
 LEAST_RUNTIME = "1.24"
 
 
