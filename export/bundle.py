@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edge_client.errors import ExportError
 from edge_client.manifest import FORMAT, Feature, Manifest, Parameter, Parity
+from export.activations import ACTIVATIONS
 from export.average import AVERAGE
 from export.backward import GRADIENTS
 from export.convolution import CONVOLUTION
@@ -24,6 +25,7 @@ from export.graph import OPSET
 from export.large import speed_up_large
 from export.losses import Loss, LossFunction, resolve_loss
 from export.lower import Rule, dtype_name, lower
+from export.normalization import NORMALIZATION
 from export.operators import OPERATORS
 from export.optimize import optimize
 from export.padding import PADDING
@@ -33,7 +35,9 @@ from export.step import Problem, choose_optimizer, eval_step, train_step
 from export.trace import trace
 from export.verify import Graphs, verify
 
-RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION | POOLING | AVERAGE | RESIZE | PADDING
+RULES: Mapping[str, Rule] = (
+    OPERATORS | GRADIENTS | ACTIVATIONS | NORMALIZATION | CONVOLUTION | POOLING | AVERAGE | RESIZE | PADDING
+)
 LEAST_RUNTIME = "1.24"
 
 

@@ -4,7 +4,6 @@ A rule is ``rule(b, out, *args, **kwargs)``: ``b`` emits nodes, ``out`` tells th
 arguments are those of the ATen operator with tensors as `Value`. It returns the result's name, or a tuple of names.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +76,11 @@ def _clamp(b: Lowering, out: Value, x: Value, low: float | None = None, high: fl
 
 def _copy(b: Lowering, out: Value, x: Value, *_: object, **__: object) -> str:
     return operand(b, x, out.dtype)
+
+
+def _overwritten(b: Lowering, out: Value, x: Value, source: Value, *_: object) -> str:
+    given = operand(b, source, out.dtype)
+    return given if source.shape == out.shape else b.op("Expand", given, b.sizes(out.shape))
 
 
 def _full(b: Lowering, out: Value, _: object, value: float, **__: object) -> str:
@@ -209,22 +213,6 @@ def _embedding(b: Lowering, out: Value, weight: Value, indices: Value, *_: objec
     return b.op("Gather", weight.name, indices.name, axis=0)
 
 
-def _gelu(b: Lowering, out: Value, x: Value, *, approximate: str = "none") -> str:
-    return b.op("Gelu", x.name, approximate=approximate)
-
-
-def _softmax(kind: str) -> Rule:
-    return lambda b, out, x, dim, _: b.op(kind, x.name, axis=dim)
-
-
-def _layer_norm(
-    b: Lowering, out: Sequence[Value], x: Value, shape: Sequence[Size], w: Value | None, bias: Value | None, eps: float
-) -> tuple[str, ...]:
-    scale = w.name if w is not None else b.constant(np.ones([int(s) for s in shape], np.float32))
-    extra = [bias.name] if bias is not None else []
-    return tuple(b.ops("LayerNormalization", 3, x.name, scale, *extra, axis=-len(shape), epsilon=eps))
-
-
 def _index(b: Lowering, out: Value, x: Value, indices: Sequence[Value | None]) -> str:
     given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
     if len(given) != 1 or given[0][1].dtype == "bool":
@@ -260,13 +248,10 @@ OPERATORS: dict[str, Rule] = {
     "aten.rsqrt": lambda b, out, x: b.op("Reciprocal", b.op("Sqrt", x.name)),
     "aten.log1p": lambda b, out, x: b.op("Log", b.op("Add", x.name, b.scalar(1, out.dtype))),
     "aten.expm1": lambda b, out, x: b.op("Sub", b.op("Exp", x.name), b.scalar(1, out.dtype)),
-    "aten.leaky_relu": lambda b, out, x, slope=0.01: b.op("LeakyRelu", x.name, alpha=float(slope)),
-    "aten.elu": lambda b, out, x, alpha=1.0, *_: b.op("Elu", x.name, alpha=float(alpha)),
-    "aten.hardtanh": lambda b, out, x, low=-1.0, high=1.0: _clamp(b, out, x, low, high),
-    "aten.gelu": _gelu,
     "aten.where": _where,
     "aten.clamp": _clamp,
     "aten._to_copy": _copy,
+    "aten.copy": _overwritten,
     "aten.full": _full,
     "aten.full_like": _full,
     "aten.zeros": _filled(0),
@@ -304,10 +289,5 @@ OPERATORS: dict[str, Rule] = {
     "aten.bmm": lambda b, out, x, y: b.op("MatMul", x.name, y.name),
     "aten.embedding": _embedding,
     "aten.index": _index,
-    "aten._softmax": _softmax("Softmax"),
-    "aten._log_softmax": _softmax("LogSoftmax"),
-    "aten.native_layer_norm": _layer_norm,
 }
 """Each entry's key is an ATen operator without its overload."""
-
-INVERSE_SQRT_TAU = 1 / math.sqrt(2 * math.pi)

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from edge_client.errors import ExportError
 from export.lower import Lowering, Rule, Value, operator_name
 
-
 Places = npt.NDArray[np.int64]
 
 

@@ -33,16 +33,16 @@ MODULE = "fedge_module"
 _KEPT = (
     "slice_backward",
     "select_backward",
-    "threshold_backward",
-    "gelu_backward",
     "embedding_dense_backward",
-    "sigmoid_backward",
-    "tanh_backward",
-    "native_layer_norm_backward",
     "_adaptive_avg_pool2d",
     *(f"max_pool{n}d_with_indices_backward" for n in (2, 3)),
     *(f"{kind}_pad{n}d{way}" for kind in ("reflection", "replication") for n in (1, 2, 3) for way in ("", "_backward")),
     "roll",
+    *(f"{name}_backward" for name in ("threshold", "sigmoid", "tanh", "gelu", "hardtanh", "leaky_relu", "elu")),
+    *(f"{name}{way}" for name in ("silu", "mish", "hardsigmoid", "hardswish", "softplus") for way in ("", "_backward")),
+    *("_prelu_kernel", "_prelu_kernel_backward", "log_sigmoid_forward", "log_sigmoid_backward"),
+    *("hardshrink", "softshrink", "_softmax_backward_data"),
+    *(f"native_{name}_norm_backward" for name in ("batch", "layer", "group")),
 )
 
 
@@ -61,7 +61,14 @@ class Traced:
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """PyTorch's own decompositions into core ATen, less those that are lowered directly."""
     table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
-    return {op: rule for op, rule in table.items() if _base_name(op) not in _KEPT}
+    kept = {op: rule for op, rule in table.items() if _base_name(op) not in _KEPT}
+    # Neither decomposed nor known to fake tensors of symbolic size.
+    shrinks = (torch.ops.aten.hardshrink_backward.default, torch.ops.aten.softshrink_backward.default)
+    return kept | dict.fromkeys(shrinks, _shrink_backward)
+
+
+def _shrink_backward(grad: Tensor, x: Tensor, width: float) -> Tensor:
+    return grad * (torch.abs(x) > width).to(grad.dtype)
 
 
 def _base_name(op: Any) -> str:
