@@ -20,6 +20,7 @@ from edge_client.manifest import FORMAT, Feature, Manifest, Parameter, Parity
 from export.activations import ACTIVATIONS
 from export.average import AVERAGE
 from export.backward import GRADIENTS
+from export.choice import Choices, has_depthwise
 from export.convolution import CONVOLUTION
 from export.graph import OPSET
 from export.large import speed_up_large
@@ -155,11 +156,13 @@ def _graphs(problem: Problem, rules: Mapping[str, Rule]) -> Graphs:
     features = (*problem.inputs, *problem.targets)
     module, outputs = problem.module, {feature.name for feature in problem.outputs}
     step, fixed = train_step(problem)
-    training = optimize(lower(trace(step, fixed, features, module.train()), rules))
+    stepped = trace(step, fixed, features, module.train())
+    choices = Choices(has_depthwise(stepped))
+    training = optimize(lower(stepped, rules, choices))
     speed_up_large(training)
     step, fixed = eval_step(problem)
     traced = trace(step, fixed, features, module.eval())
-    evaluation, inference = lower(traced, rules), lower(traced, rules)
+    evaluation, inference = lower(traced, rules, choices), lower(traced, rules, choices)
     evaluation.outputs = [port for port in evaluation.outputs if port.name not in outputs]
     inference.outputs = [port for port in inference.outputs if port.name in outputs]
     targets = {feature.name for feature in problem.targets}

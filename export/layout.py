@@ -54,6 +54,7 @@ class _Pusher:
         self._moved = False
 
     def run(self) -> bool:
+        """Walk over the nodes; returns whether anything moved."""
         for node in self._graph.nodes:
             if node.op == "Transpose":
                 self._keep(node)

@@ -15,6 +15,8 @@ from export.graph import ELEMENT_TYPES, Array, Builder, Graph, Node, Port
 from export.trace import MODULE, Traced
 
 Size = int | torch.SymInt
+Choose = Callable[[Any], Any]
+"""From a convolution's geometry (`formulation.Layer`) to the formulation that computes it."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,10 @@ class Value:
 class Lowering(Builder):
     """A builder that also knows sizes, so that rules read like the mathematics they state."""
 
-    def __init__(self, graph: Graph, batch: str | None, differentiated: bool = False) -> None:
+    def __init__(self, graph: Graph, batch: str | None, choose: Choose, differentiated: bool = False) -> None:
         """``batch`` names an input whose first size is the batch; ``differentiated``: a backward pass follows."""
         super().__init__(graph)
+        self.choose = choose
         self.differentiated = differentiated
         self.readers: tuple[fx.Node, ...] = ()  # of the value that is being lowered
         self._batch = batch
@@ -161,8 +164,8 @@ def operator_name(target: object) -> str:
     return ".".join(str(target).split(".")[:2])
 
 
-def lower(traced: Traced, rules: Mapping[str, Rule]) -> Graph:
-    """Lower a traced graph with a table from operator to rule.
+def lower(traced: Traced, rules: Mapping[str, Rule], choose: Choose) -> Graph:
+    """Lower a traced graph with a table from operator to rule; ``choose`` picks the formulation of a convolution.
 
     Raises:
         ExportError: an operator has no rule; the message names the module it came from.
@@ -170,7 +173,7 @@ def lower(traced: Traced, rules: Mapping[str, Rule]) -> Graph:
     outputs = next(node for node in traced.graph.nodes if node.op == "output").args[0]
     graph = Graph([], [])
     backward = any(operator_name(node.target).endswith("_backward") for node in traced.graph.nodes)
-    builder = Lowering(graph, traced.batched[0] if traced.batched else None, backward)
+    builder = Lowering(graph, traced.batched[0] if traced.batched else None, choose, backward)
     values: dict[fx.Node, Any] = {}
     placeholders = iter(traced.inputs)
     for node in traced.graph.nodes:

@@ -8,29 +8,16 @@ asked for the indices that a gradient needs.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_client.errors import ExportError
+from export.formulation import from_spatial_major, to_spatial_major
 from export.lower import Lowering, Rule, Value, operator_name
 
 Places = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Tiled(Value):
-    """A tensor ``[N, C, *spatial]`` that exists as slabs, one for each position in a pooling window.
-
-    ``name`` is the whole tensor; the nodes that make it are dropped when nothing reads it. ``total`` sums to what the
-    slabs sum to, channel by channel, and is smaller.
-    """
-
-    slabs: tuple[str, ...] = ()
-    window: tuple[int, ...] = ()
-    total: str = ""
 
 
 def pool_attributes(
@@ -61,18 +48,18 @@ MOST_SLABS = 16
 
 
 def pooled_slabs(b: Lowering, x: Value, kernel: Sequence[int], sizes: Sequence[int]) -> tuple[list[str], str]:
-    """Windows that tile the input: each position in the window as a slab ``[N, size, 1, ..., C]``, and their maximum.
+    """Windows that tile the input: each position in the window as a slab ``[*sizes, N, C]``, and their maximum.
 
-    Channels last, so that slabs are made of long runs of memory.
+    Space comes first, so that slabs are made of long runs of memory.
     """
-    last = [0, *range(2, x.rank), 1]
     split = [n for size, k in zip(sizes, kernel, strict=True) for n in (size, k)]
-    windows = b.reshape(b.transpose(x.name, last), [x.shape[0], *split, x.shape[1]])
-    axes = [2 + 2 * i for i in range(len(kernel))]
+    windows = b.op("Reshape", to_spatial_major(b, x.name, x.rank), b.ints([*split, -1, *x.static(1)]))
+    axes = range(1, 2 * len(kernel), 2)
     slabs = [
         b.op("Slice", windows, b.ints(place), b.ints(p + 1 for p in place), b.ints(axes))
-        for place in itertools.product(*[range(k) for k in kernel])
+        for place in itertools.product(*map(range, kernel))
     ]
+    slabs = [b.op("Reshape", slab, b.ints([*sizes, -1, *x.static(1)])) for slab in slabs]
     return slabs, b.op("Max", *slabs)
 
 
@@ -121,13 +108,10 @@ def _max_pool(
     # Without indices, which would be slow; the gradient rule finds its own way.
     if out[0] is None or not _only_gradients_read_indices(b):
         raise ExportError("the indices of max-pooling are not covered; instead of MaxUnpool use nn.Upsample")
-    if isinstance(x, Tiled):
-        return b.op("Max", *x.slabs), None
     if out[1] is not None and tiles(x, attributes, spread):
         # The gradient needs the slabs too; pooling them saves reading the input once more.
-        sizes = out[0].static(*range(2, x.rank))
-        top = b.reshape(pooled_slabs(b, x, attributes["kernel_shape"], sizes)[1], [x.shape[0], *sizes, x.shape[1]])
-        return b.transpose(top, [0, x.rank - 1, *range(1, x.rank - 1)]), None
+        top = pooled_slabs(b, x, attributes["kernel_shape"], out[0].static(*range(2, x.rank)))[1]
+        return from_spatial_major(b, top, x.rank), None
     return b.op("MaxPool", x.name, dilations=spread, **_exactly(attributes, x, out[0], spread)), None
 
 
@@ -151,8 +135,6 @@ def _max_pool_backward(
     """Each output's gradient goes to the first maximum of its window, as in PyTorch."""
     attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
     spread = [int(d) for d in dilation] * (1 if len(dilation) == x.rank - 2 else x.rank - 2)
-    if isinstance(x, Tiled):
-        return _max_pool_tiled(b, grad, x, attributes["kernel_shape"])
     if tiles(x, attributes, spread):
         return _max_pool_by_slabs(b, grad, x, attributes["kernel_shape"])
     _, indices = b.ops("MaxPool", 2, x.name, dilations=spread, **_exactly(attributes, x, grad, spread))
@@ -173,44 +155,17 @@ def _shared_out(b: Lowering, left: str, slabs: Sequence[str], top: str, dtype: s
     return [*parts, left]
 
 
-def _joined(b: Lowering, parts: list[str], kernel: Sequence[int], before: int) -> str:
-    """Slabs ``[N, size, 1, ...]`` with ``before`` further axes after the batch -> ``[N, size, k, ...]``."""
-    for i, k in reversed(list(enumerate(kernel))):
-        axis = before + 2 + 2 * i
-        parts = [b.op("Concat", *parts[j : j + k], axis=axis) for j in range(0, len(parts), k)]
-    return parts[0]
-
-
-def _max_pool_tiled(b: Lowering, grad: Value, x: Tiled, kernel: Sequence[int]) -> Tiled:
-    parts = _shared_out(b, grad.name, x.slabs, b.op("Max", *x.slabs), x.dtype)
-    thin = [n for size in grad.static(*range(2, grad.rank)) for n in (size, 1)]
-    whole = _joined(b, [b.reshape(part, [x.shape[0], x.shape[1], *thin]) for part in parts], kernel, 1)
-    return Tiled(b.reshape(whole, x.shape), x.shape, x.dtype, tuple(parts), tuple(kernel), grad.name)
-
-
-def tiling_window(b: Lowering, out: Value) -> list[int] | None:
-    """The window of the one max-pooling that reads the value being lowered, where its windows tile it."""
-    pools = [node for node in b.readers if operator_name(node.target) == "aten.max_pool2d_with_indices"]
-    rest = {operator_name(node.target) for node in b.readers if node not in pools}
-    if len(pools) != 1 or rest != {"aten.max_pool2d_with_indices_backward"}:
-        return None
-    given: tuple[Any, ...] = pools[0].args[1:]
-    defaults: tuple[Any, ...] = ((), (0,), (1,), False)
-    kernel, stride, padding, dilation, ceil = given + defaults[len(given) - 1 :]
-    attributes = pool_attributes(kernel, stride, padding, ceil, out.rank - 2)
-    return list(attributes["kernel_shape"]) if tiles(out, attributes, dilation) else None
-
-
 def _max_pool_by_slabs(b: Lowering, grad: Value, x: Value, kernel: Sequence[int]) -> str:
-    rank, channels = x.rank, x.shape[1]
-    last, first = [0, *range(2, rank), 1], [0, rank - 1, *range(1, rank - 1)]
-    sizes = grad.static(*range(2, rank))
+    sizes = grad.static(*range(2, grad.rank))
     slabs, top = pooled_slabs(b, x, kernel, sizes)
+    parts = _shared_out(b, to_spatial_major(b, grad.name, grad.rank), slabs, top, x.dtype)
     thin = [n for size in sizes for n in (size, 1)]
-    left = b.reshape(b.transpose(grad.name, last), [x.shape[0], *thin, channels])
-    parts = _shared_out(b, left, slabs, top, x.dtype)
-    whole = _joined(b, parts, kernel, 0)
-    return b.transpose(b.reshape(whole, [x.shape[a] for a in last]), first)
+    parts = [b.op("Reshape", part, b.ints([*thin, -1, *x.static(1)])) for part in parts]
+    for i, k in reversed(list(enumerate(kernel))):
+        parts = [b.op("Concat", *parts[j : j + k], axis=1 + 2 * i) for j in range(0, len(parts), k)]
+    whole = b.op("Reshape", parts[0], b.ints([*x.static(*range(2, x.rank)), -1, *x.static(1)]))
+    return from_spatial_major(b, whole, x.rank)
+
 
 
 def _adaptive_table(x: Value, sizes: Sequence[int]) -> npt.NDArray[np.int64]:

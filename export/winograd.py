@@ -22,7 +22,8 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from export.lower import Lowering, Value
+from export import formulation as f
+from export.lower import Lowering
 
 MOST_POINTS = 8
 """Points of one algorithm. Rounding grows with their number: with 8, results are off by some 1e-5."""
@@ -120,90 +121,87 @@ def axis(size: int, outputs: int, taps: int, stride: int, padding: int) -> Axis 
     return Axis(points, tiles, into.reshape(-1, size), back.reshape(outputs, -1), kernel)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Winograd:
-    """A convolution ``[*spatial, N, C]`` -> ``[*outputs, N, O]`` with weights ``[O, C, *kernel]``, and its gradients."""
+    """Any dense convolution of small sides and kernels, strided ones too."""
 
-    axes: tuple[Axis, ...]
-    inputs: int
-    outputs: int
+    layer: f.Layer
+    name = "winograd"
 
-    @classmethod
-    def of(
-        cls, x: Value, weight: Value, out: Value, stride: Sequence[int], padding: Sequence[int]
-    ) -> "Winograd | None":
-        """The algorithm for a convolution of ``x [N, C, *spatial]``, or None where none suits."""
-        sizes, results = x.static(*range(2, x.rank)), out.static(*range(2, out.rank))
-        found = [
-            axis(*given) for given in zip(sizes, results, weight.static(*range(2, x.rank)), stride, padding, strict=True)
-        ]
-        if max(*sizes, *results) > LARGEST_SIDE:
-            return None
-        axes = tuple(a for a in found if a is not None)
-        return cls(axes, x.static(1)[0], out.static(1)[0]) if len(axes) == len(found) else None
+    @staticmethod
+    def suits(layer: f.Layer) -> bool:
+        """Whether it can compute the layer well."""
+        if layer.groups > 1 or set(layer.dilation) != {1} or max(*layer.sizes, *layer.results) > LARGEST_SIDE:
+            return False
+        return all(found is not None for found in _axes(layer))
 
     def convolve(self, b: Lowering, x: str, weight: str) -> str:
-        """``[*spatial, N, C]`` -> ``[*outputs, N, O]``."""
-        product = b.op("MatMul", self._values(b, x), _flipped(b, self._points(b, weight), len(self.axes)))
-        return self._outward(b, product, [a.back for a in self.axes], self.outputs)
+        """See `Formulation`."""
+        product = b.op("MatMul", self._values(b, x), _flipped(b, self._points(b, weight), len(self._axes)))
+        return self._outward(b, product, [a.back for a in self._axes], self.layer.outputs)
 
     def toward_input(self, b: Lowering, grad: str, weight: str) -> str:
-        """The gradient ``[*outputs, N, O]`` -> ``[*spatial, N, C]``."""
+        """See `Formulation`."""
         product = b.op("MatMul", self._differences(b, grad), self._points(b, weight))
-        return self._outward(b, product, [a.into.T for a in self.axes], self.inputs)
+        return self._outward(b, product, [a.into.T for a in self._axes], self.layer.inputs)
 
     def toward_weight(self, b: Lowering, grad: str, x: str) -> str:
-        """The gradient of the weights, ``[O, C, *kernel]``."""
-        flipped = _flipped(b, self._differences(b, grad), len(self.axes))
+        """See `Formulation`."""
+        flipped = _flipped(b, self._differences(b, grad), len(self._axes))
         product = b.op("MatMul", flipped, self._values(b, x))
         # The last axis's tiles are rows of the product; the others' are summed here.
-        tiled = [2 * i + 1 for i, a in enumerate(self.axes[:-1]) if a.tiles > 1]
+        tiled = [2 * i + 1 for i, a in enumerate(self._axes[:-1]) if a.tiles > 1]
         if tiled:
             product = b.reduce("ReduceSum", product, tiled, keep=True)
-        flat = b.op("Reshape", product, b.ints([self._count, self.outputs * self.inputs]))
-        columns = b.op("Gemm", flat, self._taps(b), transA=1)
-        return b.op("Reshape", columns, b.ints([self.outputs, self.inputs, *(a.taps.shape[1] for a in self.axes)]))
+        flat = b.op("Reshape", product, b.ints([self._count, self.layer.outputs * self.layer.inputs]))
+        return b.op("Reshape", b.op("Gemm", flat, self._taps(b), transA=1), b.ints(self.layer.weight_shape))
+
+    @property
+    def _axes(self) -> tuple[Axis, ...]:
+        return tuple(a for a in _axes(self.layer) if a is not None)
 
     @property
     def _count(self) -> int:
-        return math.prod(a.points for a in self.axes)
+        return math.prod(a.points for a in self._axes)
 
     def _taps(self, b: Lowering) -> str:
         """``[points, taps]`` of all axes together."""
         matrix = np.ones((1, 1))
-        for a in self.axes:
+        for a in self._axes:
             matrix = np.kron(matrix, a.taps)
         return b.constant(matrix.astype(np.float32))
 
     def _points(self, b: Lowering, weight: str) -> str:
         """The weights at the points: ``[p1, 1, p2, ..., O, C]``."""
-        flat = b.op("Reshape", weight, b.ints([self.outputs * self.inputs, -1]))
+        flat = b.op("Reshape", weight, b.ints([self.layer.outputs * self.layer.inputs, -1]))
         found = b.op("Gemm", self._taps(b), flat, transB=1)
-        shape = [n for a in self.axes for n in (a.points, 1)][:-1]
-        return b.op("Reshape", found, b.ints([*shape, self.outputs, self.inputs]))
+        shape = [n for a in self._axes for n in (a.points, 1)][:-1]
+        return b.op("Reshape", found, b.ints([*shape, self.layer.outputs, self.layer.inputs]))
 
     def _values(self, b: Lowering, x: str) -> str:
         """The input at the points: ``[p1, t1, p2, ..., t * N, C]``."""
-        return self._inward(b, x, [a.into for a in self.axes], self.inputs)
+        return self._inward(b, x, [a.into for a in self._axes], self.layer.inputs)
 
     def _differences(self, b: Lowering, grad: str) -> str:
         """The output's gradient at the points."""
-        return self._inward(b, grad, [a.back.T for a in self.axes], self.outputs)
+        return self._inward(b, grad, [a.back.T for a in self._axes], self.layer.outputs)
 
     def _inward(self, b: Lowering, x: str, matrices: Sequence[Matrix], channels: int) -> str:
-        transformed = self._transform(b, x, matrices, order=range(len(matrices))[::-1])
-        shape = [n for a in self.axes for n in (a.points, a.tiles)][:-1]
+        rows = f.to_spatial_major(b, x, len(matrices) + 2)
+        transformed = self._transform(b, rows, matrices, order=range(len(matrices))[::-1])
+        shape = [n for a in self._axes for n in (a.points, a.tiles)][:-1]
         return b.op("Reshape", transformed, b.ints([*shape, -1, channels]))
 
     def _outward(self, b: Lowering, product: str, matrices: Sequence[Matrix], channels: int) -> str:
         transformed = self._transform(b, product, matrices, order=range(len(matrices)))
-        return b.op("Reshape", transformed, b.ints([*(len(m) for m in matrices), -1, channels]))
+        shaped = b.op("Reshape", transformed, b.ints([*(len(m) for m in matrices), -1, channels]))
+        return f.from_spatial_major(b, shaped, len(matrices) + 2)
 
     def _transform(self, b: Lowering, x: str, matrices: Sequence[Matrix], order: Sequence[int]) -> str:
         # Largest last on the way in and first on the way out: what is written in between is small.
         sizes = [m.shape[1] for m in matrices]
         for i in order:
-            if not self.axes[i].plain:
+            if not self._axes[i].plain:
                 before = math.prod(sizes[:i])
                 matrix = b.constant(matrices[i].astype(np.float32))
                 if before == 1:
@@ -212,6 +210,11 @@ class Winograd:
                     x = b.op("MatMul", matrix, b.op("Reshape", x, b.ints([before, sizes[i], -1])))
             sizes[i] = len(matrices[i])
         return x
+
+
+def _axes(layer: f.Layer) -> tuple[Axis | None, ...]:
+    given = zip(layer.sizes, layer.results, layer.kernel, layer.stride, layer.padding, strict=True)
+    return tuple(axis(*one) for one in given)
 
 
 def _flipped(b: Lowering, name: str, axes: int) -> str:

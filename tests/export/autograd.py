@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from edge_client import runtime
 from edge_client.manifest import Feature
 from export.bundle import RULES
+from export.choice import Choices, has_depthwise
 from export.lower import Rule, dtype_name, lower
 from export.optimize import optimize
 from export.trace import trace
@@ -65,7 +66,8 @@ def assert_gradients(
 
     features = [Feature(n, tuple(t.shape[1:]), dtype_name(t.dtype)) for n, t in (given | moving).items()]
     static = fixed | {n: t for n, t in weights.items() if n not in moving}
-    graph = optimize(lower(trace(step, static, features, module or nn.Module()), rules))
+    traced = trace(step, static, features, module or nn.Module())
+    graph = optimize(lower(traced, rules, Choices(has_depthwise(traced))))
     model = graph.to_model("rule")
     session = runtime.session(model)
     names = [o.name for o in session.get_outputs()]
