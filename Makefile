@@ -6,16 +6,17 @@ BIN := $(VENV)/bin
 # Threads are fedge's to place; libraries that each start their own pool take the cores from one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint bench bench-round clean
+.PHONY: help demo test lint bench bench-round bench-training clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo         train the digits on 20 emulated phones; results in build/demo"
-	@echo "make test         run the tests"
-	@echo "make lint         ruff and mypy"
-	@echo "make bench-round  seconds per round beside a plain PyTorch loop; results in build/bench/round.json"
-	@echo "make bench        every benchmark"
-	@echo "make clean        remove build results and caches, keep $(VENV)"
+	@echo "make demo           train the digits on 20 emulated phones; results in build/demo"
+	@echo "make test           run the tests"
+	@echo "make lint           ruff and mypy"
+	@echo "make bench-round    seconds per round beside a plain PyTorch loop; results in build/bench/round.json"
+	@echo "make bench-training a training step, memory, start and size beside PyTorch's; results in build/bench/training.json"
+	@echo "make bench          every benchmark"
+	@echo "make clean          remove build results and caches, keep $(VENV)"
 
 demo: $(VENV)/.demo
 	$(BIN)/fedge demo -o build/demo
@@ -31,8 +32,11 @@ lint: $(VENV)/.dev
 bench-round: $(VENV)/.dev
 	$(BIN)/python tests/bench/round.py $(ARGS)
 
-bench: bench-round
-	$(BIN)/python tests/bench/steps.py
+# PEERS=1 measures ExecuTorch and onnxruntime-training too, each in an environment of its own.
+bench-training: $(VENV)/.dev
+	$(BIN)/python tests/bench/training.py $(ARGS)
+
+bench: bench-round bench-training
 	for run in fashion-mnist mnist-writers shakespeare; do $(BIN)/python tests/bench/real.py $$run || exit 1; done
 
 clean:

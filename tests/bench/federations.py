@@ -166,14 +166,18 @@ def toml(sections: Sections) -> str:
     )
 
 
-def command(arguments: list[str], log: Path, *, timeout: float = 600.0) -> str:
+def command(
+    arguments: list[str], log: Path, *, timeout: float = 600.0, variables: Mapping[str, str] | None = None
+) -> str:
     """Run a program in the log's folder, keep what it says in the log, and return its standard output.
+
+    ``variables`` are added to its environment.
 
     Raises:
         BenchError: it failed or took longer than ``timeout`` seconds.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(variables or {})
     # A session of its own: what it started ends with it, also when it is stuck.
     process = subprocess.Popen(
         arguments,

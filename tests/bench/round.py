@@ -10,13 +10,13 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from federations import BUILD, ROUNDS, RUNS, BenchError, command, data, export, machine, simulate, write_json
+from parts import Parts
 
 FOLDER = BUILD / "bench" / "round"
 PARTS = BUILD / "bench" / "round.parts.json"
@@ -25,23 +25,6 @@ RESULT = BUILD / "bench" / "round.json"
 WARMUP = 2
 SMALL_ROUNDS = ROUNDS or 30
 LOOP_FORMS = {"one process, two threads": (1, 2), "two processes, one thread": (2, 1)}
-
-
-class Parts:
-    """Measurements by name, each made once and kept on disk; another machine, version or plan begins anew."""
-
-    def __init__(self, key: dict[str, Any], *, fresh: bool) -> None:
-        self.key = json.loads(json.dumps(key))
-        kept = json.loads(PARTS.read_text()) if PARTS.exists() and not fresh else {}
-        self.done: dict[str, Any] = kept["done"] if kept.get("key") == self.key else {}
-
-    def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        if name not in self.done:
-            start = time.monotonic()
-            self.done[name] = measure()
-            write_json(PARTS, {"key": self.key, "done": self.done})
-            print(f"{name}: {self.done[name]['seconds_per_round']:.3f} s a round ({time.monotonic() - start:.0f} s)")
-        return self.done[name]
 
 
 def fedge(name: str, rounds: int) -> dict[str, Any]:
@@ -96,7 +79,8 @@ def loop(name: str, model: str, processes: int, threads: int, rounds: int) -> di
 def measure(pairs: int, rounds: int, *, fresh: bool) -> dict[str, Any]:
     """All measurements, and what follows from them."""
     here = machine()
-    parts = Parts({"machine": here, "pairs": pairs, "rounds": rounds}, fresh=fresh)
+    parts = Parts(PARTS, {"machine": here, "pairs": pairs, "rounds": rounds}, fresh=fresh)
+    timed = partial(parts.get, say=_seconds)
     for name in ("fashion-mnist", "logistic"):
         export(RUNS[name], FOLDER / f"{name}.model")
     contenders: list[tuple[str, Callable[[], dict[str, Any]]]] = [
@@ -107,13 +91,13 @@ def measure(pairs: int, rounds: int, *, fresh: bool) -> dict[str, Any]:
     small: list[dict[str, Any]] = []
     for pair in range(1, pairs + 1):
         order = contenders if pair % 2 else contenders[::-1]
-        measured.append({name: parts.get(f"pair {pair}: {name}", how) for name, how in order})
-        small.append(parts.get(f"pair {pair}: fedge, logistic", partial(fedge, "logistic", SMALL_ROUNDS)))
-    small_loop = parts.get("loop, logistic", partial(loop, "logistic", "logistic", 1, 1, SMALL_ROUNDS))
+        measured.append({name: timed(f"pair {pair}: {name}", how) for name, how in order})
+        small.append(timed(f"pair {pair}: fedge, logistic", partial(fedge, "logistic", SMALL_ROUNDS)))
+    small_loop = timed("loop, logistic", partial(loop, "logistic", "logistic", 1, 1, SMALL_ROUNDS))
     ours = [pair["fedge"]["seconds_per_round"] for pair in measured]
     theirs = [min(pair[form]["seconds_per_round"] for form in LOOP_FORMS) for pair in measured]
     seconds, baseline = statistics.median(ours), statistics.median(theirs)
-    PARTS.unlink(missing_ok=True)
+    parts.end()
     return {
         "seconds_per_round": seconds,
         "baseline_seconds_per_round": baseline,
@@ -126,6 +110,10 @@ def measure(pairs: int, rounds: int, *, fresh: bool) -> dict[str, Any]:
         "small": {"fedge": small, "loop": small_loop},
         "machine": here,
     }
+
+
+def _seconds(measured: dict[str, Any]) -> str:
+    return f"{measured['seconds_per_round']:.3f} s a round"
 
 
 def main() -> int:
