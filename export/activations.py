@@ -24,6 +24,9 @@ def _mask(b: Lowering, kind: str, x: str, bound: float) -> str:
 
 
 def _threshold_backward(b: Lowering, out: Value, grad: Value, result: Value, threshold: float) -> str:
+    if threshold == 0:
+        # One pass instead of a comparison and a cast: what is above zero comes out as one.
+        return b.op("Mul", grad.name, b.op("HardSigmoid", result.name, alpha=3e38, beta=0.0))
     return b.op("Mul", grad.name, _mask(b, "Greater", result.name, threshold))
 
 

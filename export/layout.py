@@ -3,6 +3,7 @@ them (activation, bias, normalization, addition, sums) works in any. A transpose
 meets its inverse, or what needs the order that it makes.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,15 +33,44 @@ def infer_shapes(graph: Graph) -> dict[str, Shape]:
     found: dict[str, Shape] = {name: value.shape for name, value in graph.constants.items()}
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         if value.type.tensor_type.HasField("shape"):
+            # Symbolic sizes meet in one operator only where they are equal, whatever names ONNX gives them.
             dims = value.type.tensor_type.shape.dim
-            # A size without a name equals no other.
-            found[value.name] = tuple(
-                d.dim_value if d.HasField("dim_value") else d.dim_param or f"{value.name}[{i}]"
-                for i, d in enumerate(dims)
-            )
-    for name, shape in graph.shapes.items():
-        found.setdefault(name, tuple(BATCH if size is None else size for size in shape))
+            found[value.name] = tuple(d.dim_value if d.HasField("dim_value") else BATCH for d in dims)
+    # What was traced is known better: ONNX loses the batch in a reshape.
+    found |= {name: tuple(BATCH if n is None else n for n in shape) for name, shape in graph.shapes.items()}
+    for node in reversed(graph.nodes):
+        if node.op == "Transpose" and node.outputs[0] in found:
+            shape = found[node.outputs[0]]
+            found[node.inputs[0]] = tuple(shape[i] for i in np.argsort(node.attributes["perm"]))
     return found
+
+
+def postpone_expands(graph: Graph) -> bool:
+    """What is the same for many elements is computed once, and never written out where an operator broadcasts it."""
+    producers, shapes = graph.producers(), infer_shapes(graph)
+    uses = graph.uses()
+    changed = False
+    for node in graph.nodes:
+        wide = [i for i, name in enumerate(node.inputs) if name in producers and producers[name].op == "Expand"]
+        if node.op not in _ELEMENTWISE or not wide:
+            continue
+        expand = producers[node.inputs[wide[0]]]
+        shape, others = shapes.get(node.inputs[wide[0]]), [n for i, n in enumerate(node.inputs) if i != wide[0]]
+        if shape is None or shapes.get(node.outputs[0]) != shape:
+            continue
+        if any(shapes.get(name) == shape and name not in (node.inputs[i] for i in wide) for name in others):
+            node.inputs[wide[0]] = expand.inputs[0]
+            changed = True
+        elif all(shapes.get(name) == () for name in others if name) and uses[node.inputs[wide[0]]] == 1:
+            # The two nodes change places, and names: what read the one reads the other.
+            small, result = expand.outputs[0], node.outputs[0]
+            node.inputs[wide[0]] = expand.inputs[0]
+            node.outputs, expand.inputs[0], expand.outputs = [small], small, [result]
+            at, place = graph.nodes.index(expand), graph.nodes.index(node)
+            graph.nodes[at], graph.nodes[place] = node, expand
+            graph.shapes.pop(small, None)
+            return True
+    return changed
 
 
 class _Pusher:
@@ -80,6 +110,8 @@ class _Pusher:
         found = self._inner.get(node.inputs[0])
         if node.op in _REDUCTIONS and found is not None:
             return self._push_reduction(node, *found)
+        if node.op == "BatchNormalization" and found is not None:
+            return self._push_normalization(node, *found)
         if node.op in ("Slice", "Pad", "Split", "Concat"):
             return self._push_along_axes(node)
         return False
@@ -95,6 +127,7 @@ class _Pusher:
         if perm == sorted(perm):
             return False
         renamed: dict[str, str] = {}
+        inner_name = next(self._inner[n][0] for n in given if n in self._inner and self._shapes.get(n) == shape)
         for name in given:
             found = self._inner.get(name)
             other = self._shapes.get(name)
@@ -103,20 +136,23 @@ class _Pusher:
             elif other is None or other == shape:
                 return False
             else:
-                renamed[name] = self._broadcast(name, other, perm)
+                renamed[name] = self._broadcast(name, other, perm, inner_name)
         inner = Node(node.op, [renamed.get(n, n) for n in node.inputs], [self._made.name()], dict(node.attributes))
         self._finish(node, inner, perm, [shape[i] for i in np.argsort(perm)])
         return True
 
-    def _broadcast(self, name: str, shape: Shape, perm: Sequence[int]) -> str:
-        """A value that is broadcast, with its axes as they are before the transpose."""
+    def _broadcast(self, name: str, shape: Shape, perm: Sequence[int], inner: str) -> str:
+        """A value that is broadcast over ``inner``, with its axes as they are before the transpose."""
         rank = len(perm)
         inverse = [int(i) for i in np.argsort(perm)]
         widened = (1,) * (rank - len(shape)) + shape
         if name in self._graph.constants:
             return self._made.constant(self._graph.constants[name].reshape(widened).transpose(inverse))
         if sum(size != 1 for size in widened) <= 1 and all(isinstance(size, int) for size in widened):
-            return self._made.op("Reshape", name, self._made.ints([int(widened[i]) for i in inverse]))
+            turned = [int(widened[i]) for i in inverse]
+            if turned[-1] > 1:
+                return self._tiled(self._made.op("Reshape", name, self._made.ints([turned[-1]])), inner)
+            return self._made.op("Reshape", name, self._made.ints(turned))
         if len(shape) < rank:
             name = self._made.op("Unsqueeze", name, self._made.ints(range(rank - len(shape))))
         return self._made.op("Transpose", name, perm=inverse)
@@ -128,6 +164,12 @@ class _Pusher:
             return False
         rank = len(perm)
         axes = [int(a) % rank for a in constant]
+        if node.op in ("ReduceSum", "ReduceMean") and sorted(perm[a] for a in axes) == list(range(rank - 1)):
+            total = self._over_channels(source, node.op)
+            if total is not None:
+                self._keep(Node("Reshape", [total, self._made.ints([int(size) for size in shape])], node.outputs))
+                self._moved = True
+                return True
         inner = Node(
             node.op, [source, self._made.ints(sorted(perm[a] for a in axes))], [self._made.name()], dict(node.attributes)
         )
@@ -138,6 +180,67 @@ class _Pusher:
         order = [sorted(kept).index(k) for k in kept]
         self._finish(node, inner, order, [shape[i] for i in np.argsort(order)])
         return True
+
+    def _push_normalization(self, node: Node, source: str, perm: list[int]) -> bool:
+        """`BatchNormalization` wants channels second, or there is a step for each of its passes."""
+        shape, training = self._shapes.get(source), node.attributes.get("training_mode", 0)
+        if shape is None or (training and node.attributes.get("momentum", 0.9) != 0) or perm == sorted(perm):
+            return False
+        if perm[1] == 0 and sum(not isinstance(size, int) for size in shape[1:]) <= 1:
+            flat = self._made.op("Reshape", source, self._made.ints([1, int(shape[0]), -1]))
+            wide = Node(node.op, [flat, *node.inputs[1:]], [self._made.name(), *node.outputs[1:]], dict(node.attributes))
+            self._keep(wide)
+            back = self._made.ints(size if isinstance(size, int) else -1 for size in shape)
+            self._finish(node, Node("Reshape", [wide.outputs[0], back], [self._made.name()]), perm, shape)
+            return True
+        if perm[1] != len(shape) - 1 or len(shape) < 3:
+            return False
+        _, scale, shift, mean, variance = node.inputs
+        if training:
+            found = self._over_channels(source, "ReduceMean")
+            if found is None:
+                return False
+            centred = self._made.op("Sub", source, self._tiled(found, source))
+            self._shapes[centred] = shape
+            spread = self._over_channels(self._made.op("Mul", centred, centred), "ReduceMean", like=centred)
+            assert spread is not None
+            for result, name in zip((found, spread), node.outputs[1:], strict=False):
+                self._keep(Node("Identity", [result], [name]))
+            variance = spread
+        else:
+            centred = source
+            if not self._is(mean, 0):
+                centred = self._made.op("Sub", source, self._tiled(mean, source))
+        epsilon = node.attributes.get("epsilon", 1e-5)
+        if training or epsilon or not self._is(variance, 1):
+            widened = self._made.op("Add", variance, self._made.scalar(epsilon, "float32"))
+            scale = self._made.op("Div", scale, self._made.op("Sqrt", widened))
+        if self._is(shift, 0):
+            last = Node("Mul", [centred, self._tiled(scale, source)], [self._made.name()])
+        else:
+            scaled = self._made.op("Mul", centred, self._tiled(scale, source))
+            last = Node("Add", [scaled, self._tiled(shift, source)], [self._made.name()])
+        self._finish(node, last, perm, shape)
+        return True
+
+    def _is(self, name: str, value: float) -> bool:
+        constant = self._graph.constants.get(name)
+        return constant is not None and bool((constant == value).all())
+
+    def _tiled(self, vector: str, inner: str) -> str:
+        """``[C]`` for every example, ``[N, C]``: broadcast in longer runs, which take a quarter to two thirds as long."""
+        return self._made.op("Expand", vector, self._made.op("Shape", inner, start=len(self._shapes[inner]) - 2))
+
+    def _over_channels(self, name: str, kind: str, like: str = "") -> str | None:
+        """``[*spatial, N, C]`` -> sum or mean ``[C]``: by a product with ones, which streams, then over the batch."""
+        shape = self._shapes.get(like or name)
+        if shape is None or any(not isinstance(size, int) for size in (*shape[:-2], shape[-1])):
+            return None
+        pixels = math.prod(int(size) for size in shape[:-2])
+        flat = self._made.op("Reshape", name, self._made.ints([pixels, -1]))
+        ones = self._made.constant(np.full((1, pixels), 1 if kind == "ReduceSum" else 1 / pixels, np.float32))
+        rows = self._made.op("Reshape", self._made.op("MatMul", ones, flat), self._made.ints([-1, int(shape[-1])]))
+        return self._made.op(kind, rows, self._made.ints([0]), keepdims=0)
 
     def _push_along_axes(self, node: Node) -> bool:
         """Operators whose axes are named: an attribute, or constants."""

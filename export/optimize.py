@@ -1,13 +1,17 @@
 """Graph passes: fewer passes over memory, fewer nodes."""
 
 from export.graph import Graph, Node
-from export.layout import push_transposes
+from export.layout import postpone_expands, push_transposes
 
 
 def optimize(graph: Graph) -> Graph:
     """Rewrite ``graph`` in place until nothing improves; the results stay the same up to rounding. Returns it."""
     graph.prune()
-    while merge_equal(graph) | fold_transposes(graph) | fuse_updates(graph) | bypass(graph) or push_transposes(graph):
+    while (
+        merge_equal(graph) | fold_transposes(graph) | fuse_updates(graph) | bypass(graph)
+        or postpone_expands(graph)
+        or push_transposes(graph)
+    ):
         graph.prune()
     name_outputs(graph)
     graph.prune()

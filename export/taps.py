@@ -14,7 +14,7 @@ import numpy as np
 from export import formulation as f
 from export.lower import Lowering
 
-MOST_ROWS = 160
+MOST_ROWS = 64
 """Taps times channels; with more, the rows are much larger than what they are made of."""
 
 
