@@ -23,7 +23,9 @@ def _forward(
     output_padding: Sequence[int],
     groups: int,
 ) -> str:
-    found = _formulation(b, out if transposed else x, x if transposed else out, weight, stride, padding, dilation, groups)
+    found = _formulation(
+        b, out if transposed else x, x if transposed else out, weight, stride, padding, dilation, groups
+    )
     if not b.differentiated and not any(o >= s for o, s in zip(output_padding, stride, strict=True)):
         # Without a backward pass weights are constant, which is what the runtime's own convolution wants.
         return convolution(b, out, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
@@ -81,7 +83,8 @@ def _formulation(
         dilation=tuple(dilation),
         groups=groups,
     )
-    return b.choose(layer)
+    found: Formulation = b.choose(layer)
+    return found
 
 
 CONVOLUTION: dict[str, Rule] = {"aten.convolution": _forward, "aten.convolution_backward": _backward}

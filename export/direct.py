@@ -1,8 +1,8 @@
 """Convolution by ONNX's own operators, with gradients to match: whatever no faster formulation suits.
 
-The input's gradient is a transposed convolution of the output's gradient with the same weights. The weights' gradient is
-a convolution of the input with the output's gradient as kernel, batch and channels exchanged; for grouped ones a matrix
-product for each tap of the kernel.
+The input's gradient is a transposed convolution of the output's gradient with the same weights. The weights' gradient
+is a convolution of the input with the output's gradient as kernel, batch and channels exchanged; for grouped ones a
+matrix product for each tap of the kernel.
 """
 
 import itertools

@@ -174,6 +174,11 @@ class Builder:
         self.graph.nodes.append(Node(kind, list(inputs), names, attributes))
         return names
 
+    def output(self, name: str, port: Port) -> None:
+        """Make a value an output of the graph, under the port's name."""
+        self.graph.nodes.append(Node("Identity", [name], [port.name]))
+        self.graph.outputs.append(port)
+
     def constant(self, value: Array) -> str:
         """The name of a constant tensor."""
         value = np.ascontiguousarray(value).reshape(value.shape)

@@ -14,9 +14,60 @@ from export.graph import BATCH, Builder, Graph, Node
 Shape = tuple[int | str, ...]
 
 _ELEMENTWISE = frozenset(
-    ["Abs", "Add", "And", "Cast", "Ceil", "Clip", "Cos", "Div", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "IsNaN", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Mean", "Min", "Mish", "Mul", "Neg", "Not", "Or", "Pow", "PRelu", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Tanh", "ThresholdedRelu", "Where", "Xor"]
+    [
+        "Abs",
+        "Add",
+        "And",
+        "Cast",
+        "Ceil",
+        "Clip",
+        "Cos",
+        "Div",
+        "Elu",
+        "Equal",
+        "Erf",
+        "Exp",
+        "Floor",
+        "Gelu",
+        "Greater",
+        "GreaterOrEqual",
+        "HardSigmoid",
+        "HardSwish",
+        "Identity",
+        "IsNaN",
+        "LeakyRelu",
+        "Less",
+        "LessOrEqual",
+        "Log",
+        "Max",
+        "Mean",
+        "Min",
+        "Mish",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Pow",
+        "PRelu",
+        "Reciprocal",
+        "Relu",
+        "Round",
+        "Selu",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Softplus",
+        "Softsign",
+        "Sqrt",
+        "Sub",
+        "Sum",
+        "Tanh",
+        "ThresholdedRelu",
+        "Where",
+        "Xor",
+    ]
 )
-_REDUCTIONS = frozenset(["ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"])
+_REDUCTIONS = frozenset(f"Reduce{kind}" for kind in ("L1", "L2", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare"))
 
 
 def push_transposes(graph: Graph) -> bool:
@@ -147,7 +198,8 @@ class _Pusher:
         inverse = [int(i) for i in np.argsort(perm)]
         widened = (1,) * (rank - len(shape)) + shape
         if name in self._graph.constants:
-            return self._made.constant(self._graph.constants[name].reshape(widened).transpose(inverse))
+            value = self._graph.constants[name]
+            return self._made.constant(value.reshape([int(n) for n in widened]).transpose(inverse))
         if sum(size != 1 for size in widened) <= 1 and all(isinstance(size, int) for size in widened):
             turned = [int(widened[i]) for i in inverse]
             if turned[-1] > 1:
@@ -171,7 +223,10 @@ class _Pusher:
                 self._moved = True
                 return True
         inner = Node(
-            node.op, [source, self._made.ints(sorted(perm[a] for a in axes))], [self._made.name()], dict(node.attributes)
+            node.op,
+            [source, self._made.ints(sorted(perm[a] for a in axes))],
+            [self._made.name()],
+            dict(node.attributes),
         )
         if node.attributes.get("keepdims", 1):
             self._finish(node, inner, perm, [shape[i] for i in np.argsort(perm)])
@@ -188,10 +243,10 @@ class _Pusher:
             return False
         if perm[1] == 0 and sum(not isinstance(size, int) for size in shape[1:]) <= 1:
             flat = self._made.op("Reshape", source, self._made.ints([1, int(shape[0]), -1]))
-            wide = Node(node.op, [flat, *node.inputs[1:]], [self._made.name(), *node.outputs[1:]], dict(node.attributes))
-            self._keep(wide)
+            name = self._made.name()
+            self._keep(Node(node.op, [flat, *node.inputs[1:]], [name, *node.outputs[1:]], dict(node.attributes)))
             back = self._made.ints(size if isinstance(size, int) else -1 for size in shape)
-            self._finish(node, Node("Reshape", [wide.outputs[0], back], [self._made.name()]), perm, shape)
+            self._finish(node, Node("Reshape", [name, back], [self._made.name()]), perm, shape)
             return True
         if perm[1] != len(shape) - 1 or len(shape) < 3:
             return False
@@ -228,7 +283,7 @@ class _Pusher:
         return constant is not None and bool((constant == value).all())
 
     def _tiled(self, vector: str, inner: str) -> str:
-        """``[C]`` for every example, ``[N, C]``: broadcast in longer runs, which take a quarter to two thirds as long."""
+        """``[C]`` for every example, ``[N, C]``: broadcast in longer runs, a quarter to two thirds of the time."""
         return self._made.op("Expand", vector, self._made.op("Shape", inner, start=len(self._shapes[inner]) - 2))
 
     def _over_channels(self, name: str, kind: str, like: str = "") -> str | None:

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from torch import fx
 
 from edge_client.errors import ExportError
-from export.graph import ELEMENT_TYPES, Array, Builder, Graph, Node, Port
+from export.graph import ELEMENT_TYPES, Array, Builder, Graph, Port
 from export.trace import MODULE, Traced
 
 Size = int | torch.SymInt
@@ -191,13 +191,8 @@ def lower(traced: Traced, rules: Mapping[str, Rule], choose: Choose) -> Graph:
                 graph.shapes[value.name] = _port(value).shape
     for name, node in zip(traced.outputs, outputs, strict=True):
         # Every output gets its own name, also where two are one value or an input goes straight through.
-        graph.nodes.append(_identity(values[node].name, name))
-        graph.outputs.append(_port(described(name, node.meta["val"])))
+        builder.output(values[node].name, _port(described(name, node.meta["val"])))
     return graph
-
-
-def _identity(source: str, target: str) -> Node:
-    return Node("Identity", [source], [target])
 
 
 def _lower_node(builder: Lowering, node: fx.Node, values: Mapping[fx.Node, Any], rules: Mapping[str, Rule]) -> Any:

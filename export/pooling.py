@@ -167,7 +167,6 @@ def _max_pool_by_slabs(b: Lowering, grad: Value, x: Value, kernel: Sequence[int]
     return from_spatial_major(b, whole, x.rank)
 
 
-
 def _adaptive_table(x: Value, sizes: Sequence[int]) -> npt.NDArray[np.int64]:
     """Where in a flat plane the windows look: ``[windows, positions]``, shorter ones with the last one repeated."""
     spatial = x.static(*range(x.rank - len(sizes), x.rank))

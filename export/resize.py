@@ -21,6 +21,7 @@ PLANAR = {"linear": "bilinear", "trilinear": "bilinear"}
 LONGEST = 8192
 """Largest size, before or after, along an axis; the matrix is written out while the export makes its sparse form."""
 
+
 def interpolation(
     before: int, after: int, mode: str, align_corners: bool | None, scale: float | None, antialias: bool
 ) -> AxisMap:

@@ -14,8 +14,9 @@ import numpy as np
 from export import formulation as f
 from export.lower import Lowering
 
+MOST_CHANNELS = 4
 MOST_ROWS = 64
-"""Taps times channels; with more, the rows are much larger than what they are made of."""
+"""Taps times channels, unless there are few channels: with more, rows are much larger than what they are made of."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Taps:
     @staticmethod
     def suits(layer: f.Layer) -> bool:
         """Whether it can compute the layer well."""
-        return layer.groups == 1 and layer.taps > 1 and layer.inputs * layer.taps <= MOST_ROWS
+        few = layer.inputs <= MOST_CHANNELS or layer.inputs * layer.taps <= MOST_ROWS
+        return layer.groups == 1 and layer.taps > 1 and few
 
     def convolve(self, b: Lowering, x: str, weight: str) -> str:
         """See `Formulation`."""

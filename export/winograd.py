@@ -166,9 +166,9 @@ class Winograd:
 
     def _taps(self, b: Lowering) -> str:
         """``[points, taps]`` of all axes together."""
-        matrix = np.ones((1, 1))
+        matrix: Matrix = np.ones((1, 1))
         for a in self._axes:
-            matrix = np.kron(matrix, a.taps)
+            matrix = np.kron(matrix, a.taps).astype(np.float64)
         return b.constant(matrix.astype(np.float32))
 
     def _points(self, b: Lowering, weight: str) -> str:
