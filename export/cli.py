@@ -13,7 +13,7 @@ from torch import nn
 from edge_client.errors import ExportError
 from export.bundle import export_bundle
 from export.losses import LOSSES
-from export.step import OPTIMIZERS
+from export.updates import UPDATES
 
 
 def load_module(factory: str) -> nn.Module:
@@ -85,7 +85,7 @@ def _shape(text: str) -> tuple[int, ...]:
     help="One for each --input; float32 unless given.",
 )
 @click.option("--loss", default="cross_entropy", show_default=True, help=f"One of {', '.join(sorted(LOSSES))}.")
-@click.option("--optimizer", default="sgd", show_default=True, help=f"One of {', '.join(OPTIMIZERS)}.")
+@click.option("--optimizer", default="sgd", show_default=True, help=f"One of {', '.join(UPDATES)}.")
 @click.option("--lr", default=0.05, show_default=True, help="Default learning rate.")
 @click.option("--momentum", default=0.9, show_default=True, help="Default momentum, with --optimizer momentum.")
 @click.option("--weight-decay", default=0.0, show_default=True, help="Default weight decay.")
