@@ -94,8 +94,8 @@ class Trainer:
         Raises:
             CodecError: ``received``, ``buffers`` or ``control`` is of another size or dtype.
             DataError: the source is empty, or a batch does not fit the bundle.
-            TrainingError: control variates for a bundle that takes none, an unknown or non-finite hyperparameter, or the
-                runtime failed. A diverged run is no error: its loss or weights are NaN or infinite, and the server
+            TrainingError: control variates for a bundle without them, an unknown or non-finite hyperparameter, or
+                the runtime failed. A diverged run is no error: its loss or weights are NaN or infinite, and the server
                 refuses them.
         """
         hypers = self._hypers(plan)
