@@ -73,15 +73,18 @@ def _is_bias(name: str) -> bool:
 
 
 def changing_buffers(module: nn.Module, inputs: Sequence[Feature]) -> frozenset[str]:
-    """Names of the saved buffers that a forward pass in training changes, found by making one on a batch of two.
+    """Names of the saved buffers that a forward pass in training changes, found by making one on a random batch of two.
 
     A module that refuses the batch changes nothing; tracing will say what is wrong.
     """
     saved = module.state_dict()
     given = {n: b.detach().clone() for n, b in module.named_buffers() if n in saved}
     state: dict[str, Tensor] = {n: p.detach() for n, p in module.named_parameters()} | given
-    versions = {n: b._version for n, b in given.items()}
-    batch = tuple(torch.zeros((2, *f.shape), dtype=getattr(torch, f.dtype)) for f in inputs)
+    generator = torch.Generator().manual_seed(0)
+    floats = {f.name: torch.randn((2, *f.shape), generator=generator) for f in inputs}
+    batch = tuple(
+        floats[f.name] if f.dtype == "float32" else torch.zeros((2, *f.shape), dtype=torch.int64) for f in inputs
+    )
     modes = {part: part.training for part in module.modules()}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -91,4 +94,6 @@ def changing_buffers(module: nn.Module, inputs: Sequence[Feature]) -> frozenset[
     finally:
         for part, training in modes.items():
             part.training = training
-    return frozenset(n for n, b in given.items() if state[n] is not b or b._version != versions[n])
+    # Values, because PyTorch does not count versions of running statistics.
+    before = dict(module.named_buffers())
+    return frozenset(n for n in given if not torch.equal(state[n], before[n]))

@@ -33,22 +33,26 @@ class Trained:
     slots: Tensors
 
 
-def train(problem: Problem, given: Given, steps: int) -> Trained:
-    """Make the steps on one batch; the module is in training mode and stays as it is."""
-    leaves = {n: t.clone().requires_grad_() for n, t in given.weights.items()}
-    state = leaves | {n: t.clone() for n, t in given.buffers.items()} | problem.frozen
+def train(problem: Problem, given: Given, steps: int, dtype: torch.dtype = torch.float32) -> Trained:
+    """Make the steps on one batch, in ``dtype``; the module is in training mode and stays as it is."""
+    weights, buffers, frozen, batch, anchors, controls = (
+        _in_dtype(tensors, dtype)
+        for tensors in (given.weights, given.buffers, problem.frozen, given.batch, given.anchors, given.controls)
+    )
+    leaves = {n: t.clone().requires_grad_() for n, t in weights.items()}
+    state = leaves | {n: t.clone() for n, t in buffers.items()} | frozen
     optimizer = make_optimizer(problem.optimizer.name, list(leaves.values()), given.hypers)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        outputs = problem.forward(state, given.batch)
-        loss = problem.loss.reference(*problem.arguments(outputs, given.batch))
+        outputs = problem.forward(state, batch)
+        loss = problem.loss.reference(*problem.arguments(outputs, batch))
         loss.backward()  # type: ignore[no-untyped-call]
         for name, leaf in leaves.items():
             if leaf.grad is not None and problem.proximal:
-                leaf.grad += given.hypers["mu"] * (leaf.detach() - given.anchors[name])
+                leaf.grad += given.hypers["mu"] * (leaf.detach() - anchors[name])
             if leaf.grad is not None and problem.control:
-                leaf.grad += given.controls[name]
+                leaf.grad += controls[name]
         if given.hypers.get(MAX_NORM, 0.0) > 0:
             torch.nn.utils.clip_grad_norm_(leaves.values(), given.hypers[MAX_NORM])
         optimizer.step()
@@ -62,6 +66,10 @@ def train(problem: Problem, given: Given, steps: int) -> Trained:
     return Trained(
         losses, {n: leaf.detach() for n, leaf in leaves.items()}, {n: state[n] for n in given.buffers}, slots
     )
+
+
+def _in_dtype(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
 
 
 def make_optimizer(name: str, leaves: list[Tensor], hypers: Mapping[str, float]) -> torch.optim.Optimizer:
