@@ -24,6 +24,7 @@ from export.backward import GRADIENTS
 from export.convolution import CONVOLUTION
 from export.graph import OPSET, Graph
 from export.large import speed_up_large
+from export.lora import Lora, add_adapters
 from export.losses import Loss, LossFunction, resolve_loss
 from export.lower import Rule, dtype_name, lower
 from export.normalization import NORMALIZATION
@@ -82,6 +83,7 @@ def export_bundle(
     freeze: Sequence[str] = (),
     train_only: TrainOnly | None = None,
     last: int | None = None,
+    lora: Lora | None = None,
     labels: Sequence[str] = (),
     scale: float = 1.0,
     rules: Mapping[str, Rule] = RULES,
@@ -108,6 +110,7 @@ def export_bundle(
         freeze: patterns of the names of parameters that stay fixed, such as ``features.*``.
         train_only: ``bias`` trains biases only.
         last: trains only the last so many modules that have parameters.
+        lora: adds low-rank adapters to a copy of the module and trains those; not with the three above.
         labels: names of the classes.
         scale: what integer data given for a float32 input is multiplied by.
         rules: table from operator to ONNX; for adding operators.
@@ -120,7 +123,12 @@ def export_bundle(
     numbers = {"lr": lr, "momentum": momentum, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
     _check_numbers(numbers | {"scale": scale} | ({} if clip is None else {"clip": clip}))
     rule, hypers = choose_optimizer(optimizer, numbers, proximal=proximal, clip=clip)
-    chosen = choose_trainable(module, freeze=freeze, train_only=train_only, last=last)
+    if lora is None:
+        chosen = choose_trainable(module, freeze=freeze, train_only=train_only, last=last)
+    elif freeze or train_only is not None or last is not None:
+        raise ExportError("LoRA freezes everything but its adapters; leave out freeze, train_only and last")
+    else:
+        module, chosen = add_adapters(module, lora)
     features = tuple(_feature(given, i, scale) for i, given in enumerate(inputs))
     resolved = resolve_loss(loss)
     wanted, outputs = _ports(module, features, targets, resolved, labels)
@@ -135,7 +143,7 @@ def export_bundle(
         for key, part in module.named_modules():
             part.training = was[key]
     parity = verify(problem, graphs)
-    load_ms = {kind: round(_load_ms(graphs, kind, problem), 2) for kind in ("train", "eval", "infer")}
+    load_ms = {kind: round(_load_ms(graphs, kind, problem.state), 2) for kind in ("train", "eval", "infer")}
     members = {
         "train.onnx": graphs.train,
         "eval.onnx": graphs.eval,
@@ -225,8 +233,8 @@ def _fix(graph: Graph, tensors: Mapping[str, Tensor]) -> None:
     graph.drop_unused((STEP, SEED))
 
 
-def _load_ms(graphs: Graphs, kind: str, problem: Problem) -> float:
-    constants = graphs.values(kind, problem)
+def _load_ms(graphs: Graphs, kind: str, state: Mapping[str, Tensor]) -> float:
+    constants = graphs.values(kind, dict(state))
     started = time.perf_counter()
     runtime.session(getattr(graphs, kind), constants=constants)
     return (time.perf_counter() - started) * 1e3

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edge_client import runtime
 from edge_client.errors import ExportError
 from edge_client.manifest import Feature, Parity
 from export import reference
 from export.step import SEED, Problem
-from export.updates import MAX_NORM, STEP
+from export.updates import MAX_NORM, STEP, Tensors
 
 TOLERANCE = 1e-4
 BATCHES = (1, 7, 32)
@@ -49,9 +49,8 @@ class Graphs:
     infer: bytes
     constants: Mapping[str, tuple[str, ...]]
 
-    def values(self, kind: str, problem: Problem) -> Arrays:
-        """What the graph ``kind`` is given when loaded."""
-        state = problem.state
+    def values(self, kind: str, state: Tensors) -> Arrays:
+        """What the graph ``kind`` is given when loaded, of the model ``state``."""
         tensors = {name: state[name.removeprefix("param.")].contiguous().numpy() for name in self.constants[kind]}
         return {name: np.require(value, value.dtype, ["C", "A"]) for name, value in tensors.items()}
 
@@ -72,9 +71,9 @@ def verify(problem: Problem, graphs: Graphs, *, seed: int = 0) -> Parity:
     Raises:
         ExportError: they disagree by more than `TOLERANCE`; the message names the tensor and the case.
     """
-    train, evaluate, infer = (
-        _runner(getattr(graphs, kind), graphs.values(kind, problem)) for kind in ("train", "eval", "infer")
-    )
+    moved = _moved(problem)
+    train = _runner(graphs.train, graphs.values("train", problem.state))
+    evaluate, infer = (_runner(getattr(graphs, kind), graphs.values(kind, moved)) for kind in ("eval", "infer"))
     generator = np.random.default_rng(seed)
     worst, cases = _Worst(), 0
     limit = _largest_index(problem.module)
@@ -91,7 +90,7 @@ def verify(problem: Problem, graphs: Graphs, *, seed: int = 0) -> Parity:
                     _compare_training(_found(problem, train, given, wanted), wanted, given, case, found)
                     if found.error > TOLERANCE and kind in UNIFORM and _undefined(problem, given, wanted):
                         found = _Worst()
-                _compare_evaluation(problem, evaluate, infer, data, case, found)
+                _compare_evaluation(problem, moved, evaluate, infer, data, case, found)
                 if found.error <= TOLERANCE:
                     break
             worst.see(found.error, found.what)
@@ -180,6 +179,18 @@ def _classes(problem: Problem, target: Feature) -> int:
     return shape[-1] if len(shape) == len(target.shape) + 1 else 2
 
 
+def _moved(problem: Problem) -> Tensors:
+    """A model as training may leave it: what begins with zeros (adapters, running means) has other values."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(tensor: Tensor) -> Tensor:
+        return torch.rand(tensor.shape, generator=generator) * 0.05
+
+    weights = {n: t + noise(t) if not t.any() else t for n, t in problem.trainable.items()}
+    buffers = {n: t + noise(t) if t.is_floating_point() else t for n, t in problem.buffers.items()}
+    return weights | buffers | problem.frozen
+
+
 def _wanted(problem: Problem, given: reference.Given) -> reference.Trained | None:
     """PyTorch's result; None where it does not train on the batch: normalisation refuses a single value."""
     problem.module.train()
@@ -217,8 +228,8 @@ def _found(problem: Problem, train: Run, given: reference.Given, wanted: referen
 def _compare_training(
     found: reference.Trained, wanted: reference.Trained, given: reference.Given, case: str, worst: _Worst
 ) -> None:
-    for step, (got, want) in enumerate(zip(found.losses, wanted.losses, strict=True), 1):
-        worst.see(_relative(got.numpy(), want.numpy(), float(wanted.losses[0])), f"loss ({case}, step {step})")
+    for step, (loss, expected) in enumerate(zip(found.losses, wanted.losses, strict=True), 1):
+        worst.see(_relative(loss.numpy(), expected.numpy(), float(wanted.losses[0])), f"loss ({case}, step {step})")
     after = found.weights | found.buffers
     for name, start in (given.weights | given.buffers).items():
         got, want = after[name].numpy(), (wanted.weights | wanted.buffers)[name].numpy()
@@ -245,11 +256,13 @@ def _undefined(problem: Problem, given: reference.Given, wanted: reference.Train
     return not found.error <= TOLERANCE
 
 
-def _compare_evaluation(problem: Problem, evaluate: Run, infer: Run, data: Arrays, case: str, worst: _Worst) -> None:
+def _compare_evaluation(
+    problem: Problem, state: Tensors, evaluate: Run, infer: Run, data: Arrays, case: str, worst: _Worst
+) -> None:
     problem.module.eval()
     with torch.no_grad():
         batch = {n: torch.from_numpy(a) for n, a in data.items()}
-        outputs = problem.forward(problem.state, batch)
+        outputs = problem.forward(dict(state), batch)
         given, count = problem.arguments(outputs, batch), problem.rows(batch, outputs)
         sums = {"loss": problem.loss.reference(*given) * count, "count": count} | problem.loss.metrics(*given)
     for name, got in infer(data).items():

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from edge_client.bundle import Bundle
 from edge_client.data import ArraySource
 from edge_client.errors import ExportError
-from edge_client.trainer import Trainer
+from edge_client.manifest import Feature
+from edge_client.trainer import Trainer, _epoch_seed
 from edge_client.wire.messages import TrainPlan
 from export.bundle import export_bundle
 from export.partial import changing_buffers
@@ -23,8 +24,8 @@ IMAGES = [((2, 6, 6), "float32")]
 def batch_norm_cnn() -> nn.Module:
     torch.manual_seed(2)
     return nn.Sequential(
-        nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4, momentum=0.3),
-        nn.ReLU(), nn.Flatten(), nn.Linear(16, 3),
+        nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3),
+        nn.BatchNorm2d(4, momentum=0.3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3),
     )  # fmt: skip
 
 
@@ -63,8 +64,6 @@ def test_changes_are_found_without_leaving_any() -> None:
     module = batch_norm_cnn().eval()
     before = {n: b.clone() for n, b in module.named_buffers()}
     state = torch.get_rng_state()
-    from edge_client.manifest import Feature
-
     found = changing_buffers(module, [Feature("x", (2, 6, 6), "float32")])
     assert found == set(before)
     assert all(torch.equal(b, before[n]) for n, b in module.named_buffers())
@@ -88,8 +87,6 @@ def test_a_batch_norm_network_trains_and_evaluates_as_in_pytorch(optimizer: str,
     module = batch_norm_cnn()
     make = torch.optim.SGD if optimizer == "sgd" else torch.optim.Adam
     moving = make(module.parameters(), lr=0.01, **({"eps": 1e-3} if optimizer == "adam" else {}))
-    from edge_client.trainer import _epoch_seed
-
     for epoch in range(2):
         for batch in ArraySource(data).batches(10, seed=_epoch_seed(4, epoch)):
             moving.zero_grad()
