@@ -127,15 +127,12 @@ def named_tensors(bundle: Bundle, vector: Vector, buffers: Vector | None = None)
 
 
 def with_weights(graph: bytes, tensors: Mapping[str, Array]) -> onnx.ModelProto:
-    """The graph with its ``param.<name>`` inputs turned into constants, for runtimes that know nothing of fedge."""
+    """The graph with the values of its constants inside, for runtimes that know nothing of fedge."""
     model = onnx.load_from_string(graph)
-    kept = [value for value in model.graph.input if not value.name.startswith("param.")]
-    names = [value.name for value in model.graph.input if value.name.startswith("param.")]
-    del model.graph.input[:]
-    model.graph.input.extend(kept)
-    model.graph.initializer.extend(
-        numpy_helper.from_array(tensors[name.removeprefix("param.")], name) for name in names
-    )
+    for constant in model.graph.initializer:
+        if constant.data_location == onnx.TensorProto.EXTERNAL:
+            value = tensors[constant.name.removeprefix("param.")]
+            constant.CopyFrom(numpy_helper.from_array(value, constant.name))
     return model
 
 

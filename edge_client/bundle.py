@@ -190,6 +190,12 @@ def _check(manifest: Manifest) -> None:
     """What the types of the manifest cannot say."""
     if set(manifest.files) != {TRAIN, EVAL, INFER, WEIGHTS}:
         raise BundleError(f"{MANIFEST} gives hashes of {sorted(manifest.files)}, not of the four others; {_AGAIN}")
+    if set(manifest.constants) != {TRAIN, EVAL, INFER}:
+        raise BundleError(f"{MANIFEST} gives constants of {sorted(manifest.constants)}, not of the graphs; {_AGAIN}")
+    known = {parameter.name for parameter in manifest.parameters}
+    for graph, constants in manifest.constants.items():
+        if unknown := sorted(set(constants) - known):
+            raise BundleError(f"{MANIFEST} names {unknown[0]!r}, a constant of {graph}, as no parameter; {_AGAIN}")
     for what, names in {
         "parameter": [p.name for p in manifest.parameters],
         "hyper": [h.name for h in manifest.hypers],

@@ -6,11 +6,16 @@ A bundle (``*.fedge``) is a zip, stored without compression, that holds ``manife
 Graph inputs and outputs follow one naming scheme:
 
 =====================  ==================================================================================
-``param.<tensor>``     parameter or buffer, input of all three graphs
+``param.<tensor>``     parameter or buffer. Those that a step changes are inputs of ``train.onnx``. All others, and
+                       in the other two graphs all that they use, are constants whose values are handed over when
+                       the graph is loaded, or stored in it where ``constants`` does not name them
 ``next.<tensor>``      its value after the step, output of ``train.onnx``
 ``slot.<slot>.<t>``    optimizer state (say ``slot.momentum.fc.weight``), float32 of the tensor's shape, input
 ``next.<slot>.<t>``    its value after the step, output of ``train.onnx``
 ``anchor.<tensor>``    the model as received, where the proximal term was exported for; input of ``train.onnx``
+``control.<tensor>``   c - c_i of SCAFFOLD, where control variates were exported for; input of ``train.onnx``
+``step``               int64 scalar, 1, 2, 3, ... within a task; input of ``train.onnx`` where the graph uses it
+``seed``               int64 scalar of a task, from 0 to 2^31 - 1; input of ``train.onnx`` where the graph uses it
 ``hyper.<name>``       a float32 scalar (shape ``[]``), input of ``train.onnx``
 ``<input name>``       the batch, as the manifest's ``inputs`` and ``targets`` name it; first dimension symbolic
 ``loss``               mean loss of the batch, float32 scalar, output of ``train.onnx``
@@ -27,7 +32,7 @@ from msgspec import Meta
 
 from edge_client.codec.layout import Layout, TensorSpec
 
-FORMAT = 1
+FORMAT = 2
 
 Role = Literal["trainable", "frozen", "personal", "buffer"]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -78,6 +83,14 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     onnxruntime: str
 
 
+class Made(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the export took, and what the bundle takes to load, on the machine that made it."""
+
+    seconds: float
+    load_ms: dict[str, float]
+    """Milliseconds to make a session of each graph."""
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a bundle holds and how its graphs are fed."""
 
@@ -94,10 +107,15 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hypers: tuple[Hyper, ...]
     proximal: bool
     """Whether train.onnx takes ``anchor.*`` inputs and ``hyper.mu``."""
+    control: bool
+    """Whether train.onnx takes ``control.*`` inputs."""
+    constants: dict[str, tuple[str, ...]]
+    """For each graph, the parameters whose values are handed over when it is loaded."""
     opset: int
     least_runtime: str
     files: dict[str, Digest]
     parity: Parity | None = None
+    made: Made | None = None
 
     def layout(self, *roles: Role) -> Layout:
         """The layout of all parameters of the given roles, in the manifest's order; by default trainable ones."""

@@ -16,15 +16,16 @@ VERSION: str = ort.__version__
 
 
 def session(
-    model: bytes, *, threads: int = 1, initializers: Mapping[str, npt.NDArray[np.generic]] | None = None
+    model: bytes, *, threads: int = 1, constants: Mapping[str, npt.NDArray[np.generic]] | None = None
 ) -> ort.InferenceSession:
-    """A CPU session for the graph ``model`` (a serialized ONNX model that holds all its constants).
+    """A CPU session for the graph ``model`` (a serialized ONNX model).
 
     Args:
         model: the graph; tensors stored in files beside it are refused, whatever the working directory holds.
         threads: threads inside one operator, at least 1; operators run one after the other.
-        initializers: values that replace constants of the graph, by name; those that the graph does not have are
-            ignored. The arrays' memory is shared, not copied, for as long as the session lives.
+        constants: the values of all constants that the graph declares without them (as external data), by name, of
+            their shapes and dtypes. Their memory (C-contiguous) is shared, not copied, for as long as the session
+            lives; what the runtime makes of constants when it loads them does not follow later changes.
 
     Raises:
         BundleError: the graph is damaged, or this onnxruntime cannot run it.
@@ -41,18 +42,23 @@ def session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # A graph that names external data would read files of the device, and training would send what it read.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-    values = [shared(array) for array in (initializers or {}).values()]
-    for name, value in zip(initializers or {}, values, strict=True):
-        options.add_initializer(name, value)
+    values = {name: shared(array) for name, array in (constants or {}).items()}
+    if values:
+        options.add_external_initializers(list(values), list(values.values()))
     try:
         made = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
+        if os.devnull in str(error) or "external data path" in str(error).lower():
+            raise BundleError(
+                f"the graph has data in a file or in memory where it must have none ({_line(error)}); "
+                "export the bundle again"
+            ) from error
         raise BundleError(
             f"onnxruntime {VERSION} cannot load the graph ({_line(error)}); "
             "update onnxruntime, or export the bundle again"
         ) from error
     # onnxruntime borrows the values without counting a reference: they must live as long as the session.
-    made.fedge_initializers = values
+    made.fedge_constants = values
     return made
 
 

@@ -41,7 +41,8 @@ class TrainResult:
 class Trainer:
     """Trains and evaluates one bundle. One thread at a time may use it; trainers in different threads run in parallel.
 
-    Sessions are made when first needed. ``threads`` is the number of threads inside one operator.
+    The session that trains is made when first needed, one that evaluates for each model. ``threads`` is the number of
+    threads inside one operator.
 
     Raises:
         BundleError: the bundle asks for a newer onnxruntime, or its graphs do not fit its manifest (on first use).
@@ -61,21 +62,11 @@ class Trainer:
             )
         self.bundle = bundle
         self._threads = threads
-        # In the file they may lie at odd addresses, where operators are slow or refuse.
-        self._frozen = {
-            f"param.{p.name}": np.require(bundle.weights[p.name], p.dtype, ["C", "A"])
-            for p in manifest.parameters
-            if p.role == "frozen"
-        }
         self._feeds: dict[int, Feed] = {}
 
     @cached_property
     def _step(self) -> Step:
-        return Step(self.bundle, self._frozen, self._threads)
-
-    @cached_property
-    def _evaluation(self) -> Evaluation:
-        return Evaluation(self.bundle, self._frozen, self._threads)
+        return Step(self.bundle, self._threads)
 
     def train(
         self,
@@ -86,6 +77,7 @@ class Trainer:
         seed: int,
         stop: Callable[[], bool] | None = None,
         buffers: Vector | None = None,
+        control: Vector | None = None,
     ) -> TrainResult:
         """Train a copy of ``received`` as ``plan`` says; the optimizer's state starts at zero.
 
@@ -93,21 +85,26 @@ class Trainer:
             received: ``[layout.size] float32``, never written to; the anchor, where the bundle has a proximal term.
             source: the data; epoch ``e`` is shuffled by ``seed`` and ``e``, so equal seeds see equal batches.
             plan: epochs or steps, batch size, hyperparameters.
-            seed: at least 0.
+            seed: at least 0; it also seeds what is random in the graph, such as dropout.
             stop: asked before each step; True ends the run there.
             buffers: the buffers as received, flat float32; the bundle's own when not given.
+            control: ``[layout.size] float32``, added to every gradient where the bundle has control variates (c - c_i
+                of SCAFFOLD); zeros when not given.
 
         Raises:
-            CodecError: ``received`` or ``buffers`` is of another size or dtype.
+            CodecError: ``received``, ``buffers`` or ``control`` is of another size or dtype.
             DataError: the source is empty, or a batch does not fit the bundle.
-            TrainingError: an unknown or non-finite hyperparameter, or the runtime failed. A diverged run is no error:
-                its loss or weights are NaN or infinite, and the server refuses them.
+            TrainingError: control variates for a bundle without them, an unknown or non-finite hyperparameter, or
+                the runtime failed. A diverged run is no error: its loss or weights are NaN or infinite, and the server
+                refuses them.
         """
         hypers = self._hypers(plan)
         if source.samples < 1:
             raise DataError("the data source is empty; training needs at least one sample")
+        if control is not None:
+            self._check_control(control)
         step, feed = self._step, self._feed(plan.batch_size)
-        step.begin(received, self._buffers(buffers), hypers)
+        step.begin(received, self._buffers(buffers), hypers, control=control, seed=_graph_seed(seed))
         started = time.perf_counter()
         steps, seen, finished = 0, 0, False
         sums = dict.fromkeys(("loss", *step.metrics), 0.0)
@@ -158,8 +155,8 @@ class Trainer:
             DataError: a batch does not fit the bundle.
             TrainingError: the runtime failed.
         """
-        evaluation, feed = self._evaluation, self._feed(batch_size)
-        evaluation.begin(vector, self._buffers(buffers))
+        evaluation = Evaluation(self.bundle, vector, self._buffers(buffers), self._threads)
+        feed = self._feed(batch_size)
         sums = dict.fromkeys(evaluation.sums, 0.0)
         for batch in source.batches(batch_size, seed=None):
             evaluation.run(feed, feed.take(batch))
@@ -179,6 +176,13 @@ class Trainer:
                 raise TrainingError(f"hyperparameter {name!r} is {value}; expected a finite number")
         return known | plan.hypers
 
+    def _check_control(self, control: Vector) -> None:
+        if not self.bundle.manifest.control:
+            raise TrainingError(
+                f"bundle {self.bundle.manifest.name!r} takes no control variates; export it with --control"
+            )
+        self.bundle.layout.check(control)
+
     def _buffers(self, buffers: Vector | None) -> Vector:
         if buffers is None:
             return self.bundle.initial_buffers()
@@ -197,3 +201,8 @@ class Trainer:
 
 def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
+
+
+def _graph_seed(seed: int) -> int:
+    """31 bits: what a counter hash in the graph takes, in any integer it may work with."""
+    return int(np.random.SeedSequence((seed,)).generate_state(1, np.uint32)[0] >> 1)

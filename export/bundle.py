@@ -15,25 +15,29 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor, nn
 
+from edge_client import runtime
 from edge_client.errors import ExportError
-from edge_client.manifest import FORMAT, Feature, Manifest, Parameter, Parity
+from edge_client.manifest import FORMAT, Feature, Made, Manifest, Parameter, Parity, Role
 from export.activations import ACTIVATIONS
 from export.average import AVERAGE
 from export.backward import GRADIENTS
 from export.choice import Choices, has_depthwise
 from export.convolution import CONVOLUTION
-from export.graph import OPSET
+from export.graph import OPSET, Graph
 from export.large import speed_up_large
+from export.lora import Lora, add_adapters
 from export.losses import Loss, LossFunction, resolve_loss
 from export.lower import Rule, dtype_name, lower
 from export.normalization import NORMALIZATION
 from export.operators import OPERATORS
 from export.optimize import optimize
 from export.padding import PADDING
+from export.partial import TrainOnly, changing_buffers, choose_trainable
 from export.pooling import POOLING
 from export.resize import RESIZE
-from export.step import Problem, choose_optimizer, eval_step, train_step
+from export.step import SEED, Problem, eval_step, train_step
 from export.trace import trace
+from export.updates import STEP, choose_optimizer
 from export.verify import Graphs, verify
 
 RULES: Mapping[str, Rule] = (
@@ -44,12 +48,13 @@ LEAST_RUNTIME = "1.24"
 
 @dataclass(frozen=True)
 class Report:
-    """What an export made: the manifest, where it is, bytes of each member, seconds it took."""
+    """What an export made: the manifest, where it is, bytes of each member, seconds it took, and to load the graphs."""
 
     manifest: Manifest
     path: Path
     sizes: dict[str, int]
     seconds: float
+    load_ms: dict[str, float]
 
     @property
     def parity(self) -> Parity:
@@ -69,8 +74,17 @@ def export_bundle(
     optimizer: str = "sgd",
     lr: float = 0.05,
     momentum: float = 0.9,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
     weight_decay: float = 0.0,
+    clip: float | None = None,
     proximal: bool = False,
+    control: bool = False,
+    freeze: Sequence[str] = (),
+    train_only: TrainOnly | None = None,
+    last: int | None = None,
+    lora: Lora | None = None,
     labels: Sequence[str] = (),
     scale: float = 1.0,
     rules: Mapping[str, Rule] = RULES,
@@ -79,16 +93,25 @@ def export_bundle(
 
     Args:
         module: takes one tensor for each input (first dimension the batch) and returns one tensor, or, for a callable
-            loss, several. Parameters with ``requires_grad=False`` and buffers stay fixed.
+            loss, several. Parameters with ``requires_grad=False`` stay fixed, and so do buffers, except for those that
+            its forward pass changes in training, such as running statistics.
         path: the file to write; it appears complete or not at all.
         name: the model's name.
         inputs: features, or ``(shape without batch, "float32" | "int64")``; unnamed ones are called ``x``, ``x1``, ...
         targets: given for a callable loss; the named losses derive theirs, called ``y``, from the outputs.
         loss: ``cross_entropy`` (logits ``[N, ..., C]``, targets ``[N, ...] int64``), ``bce_with_logits`` or ``mse``
             (targets of the outputs' shape), or a callable ``(outputs, *targets) -> scalar mean``.
-        optimizer: ``sgd`` or ``momentum``, as `torch.optim.SGD`.
-        lr: default learning rate, as are ``momentum`` and ``weight_decay``; all of them are scalar inputs of the graph.
+        optimizer: ``sgd``, ``momentum`` or ``nesterov``, as `torch.optim.SGD`; ``adam`` or ``adamw``.
+        lr: default learning rate; ``momentum``, ``beta1``, ``beta2``, ``eps`` and ``weight_decay`` are defaults too,
+            and all of them are scalar inputs of the graph.
+        clip: default of the largest global norm of the gradient, ``hyper.max_norm``; 0 is off. None leaves clipping out
+            of the graph, which saves a pass over all gradients.
         proximal: whether to take the proximal term of FedProx (Li et al. 2020, arXiv 1812.06127), with ``hyper.mu``.
+        control: whether to take control variates of SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378).
+        freeze: patterns of the names of parameters that stay fixed, such as ``features.*``.
+        train_only: ``bias`` trains biases only.
+        last: trains only the last so many modules that have parameters.
+        lora: adds low-rank adapters to a copy of the module and trains those; not with the three above.
         labels: names of the classes.
         scale: what integer data given for a float32 input is multiplied by.
         rules: table from operator to ONNX; for adding operators.
@@ -98,8 +121,22 @@ def export_bundle(
     """
     started = time.perf_counter()
     target = Path(path)
-    problem = _problem(module, inputs, targets, resolve_loss(loss), optimizer, proximal, labels, scale,
-                       lr=lr, momentum=momentum, weight_decay=weight_decay)  # fmt: skip
+    numbers = {"lr": lr, "momentum": momentum, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    _check_numbers(numbers | {"scale": scale} | ({} if clip is None else {"clip": clip}))
+    rule, hypers = choose_optimizer(optimizer, numbers, proximal=proximal, clip=clip)
+    if lora is None:
+        chosen = choose_trainable(module, freeze=freeze, train_only=train_only, last=last)
+    elif freeze or train_only is not None or last is not None:
+        raise ExportError("LoRA freezes everything but its adapters; leave out freeze, train_only and last")
+    else:
+        module, chosen = add_adapters(module, lora)
+    features = tuple(_feature(given, i, scale) for i, given in enumerate(inputs))
+    resolved = resolve_loss(loss)
+    wanted, outputs = _ports(module, features, targets, resolved, labels)
+    problem = Problem(
+        module, features, wanted, outputs, resolved, rule, proximal, control, hypers,
+        chosen, changing_buffers(module, features)
+    )  # fmt: skip
     was = {key: part.training for key, part in module.named_modules()}
     try:
         graphs = _graphs(problem, rules)
@@ -107,12 +144,12 @@ def export_bundle(
         for key, part in module.named_modules():
             part.training = was[key]
     parity = verify(problem, graphs)
-    weights = problem.trainable | problem.frozen
+    load_ms = {kind: round(_load_ms(graphs, kind, problem.state), 2) for kind in ("train", "eval", "infer")}
     members = {
         "train.onnx": graphs.train,
         "eval.onnx": graphs.eval,
         "infer.onnx": graphs.infer,
-        "weights.safetensors": save({n: t.contiguous().numpy() for n, t in weights.items()}),
+        "weights.safetensors": save({n: t.contiguous().numpy() for n, t in problem.state.items()}),
     }
     manifest = Manifest(
         format=FORMAT,
@@ -126,14 +163,20 @@ def export_bundle(
         optimizer=problem.optimizer,
         hypers=problem.hypers,
         proximal=proximal,
+        control=control,
+        constants={
+            f"{kind}.onnx": tuple(name.removeprefix("param.") for name in graphs.constants[kind])
+            for kind in graphs.constants
+        },
         opset=OPSET,
         least_runtime=LEAST_RUNTIME,
         files={member: hashlib.sha256(data).hexdigest() for member, data in members.items()},
         parity=parity,
+        made=Made(round(time.perf_counter() - started, 2), load_ms),
     )
     _write(target, {"manifest.json": msgspec.json.format(msgspec.json.encode(manifest), indent=1)} | members)
     sizes = {member: len(data) for member, data in members.items()}
-    return Report(manifest, target, sizes, time.perf_counter() - started)
+    return Report(manifest, target, sizes, time.perf_counter() - started, load_ms)
 
 
 def _parameters(problem: Problem) -> tuple[Parameter, ...]:
@@ -141,14 +184,17 @@ def _parameters(problem: Problem) -> tuple[Parameter, ...]:
         return tuple(tensor.shape), dtype_name(tensor.dtype)
 
     listed = []
-    for name, tensor in problem.trainable.items():
-        shape, dtype = described(tensor)
-        if dtype != "float32":
-            raise ExportError(f"parameter {name!r} is {dtype}; only float32 can be trained: call module.float() first")
-        listed.append(Parameter(name, shape, "trainable"))
-    for name, tensor in problem.frozen.items():
-        shape, dtype = described(tensor)
-        listed.append(Parameter(name, shape, "frozen", dtype))
+    roles: tuple[tuple[Role, dict[str, Tensor]], ...] = (
+        ("trainable", problem.trainable), ("buffer", problem.buffers), ("frozen", problem.frozen)
+    )  # fmt: skip
+    for role, tensors in roles:
+        for name, tensor in tensors.items():
+            shape, dtype = described(tensor)
+            if role == "trainable" and dtype != "float32":
+                raise ExportError(
+                    f"parameter {name!r} is {dtype}; only float32 can be trained: call module.float() first"
+                )
+            listed.append(Parameter(name, shape, role, dtype))
     return tuple(listed)
 
 
@@ -158,8 +204,9 @@ def _graphs(problem: Problem, rules: Mapping[str, Rule]) -> Graphs:
     step, fixed = train_step(problem)
     stepped = trace(step, fixed, features, module.train())
     choices = Choices(has_depthwise(stepped))
-    training = optimize(lower(stepped, rules, choices))
-    speed_up_large(training)
+    training = lower(stepped, rules, choices)
+    _fix(training, problem.frozen)
+    speed_up_large(optimize(training))
     step, fixed = eval_step(problem)
     traced = trace(step, fixed, features, module.eval())
     evaluation, inference = lower(traced, rules, choices), lower(traced, rules, choices)
@@ -167,43 +214,49 @@ def _graphs(problem: Problem, rules: Mapping[str, Rule]) -> Graphs:
     inference.outputs = [port for port in inference.outputs if port.name in outputs]
     targets = {feature.name for feature in problem.targets}
     inference.inputs = [port for port in inference.inputs if port.name not in targets]
+    for graph in (evaluation, inference):
+        _fix(graph, problem.state)
+        optimize(graph)
+    made = {"train": training, "eval": evaluation, "infer": inference}
     return Graphs(
-        training.to_model("train"), optimize(evaluation).to_model("eval"), optimize(inference).to_model("infer")
+        **{kind: graph.to_model(kind) for kind, graph in made.items()},
+        constants={kind: tuple(port.name for port in graph.external) for kind, graph in made.items()},
     )
+
+
+def _fix(graph: Graph, tensors: Mapping[str, Tensor]) -> None:
+    """Make constants of the tensors.
+
+    Integers that never change may be shapes or axes, which the runtime must know before values are handed over.
+    """
+    integers = {f"param.{n}": t.numpy() for n, t in tensors.items() if t.dtype in (torch.int64, torch.int32)}
+    graph.prune()
+    graph.embed(integers)
+    graph.hand_over(f"param.{name}" for name in tensors)
+    graph.drop_unused((STEP, SEED))
+
+
+def _load_ms(graphs: Graphs, kind: str, state: Mapping[str, Tensor]) -> float:
+    constants = graphs.values(kind, dict(state))
+    started = time.perf_counter()
+    runtime.session(getattr(graphs, kind), constants=constants)
+    return (time.perf_counter() - started) * 1e3
 
 
 def _check_numbers(numbers: Mapping[str, float]) -> None:
     """Refuse what would train nothing or be no number, with the range."""
     for name, value in numbers.items():
-        low_allowed = name in ("momentum", "weight_decay")
-        if not math.isfinite(value) or value < 0 or (value == 0 and not low_allowed):
-            raise ExportError(
-                f"{name} is {value:g}; expected a finite number {'of at least' if low_allowed else 'above'} 0"
-            )
+        zero, below = name in ("momentum", "weight_decay", "clip", "beta1", "beta2"), name in ("beta1", "beta2")
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero) or (below and value >= 1):
+            wanted = "from 0 to below 1" if below else "of at least 0" if zero else "above 0"
+            raise ExportError(f"{name} is {value:g}; expected a finite number {wanted}")
 
 
-def _problem(
-    module: nn.Module,
-    inputs: Sequence[Feature | tuple[Sequence[int], str]],
-    targets: Sequence[Feature] | None,
-    loss: Loss,
-    optimizer: str,
-    proximal: bool,
-    labels: Sequence[str],
-    scale: float,
-    **hypers: float,
-) -> Problem:
-    _check_numbers({"scale": scale} | hypers)
-    features = tuple(_feature(given, i, scale) for i, given in enumerate(inputs))
-    if not any(p.requires_grad for p in module.parameters()):
-        raise ExportError(f"module {type(module).__name__} has no parameter with requires_grad=True; nothing to train")
-    for key, part in module.named_modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats:
-            raise ExportError(
-                f"module {key!r} is {type(part).__name__}, whose running statistics are not supported yet; "
-                "use GroupNorm or LayerNorm"
-            )
-    shapes = _output_shapes(module, features)
+def _ports(
+    module: nn.Module, inputs: tuple[Feature, ...], targets: Sequence[Feature] | None, loss: Loss, labels: Sequence[str]
+) -> tuple[tuple[Feature, ...], tuple[Feature, ...]]:
+    """Targets and outputs."""
+    shapes = _output_shapes(module, inputs)
     if loss.target_dtype is not None and len(shapes) != 1:
         raise ExportError(f"loss {loss.name!r} takes one output, the module returns {len(shapes)}; use a callable loss")
     classes = tuple(labels)
@@ -215,9 +268,11 @@ def _problem(
         if len(classes) != shapes[0][-1]:
             raise ExportError(f"{len(classes)} labels for {shapes[0][-1]} classes; give one for each")
         wanted = tuple(msgspec.structs.replace(feature, labels=classes) for feature in wanted)
+    for feature in (*inputs, *wanted):
+        if feature.name in (STEP, SEED, "loss"):
+            raise ExportError(f"an input is called {feature.name!r}, which the training graph needs; rename it")
     outputs = tuple(Feature(n, shape, "float32", labels=classes) for n, shape in zip(names, shapes, strict=True))
-    rule, settings = choose_optimizer(optimizer, proximal=proximal, **hypers)
-    return Problem(module, features, wanted, outputs, loss, rule, proximal, settings)
+    return wanted, outputs
 
 
 def _feature(given: Feature | tuple[Sequence[int], str], place: int, scale: float) -> Feature:

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import nn
 
 from edge_client.errors import ExportError
 from export.bundle import export_bundle
+from export.lora import Lora
 from export.losses import LOSSES
-from export.step import OPTIMIZERS
+from export.partial import TrainOnly
+from export.updates import UPDATES
 
 
 def load_module(factory: str) -> nn.Module:
@@ -72,6 +75,14 @@ def _shape(text: str) -> tuple[int, ...]:
     return sizes
 
 
+def _lora(rank: int | None, alpha: float | None, targets: Sequence[str], train: Sequence[str]) -> Lora | None:
+    if rank is None:
+        if alpha is not None or targets or train:
+            raise ExportError("--lora-alpha, --lora-target and --lora-train need --lora-rank, which asks for adapters")
+        return None
+    return Lora(rank, 2.0 * rank if alpha is None else alpha, tuple(targets) or ("*",), tuple(train))
+
+
 @click.command()
 @click.argument("factory")
 @click.option(
@@ -85,11 +96,31 @@ def _shape(text: str) -> tuple[int, ...]:
     help="One for each --input; float32 unless given.",
 )
 @click.option("--loss", default="cross_entropy", show_default=True, help=f"One of {', '.join(sorted(LOSSES))}.")
-@click.option("--optimizer", default="sgd", show_default=True, help=f"One of {', '.join(OPTIMIZERS)}.")
+@click.option("--optimizer", default="sgd", show_default=True, help=f"One of {', '.join(UPDATES)}.")
 @click.option("--lr", default=0.05, show_default=True, help="Default learning rate.")
-@click.option("--momentum", default=0.9, show_default=True, help="Default momentum, with --optimizer momentum.")
+@click.option("--momentum", default=0.9, show_default=True, help="Default momentum, with momentum and nesterov.")
+@click.option(
+    "--beta1", default=0.9, show_default=True, help="Default decay of the mean gradient, with adam and adamw."
+)
+@click.option(
+    "--beta2", default=0.999, show_default=True, help="Default decay of the mean square, with adam and adamw."
+)
+@click.option("--eps", default=1e-8, show_default=True, help="Default epsilon, with adam and adamw.")
 @click.option("--weight-decay", default=0.0, show_default=True, help="Default weight decay.")
+@click.option(
+    "--clip", type=float, default=None, help="Clip gradients; default of their largest global norm, 0 is off."
+)
 @click.option("--proximal", is_flag=True, help="Take the proximal term of FedProx as an input.")
+@click.option("--control", is_flag=True, help="Take the control variates of SCAFFOLD as inputs.")
+@click.option("--freeze", multiple=True, help="Pattern of parameters that stay fixed, as features.*; repeatable.")
+@click.option("--train-only", type=click.Choice(["bias"]), default=None, help="Train biases only.")
+@click.option("--last", type=int, default=None, help="Train only the last so many modules that have parameters.")
+@click.option("--lora-rank", type=int, default=None, help="Add low-rank adapters of this rank, and train only them.")
+@click.option("--lora-alpha", type=float, default=None, help="Weight of the adapters; twice the rank unless given.")
+@click.option(
+    "--lora-target", "lora_targets", multiple=True, help="Pattern of layers to adapt; every linear one unless given."
+)
+@click.option("--lora-train", multiple=True, help="Pattern of parameters that train beside the adapters.")
 @click.option("--scale", default=1.0, show_default=True, help="Integer data is multiplied by this on the device.")
 @click.option("--labels", default="", help="Class names, separated by commas.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the initial weights.")
@@ -105,8 +136,20 @@ def export(
     optimizer: str,
     lr: float,
     momentum: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
     weight_decay: float,
+    clip: float | None,
     proximal: bool,
+    control: bool,
+    freeze: Sequence[str],
+    train_only: TrainOnly | None,
+    last: int | None,
+    lora_rank: int | None,
+    lora_alpha: float | None,
+    lora_targets: Sequence[str],
+    lora_train: Sequence[str],
     scale: float,
     labels: str,
     seed: int,
@@ -130,15 +173,29 @@ def export(
         optimizer=optimizer,
         lr=lr,
         momentum=momentum,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
         weight_decay=weight_decay,
+        clip=clip,
         proximal=proximal,
+        control=control,
+        freeze=freeze,
+        train_only=train_only,
+        last=last,
+        lora=_lora(lora_rank, lora_alpha, lora_targets, lora_train),
         labels=[label.strip() for label in labels.split(",") if label.strip()],
         scale=scale,
     )
     sizes = ", ".join(f"{member} {size / 1024:.1f} KiB" for member, size in report.sizes.items())
     trainable = report.manifest.layout().size
-    click.echo(f"{report.path}: {title}, {trainable:,} trainable parameters, {report.seconds:.1f} s")
+    fixed = sum(math.prod(p.shape) for p in report.manifest.parameters if p.role == "frozen")
+    click.echo(
+        f"{report.path}: {title}, {trainable:,} trainable parameters"
+        f"{f' and {fixed:,} frozen' if fixed else ''}, {report.seconds:.1f} s"
+    )
     click.echo(f"  {sizes}")
+    click.echo(f"  loads in {', '.join(f'{ms:.1f} ms ({kind})' for kind, ms in report.load_ms.items())}")
     click.echo(
         f"  parity with PyTorch {report.parity.torch}: worst relative error "
         f"{report.parity.worst_relative_error:.1e} over {report.parity.cases} cases "

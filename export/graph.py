@@ -10,6 +10,9 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+HANDED_OVER = "fedge"
+"""Where external data of a graph is said to be: nowhere, values of that name are handed over when it is loaded."""
+
 OPSET = 20
 """The first opset with Gelu; every onnxruntime since 1.17 runs it."""
 
@@ -80,6 +83,8 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
     constants: dict[str, Array] = field(default_factory=dict)
     shapes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+    external: list[Port] = field(default_factory=list)
+    """Constants whose values are handed over when the graph is loaded."""
 
     def producers(self) -> dict[str, Node]:
         """Each value's producing node."""
@@ -90,6 +95,24 @@ class Graph:
         counts = Counter(name for node in self.nodes for inner in node.nested() for name in inner.inputs)
         counts.update(port.name for port in self.outputs)
         return counts
+
+    def drop_unused(self, names: Iterable[str]) -> None:
+        """Remove those inputs of the given names that nothing reads."""
+        uses, given = self.uses(), set(names)
+        self.inputs = [port for port in self.inputs if port.name not in given or uses[port.name]]
+
+    def hand_over(self, names: Iterable[str]) -> None:
+        """Make constants without values of the inputs of the given names, where anything reads them."""
+        given = set(names)
+        self.drop_unused(given)
+        self.external += [port for port in self.inputs if port.name in given]
+        self.inputs = [port for port in self.inputs if port.name not in given]
+
+    def embed(self, values: Mapping[str, Array]) -> None:
+        """Make constants of the inputs of the given names."""
+        self.constants |= {port.name: values[port.name] for port in self.inputs if port.name in values}
+        self.inputs = [port for port in self.inputs if port.name not in values]
+        self.prune()
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Replace values where nodes read them; follows chains of replacements."""
@@ -115,20 +138,34 @@ class Graph:
         self.constants = {name: value for name, value in self.constants.items() if name in needed}
 
     def to_model(self, name: str, least_ir: int = IR_VERSION) -> bytes:
-        """Serialize as a checked ONNX model without external data."""
+        """Serialize as a checked ONNX model; external data is only that of `external`."""
         graph = helper.make_graph(
             [_proto(node, f"{node.op}_{i}") for i, node in enumerate(self.nodes)],
             name,
-            [value_info(port) for port in self.inputs],
+            [value_info(port) for port in (*self.inputs, *self.external)],
             [value_info(port) for port in self.outputs],
             [numpy_helper.from_array(value, key) for key, value in self.constants.items()],
         )
         model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=least_ir, producer_name="fedge"
         )
+        # The checker looks for files of external data, so it sees inputs instead.
         onnx.checker.check_model(model)
+        del model.graph.input[len(self.inputs) :]
+        model.graph.initializer.extend(_without_value(port) for port in self.external)
         data: bytes = model.SerializeToString()
         return data
+
+
+def _without_value(port: Port) -> TensorProto:
+    tensor = TensorProto(
+        name=port.name,
+        data_type=ELEMENT_TYPES[port.dtype],
+        dims=[size or 0 for size in port.shape],
+        data_location=TensorProto.EXTERNAL,
+    )
+    tensor.external_data.add(key="location", value=HANDED_OVER)
+    return tensor
 
 
 def _proto(node: Node, name: str) -> onnx.NodeProto:

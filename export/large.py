@@ -13,8 +13,11 @@ LEAST_ELEMENTS = 2**17
 def speed_up_large(graph: Graph) -> None:
     """Rewrite ``graph`` in place; results stay the same up to rounding."""
     nodes, producers = [], graph.producers()
+    constant = {port.name for port in graph.external}
     for node in graph.nodes:
-        if node.op == "Gemm" and _large(graph, node.inputs[1]) and _projects(graph, node):
+        # Constants are packed once, when the graph is loaded.
+        packed = node.op == "Gemm" and node.inputs[1] in constant
+        if node.op == "Gemm" and not packed and _large(graph, node.inputs[1]) and _projects(graph, node):
             nodes += _weights_first(graph, node)
         elif node.op == "Gemm" and len(node.inputs) == 3 and _large(graph, node.inputs[2]):
             nodes += _decay_if_any(graph, node, producers.get(node.inputs[2]))

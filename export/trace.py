@@ -5,6 +5,7 @@ whose only symbolic size is the batch, and `make_fx` writes down what autograd d
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ _KEPT = (
     *("hardshrink", "softshrink", "_softmax_backward_data"),
     *(f"native_{name}_norm_backward" for name in ("batch", "layer", "group")),
 )
+
+
+# By name, what returns new values of the arguments that an operator writes into, after its own results.
+_RETURNING = {"_native_batch_norm_legit": torch.ops.aten._native_batch_norm_legit_functional.default}
 
 
 @dataclass(frozen=True)
@@ -167,20 +172,58 @@ def _cleaned(graph: fx.Graph) -> fx.Graph:
 
 
 def _functionalize(graph: fx.Graph) -> None:
-    """Turn in-place operators on fresh values (``relu_``) into out-of-place ones."""
+    """Turn operators that write into fresh values (``relu_``, running statistics) into those that return the result."""
     order = {node: i for i, node in enumerate(graph.nodes)}
+
+    def replace_later(written: fx.Node, by: fx.Node, since: fx.Node) -> None:
+        for user in list(written.users):
+            if user not in (since, by) and order.get(user, math.inf) > order[since]:
+                user.replace_input_with(written, by)
+
     for node in list(graph.nodes):
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
             continue
-        written = node.args[0] if node.args else None
+        name = _base_name(target)
+        written = [a for i, a in enumerate(node.args) if _writes(target, i) and a is not None]
         where = node.meta.get(MODULE) or "the model"
-        packet = getattr(torch.ops.aten, _base_name(target).rstrip("_"), None)
+        if any(not isinstance(a, fx.Node) or _viewed(a).op == "placeholder" for a in written):
+            raise ExportError(f"module {where!r} changes a parameter or an input in its forward; make it a buffer")
+        if name in _RETURNING:
+            node.target = _RETURNING[name]
+            found = len(node.meta["val"])
+            node.meta["val"] = (*node.meta["val"], *(a.meta["val"] for a in written))
+            for place, value in enumerate(written):
+                with graph.inserting_after(node):
+                    after = graph.call_function(operator.getitem, (node, found + place))
+                after.meta = {"val": value.meta["val"]} | {k: v for k, v in node.meta.items() if k == MODULE}
+                replace_later(value, after, node)
+            continue
+        if name == "copy_" and _alike(*node.args[:2]):
+            replace_later(written[0], node.args[1], node)
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
+            continue
+        packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
         overload = getattr(packet, target._overloadname, None)
-        if not isinstance(written, fx.Node) or overload is None or written.op == "placeholder":
-            what = "changes a buffer in its forward" if overload is not None else f"uses {target}"
-            raise ExportError(f"module {where!r} {what}, which is not supported; freeze it (eval mode) or replace it")
+        if overload is None or len(written) != 1:
+            raise ExportError(f"module {where!r} uses {target}, which writes into its arguments; replace it")
         node.target = overload
-        for user in list(written.users):
-            if user is not node and order.get(user, math.inf) > order[node]:
-                user.replace_input_with(written, node)
+        replace_later(written[0], node, node)
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """What an alias is one of."""
+    while node.op == "call_function" and _base_name(node.target) in ("alias", "detach"):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _writes(target: torch._ops.OpOverload, place: int) -> bool:
+    alias = target._schema.arguments[place].alias_info
+    return alias is not None and alias.is_write
+
+
+def _alike(first: fx.Node, second: fx.Node) -> bool:
+    one, two = first.meta["val"], second.meta["val"]
+    return bool(one.dtype == two.dtype and one.shape == two.shape)

@@ -30,6 +30,7 @@ def toy_bundle(
     *,
     frozen: bool = False,
     buffer: bool = False,
+    control: bool = False,
     seed: int = 0,
     scale: float = 1.0,
     alter: Callable[[dict[str, bytes]], None] | None = None,
@@ -39,8 +40,8 @@ def toy_bundle(
     Trainable parameters: ``weight`` and ``bias``; where ``hidden`` is the width of a hidden layer, ``hidden.weight``
     and ``hidden.bias`` before them. ``frozen`` adds a frozen factor ``gain`` [features] of the input; ``buffer`` adds
     float ``mean`` [features] (a running mean of x, rate 0.1) and int64 ``seen`` [] (samples so far), which do not
-    change the loss. Hypers: lr 0.1, weight_decay 0, momentum 0.9 and mu 0.01 where asked for. ``alter`` may change the
-    members before the zip is made.
+    change the loss; ``control`` adds control variates. Hypers: lr 0.1, weight_decay 0, momentum 0.9 and mu 0.01 where
+    asked for. ``alter`` may change the members before the zip is made.
     """
     parameters = _parameters(features, classes, hidden, frozen, buffer)
     rng = np.random.default_rng(seed)
@@ -55,7 +56,7 @@ def toy_bundle(
                 else np.zeros(parameter.shape, parameter.dtype)
             )
     members = {
-        "train.onnx": _train(parameters, hidden > 0, momentum, proximal).SerializeToString(deterministic=True),
+        "train.onnx": _train(parameters, hidden > 0, momentum, proximal, control).SerializeToString(deterministic=True),
         "eval.onnx": _evaluate(parameters, hidden > 0).SerializeToString(deterministic=True),
         "infer.onnx": _infer(parameters, hidden > 0).SerializeToString(deterministic=True),
         "weights.safetensors": safetensors.numpy.save(weights),
@@ -74,6 +75,12 @@ def toy_bundle(
         optimizer=Optimizer("sgd", ("momentum",) if momentum else ()),
         hypers=tuple(hypers),
         proximal=proximal,
+        control=control,
+        constants={
+            "train.onnx": tuple(p.name for p in parameters if p.role == "frozen"),
+            "eval.onnx": tuple(p.name for p in parameters if p.role != "buffer"),
+            "infer.onnx": tuple(p.name for p in parameters if p.role != "buffer"),
+        },
         opset=OPSET,
         least_runtime="1.24",
         files={name: hashlib.sha256(data).hexdigest() for name, data in members.items()},
@@ -165,6 +172,7 @@ class _Graph:
         self.inputs: list[ValueInfoProto] = []
         self.outputs: list[ValueInfoProto] = []
         self.constants: list[TensorProto] = []
+        self.handed_over: list[Parameter] = []
 
     def add(self, op: str, *inputs: str, to: str | None = None, **attributes: object) -> str:
         name = to or f"v{len(self.nodes)}"
@@ -188,9 +196,17 @@ class _Graph:
         return name
 
     def model(self) -> ModelProto:
-        graph = helper.make_graph(self.nodes, "toy", self.inputs, self.outputs, self.constants)
+        # The checker would look for a file of the constants that are handed over.
+        given = [_info(f"param.{p.name}", p.shape, p.dtype) for p in self.handed_over]
+        graph = helper.make_graph(self.nodes, "toy", [*self.inputs, *given], self.outputs, self.constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
         checker.check_model(model, full_check=True)
+        del model.graph.input[len(self.inputs) :]
+        for p in self.handed_over:
+            tensor = TensorProto(name=f"param.{p.name}", data_type=TensorProto.FLOAT, dims=p.shape)
+            tensor.data_location = TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value="fedge")
+            model.graph.initializer.append(tensor)
         return model
 
 
@@ -198,10 +214,13 @@ def _info(name: str, shape: tuple[int | str, ...], dtype: str) -> ValueInfoProto
     return helper.make_tensor_value_info(name, TensorProto.FLOAT if dtype == "float32" else TensorProto.INT64, shape)
 
 
-def _forward(graph: _Graph, deep: bool) -> tuple[str, str, str]:
+def _forward(graph: _Graph, deep: bool, training: bool = False) -> tuple[str, str, str]:
     """Inputs and layers up to the logits; returns the model's input, the last layer's input and the logits."""
     for parameter in graph.parameters.values():
-        graph.input(f"param.{parameter.name}", parameter.shape, parameter.dtype)
+        if training and parameter.role != "frozen":
+            graph.input(f"param.{parameter.name}", parameter.shape, parameter.dtype)
+        elif parameter.role != "buffer":
+            graph.handed_over.append(parameter)
     features = graph.parameters["hidden.weight" if deep else "weight"].shape[1]
     entry = inner = graph.input("x", ("batch", features))
     if "gain" in graph.parameters:
@@ -245,9 +264,9 @@ def _evaluate(parameters: tuple[Parameter, ...], deep: bool) -> ModelProto:
     return graph.model()
 
 
-def _train(parameters: tuple[Parameter, ...], deep: bool, momentum: bool, proximal: bool) -> ModelProto:
+def _train(parameters: tuple[Parameter, ...], deep: bool, momentum: bool, proximal: bool, control: bool) -> ModelProto:
     graph = _Graph(parameters)
-    entry, inner, _ = _forward(graph, deep)
+    entry, inner, _ = _forward(graph, deep, training=True)
     total, hot = _sums(graph)
     count = _count(graph)
     graph.add("Div", total, count, to=graph.output("loss", ()))
@@ -265,6 +284,9 @@ def _train(parameters: tuple[Parameter, ...], deep: bool, momentum: bool, proxim
     for name in ("lr", "weight_decay", *["momentum"] * momentum, *["mu"] * proximal):
         graph.input(f"hyper.{name}", ())
     for name, gradient in gradients.items():
+        if control:
+            variate = graph.input(f"control.{name}", graph.parameters[name].shape)
+            gradient = graph.add("Add", gradient, variate)
         _update(graph, graph.parameters[name], gradient, momentum, proximal)
     if "mean" in graph.parameters:
         _running(graph, rows)

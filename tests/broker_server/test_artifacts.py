@@ -12,6 +12,7 @@ from edge_client import runtime
 from edge_client.bundle import Bundle
 from edge_client.data import ArraySource
 from edge_client.errors import CodecError, FedgeError, TrainingError
+from edge_client.graphs import aligned
 from edge_client.trainer import Trainer
 from edge_client.wire.messages import TrainPlan
 from tests.toy import toy_bundle, toy_data
@@ -56,10 +57,9 @@ def test_what_is_written(bundle, held_out, vector, tmp_path):
 def test_the_model_stands_alone(bundle, held_out, vector, tmp_path):
     write_artifacts(tmp_path / "last", bundle, vector, data=held_out)
     x = held_out.arrays["x"][:5]
-    given = {f"param.{name}": array for name, array in artifacts.named_tensors(bundle, vector).items()}
-    bare = runtime.session(bundle.infer)
-    wanted = {value.name for value in bare.get_inputs()}
-    (expected,) = bare.run(None, {"x": x, **{name: array for name, array in given.items() if name in wanted}})
+    tensors = artifacts.named_tensors(bundle, vector)
+    constants = {f"param.{name}": aligned(tensors[name]) for name in bundle.manifest.constants["infer.onnx"]}
+    (expected,) = runtime.session(bundle.infer, constants=constants).run(None, {"x": x})
     session = runtime.session((tmp_path / "last" / "infer.onnx").read_bytes())
     assert [value.name for value in session.get_inputs()] == ["x"]
     (found,) = session.run(None, {"x": x})

@@ -94,6 +94,7 @@ def toy_weights(**changes):
 
 
 F32 = np.float32
+NONE = {TRAIN: [], EVAL: [], INFER: []}
 DAMAGED = {
     "empty": (lambda: b"", "not a bundle.*fetch or export"),
     "not a zip": (lambda: b"\x80\x04" * 500, "not a bundle.*fetch or export"),
@@ -113,12 +114,14 @@ DAMAGED = {
         "manifest.json claims 5242880 bytes, more than the allowed 4194304.*again",
     ),
     **{f"flipped {name}": (lambda name=name: flipped(name), f"{name}.*again") for name in module.LIMITS},
-    "newer format": (lambda: with_manifest(format=2), "format 2.*reads format 1; update fedge"),
-    "older format": (lambda: with_manifest(format=0), "format 0.*reads format 1; export"),
+    "newer format": (lambda: with_manifest(format=3), "format 3.*reads format 2; update fedge"),
+    "older format": (lambda: with_manifest(format=1), "format 1.*reads format 2; export"),
     "no format": (lambda: zip_members(members_of() | {MANIFEST: b"{}"}), "format.*again"),
     "manifest no JSON": (lambda: zip_members(members_of() | {MANIFEST: b"\xff\xfe"}), "manifest.json is not.*again"),
     "unknown key": (lambda: with_manifest(colour="red"), "colour.*again"),
     "wrong type": (lambda: with_manifest(name=7), r"\$.name.*again"),
+    "constants missing": (lambda: with_manifest(constants={}), "constants of.*again"),
+    "unknown constant": (lambda: with_manifest(constants=NONE | {EVAL: ["nope"]}), "'nope', a constant of eval.onnx"),
     "hash missing": (lambda: with_manifest(files={}), "hashes of.*again"),
     "name twice": (lambda: with_manifest(metrics=["correct", "correct"]), "metric 'correct' more than once"),
     "odd dtype": (
@@ -131,7 +134,7 @@ DAMAGED = {
     ),
     "negative shape": (lambda: with_manifest(parameters=parameters(shape=[-1, 4])), r"impossible shape \[-1, 4\]"),
     "vast shape": (lambda: with_manifest(parameters=parameters(shape=[1 << 40, 1 << 40])), "impossible shape"),
-    "nothing to train": (lambda: with_manifest(parameters=[]), "nothing to train"),
+    "nothing to train": (lambda: with_manifest(parameters=[], constants=NONE), "nothing to train"),
     "weights of other shape": (
         lambda: with_weights(toy_weights(bias=np.zeros(5, F32))),
         r"'bias' is F32 \[5\].*says F32 \[3\]",

@@ -1,6 +1,7 @@
 """The runtime loads only what is whole and self-contained, and shares memory instead of copying it."""
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
@@ -22,28 +23,62 @@ def adder(weight):
 
 
 def test_session_settings():
-    options = runtime.session(Bundle.from_bytes(toy_bundle()).eval, threads=2).get_session_options()
+    options = runtime.session(Bundle.from_bytes(toy_bundle()).train, threads=2).get_session_options()
     assert options.intra_op_num_threads == 2
     assert not options.enable_mem_pattern
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
-def test_initializers_replace_constants_and_share_memory():
-    weight = helper.make_tensor("w", TensorProto.FLOAT, [2], [1.0, 2.0])
+def handed_over(location="fedge"):
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value=location)
+    return adder(weight)
+
+
+def test_constants_without_values_are_handed_over():
     given = np.array([10, 20], np.float32)
-    made = runtime.session(adder(weight), initializers={"w": given, "unknown": np.zeros(3, np.float32)})
+    made = runtime.session(handed_over(), constants={"w": given})
+    del given
     (found,) = made.run(None, {"x": np.ones(2, np.float32)})
     np.testing.assert_array_equal(found, [11, 21])
 
 
-@pytest.mark.parametrize("place", ["secret", "./secret", "{folder}/secret"])
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {},
+        {"w": np.zeros(3, np.float32)},
+        {"w": np.zeros(2, np.float64)},
+        {"w": np.zeros(2, np.float32), "unknown": np.zeros(2, np.float32)},
+    ],
+)
+def test_constants_that_do_not_fit_the_graph_are_a_bundle_error(constants):
+    with pytest.raises(BundleError, match="export the bundle again"):
+        runtime.session(handed_over(), constants=constants)
+
+
+def test_a_graph_cannot_read_memory_either():
+    secret = np.array([1, 2], np.float32)
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", "*/_ORT_MEM_ADDR_/*"), ("offset", secret.ctypes.data), ("length", 8)):
+        weight.external_data.add(key=key, value=str(value))
+    with pytest.raises(BundleError, match="cannot load the graph"):
+        runtime.session(adder(weight))
+
+
+@pytest.mark.parametrize("place", ["secret", "./secret", "{folder}/secret", "../{name}/secret"])
 def test_a_graph_cannot_read_files_of_the_device(tmp_path, monkeypatch, place):
     np.array([1, 2], np.float32).tofile(tmp_path / "secret")
     monkeypatch.chdir(tmp_path)
-    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
-    weight.external_data.add(key="location", value=place.format(folder=tmp_path))
-    with pytest.raises(BundleError, match="cannot load the graph"):
-        runtime.session(adder(weight))
+    weight = TensorProto(name="other", data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value=place.format(folder=tmp_path, name=tmp_path.name))
+    nodes = [helper.make_node("Add", ["x", "w"], ["z"]), helper.make_node("Add", ["z", "other"], ["y"])]
+    model = onnx.load_from_string(handed_over())
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.append(weight)
+    with pytest.raises(BundleError, match=r"data in a file.*export the bundle again"):
+        runtime.session(model.SerializeToString(), constants={"w": np.zeros(2, np.float32)})
 
 
 @pytest.mark.parametrize("model", [b"", b"junk", Bundle.from_bytes(toy_bundle()).train[:-50]])

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from edge_client.bundle import Bundle
 from edge_client.errors import ExportError
 from export.cli import export, load_module
 
@@ -25,6 +26,29 @@ def test_exports_and_reports(tmp_path: Path) -> None:
     assert "7,850 trainable parameters" in result.output
     assert "worst relative error" in result.output
     assert path.is_file()
+
+
+def test_options_of_the_optimizer_and_of_partial_training(tmp_path: Path) -> None:
+    file, path = tmp_path / "mine.py", tmp_path / "m.fedge"
+    file.write_text(
+        "from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))\n"
+    )
+    words = f"{file}:make --input 4 --optimizer adamw --beta1 0.8 --clip 1.5 --control --freeze 0.* -o {path}".split()
+    output = CliRunner().invoke(export, words, catch_exceptions=False).output
+    assert "10 trainable parameters and 20 frozen" in output
+    assert "loads in" in output
+    manifest = Bundle.open(path).manifest
+    assert manifest.defaults() == {
+        "lr": 0.05, "weight_decay": 0.0, "beta1": 0.8, "beta2": 0.999, "eps": 1e-8, "max_norm": 1.5
+    }  # fmt: skip
+    assert manifest.control
+    assert manifest.made is not None
+    assert set(manifest.made.load_ms) == {"train", "eval", "infer"}
+
+    words = f"{file}:make --input 4 --lora-rank 2 --lora-target 0 -o {path}".split()
+    assert "16 trainable parameters and 30 frozen" in CliRunner().invoke(export, words, catch_exceptions=False).output
+    with pytest.raises(ExportError, match="need --lora-rank"):
+        CliRunner().invoke(export, [*words[:3], "--lora-alpha", "2"], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""Low-rank adapters, added at export: ``W x + (alpha / rank) B A x`` with ``W`` frozen (Hu et al. 2021, 2106.09685)."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edge_client.errors import ExportError
+from export.partial import matching
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Which layers get adapters, and of which size.
+
+    ``targets`` are patterns of names of `nn.Linear` modules, and of `nn.MultiheadAttention`, whose four projections are
+    then adapted. Everything else is frozen, but for parameters that match ``train``, such as a new head. ``A`` is drawn
+    from ``seed``, ``B`` is zero.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: Sequence[str] = ("*",)
+    train: Sequence[str] = ()
+    seed: int = 0
+
+
+class _Linear(nn.Linear):
+    """A linear layer and its adapter; the names of its own parameters stay."""
+
+    def __init__(self, base: nn.Linear, lora: Lora, generator: torch.Generator) -> None:
+        super().__init__(base.in_features, base.out_features, base.bias is not None)
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_a, self.lora_b = _adapter(base.out_features, base.in_features, lora, generator)
+        self._factor = lora.alpha / lora.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in] float32`` -> ``[..., out]``."""
+        return super().forward(x) + F.linear(F.linear(x, self.lora_a * self._factor), self.lora_b)
+
+
+class _Attention(nn.MultiheadAttention):
+    """Attention with adapters in its projections, which it adds to the weights: PyTorch projects out of reach.
+
+    The weights' gradients are formed in full on the way to the adapters'; what travels is as small as elsewhere.
+    """
+
+    def adapt(self, lora: Lora, generator: torch.Generator) -> None:
+        """Add the adapters."""
+        if self.in_proj_weight is None:
+            raise ExportError("attention whose keys or values have a width of their own takes no adapters; freeze it")
+        width = self.embed_dim
+        self.in_lora_a, self.in_lora_b = _adapter(3 * width, width, lora, generator)
+        self.out_lora_a, self.out_lora_b = _adapter(width, width, lora, generator)
+        self._factor = lora.alpha / lora.rank
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.MultiheadAttention`."""
+        places: tuple[tuple[nn.Module, str, Tensor, Tensor], ...] = (
+            (self, "in_proj_weight", self.in_lora_a, self.in_lora_b),
+            (self.out_proj, "weight", self.out_lora_a, self.out_lora_b),
+        )
+        kept: list[Any] = [owner._parameters[name] for owner, name, _, _ in places]
+        try:
+            for (owner, name, a, b), weight in zip(places, kept, strict=True):
+                whole: Any = weight + torch.mm(b, a * self._factor)
+                owner._parameters[name] = whole
+            return super().forward(*args, **kwargs)
+        finally:
+            for (owner, name, _, _), weight in zip(places, kept, strict=True):
+                owner._parameters[name] = weight
+
+
+def _adapter(rows: int, columns: int, lora: Lora, generator: torch.Generator) -> tuple[nn.Parameter, nn.Parameter]:
+    # The spread of PyTorch's own linear layers.
+    a = (torch.rand((lora.rank, columns), generator=generator) * 2 - 1) / columns**0.5
+    return nn.Parameter(a), nn.Parameter(torch.zeros((rows, lora.rank)))
+
+
+def add_adapters(module: nn.Module, lora: Lora) -> tuple[nn.Module, frozenset[str]]:
+    """A copy of ``module`` with adapters, and the names of its parameters that train.
+
+    Raises:
+        ExportError: rank or alpha is out of range, or a pattern matches nothing.
+    """
+    if lora.rank < 1 or not 0 < lora.alpha < float("inf"):
+        raise ExportError(f"LoRA has rank {lora.rank} and alpha {lora.alpha:g}; expected at least 1, and above 0")
+    adapted = copy.deepcopy(module)
+    inside = {id(m.out_proj) for m in adapted.modules() if isinstance(m, nn.MultiheadAttention)}
+    kinds = (nn.Linear, nn.MultiheadAttention)
+    found = {n: m for n, m in adapted.named_modules() if isinstance(m, kinds) and id(m) not in inside}
+    chosen = matching(lora.targets, list(found), "linear layer or attention")
+    generator = torch.Generator().manual_seed(lora.seed)
+    before = {name for name, _ in adapted.named_parameters()}
+    for name in found:
+        if name not in chosen:
+            continue
+        base = found[name]
+        if isinstance(base, nn.Linear):
+            fresh = _Linear(base, lora, generator)
+            fresh.train(base.training)
+            if not name:
+                adapted = fresh
+            else:
+                owner, _, last = name.rpartition(".")
+                setattr(adapted.get_submodule(owner), last, fresh)
+        else:
+            # Its forward is all that differs, and encoder layers look into its attributes.
+            base.__class__ = _Attention
+            assert isinstance(base, _Attention)
+            base.adapt(lora, generator)
+    names = [name for name, _ in adapted.named_parameters()]
+    trained = {name for name in names if name not in before}
+    if lora.train:
+        trained |= matching(lora.train, [name for name in names if name in before], "parameter")
+    return adapted, frozenset(trained)
