@@ -19,6 +19,7 @@ from edge_client.errors import ExportError
 from edge_client.manifest import FORMAT, Feature, Manifest, Parameter, Parity
 from export.backward import GRADIENTS
 from export.convolution import CONVOLUTION
+from export.dropout import DROPOUT
 from export.graph import OPSET
 from export.large import speed_up_large
 from export.losses import Loss, LossFunction, resolve_loss
@@ -30,7 +31,7 @@ from export.step import Problem, choose_optimizer, eval_step, train_step
 from export.trace import trace
 from export.verify import Graphs, verify
 
-RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION | POOLING
+RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION | POOLING | DROPOUT
 LEAST_RUNTIME = "1.24"
 
 

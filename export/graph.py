@@ -22,6 +22,8 @@ ELEMENT_TYPES = {
     "float64": TensorProto.DOUBLE,
     "int64": TensorProto.INT64,
     "int32": TensorProto.INT32,
+    "uint64": TensorProto.UINT64,
+    "uint32": TensorProto.UINT32,
     "uint8": TensorProto.UINT8,
     "int8": TensorProto.INT8,
     "bool": TensorProto.BOOL,
