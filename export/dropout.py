@@ -9,7 +9,7 @@ which are among the fastest operators: ``(a_r ^ b_j) * c_r`` with an odd factor 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from edge_client.errors import ExportError
+from export.attention import bound, multi_head, scaled_dot_product
 from export.lower import Lowering, Rule, Size, Value
 
 Words = npt.NDArray[np.uint32]
@@ -163,6 +164,12 @@ class DropoutMode(TorchFunctionMode):
             return self._dropout(kind, name.endswith("_"), *args, **named)
         if name in _RECURRENT and len(args) == 9 and args[5] > 0 and args[6]:
             return self._between_layers(func, *args)
+        if name == "scaled_dot_product_attention" and _attention_drops(args, named):
+            return scaled_dot_product(self.drop, *args, **named)
+        if name == "multi_head_attention_forward":
+            given = bound(args, named)
+            if given["training"] and given["dropout_p"] > 0:
+                return multi_head(self.drop, given)
         return func(*args, **named)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
@@ -229,6 +236,11 @@ class DropoutMode(TorchFunctionMode):
             x, *last = func(x, first, own, biases, 1, 0.0, training, bidirectional, batch_first)
             lasts.append(tuple(last))
         return (x, *(torch.cat(parts) for parts in zip(*lasts, strict=True)))
+
+
+def _attention_drops(args: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    p: float = args[4] if len(args) > 4 else named.get("dropout_p", 0.0)
+    return p > 0
 
 
 def _scale(p: float) -> float:

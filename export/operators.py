@@ -79,6 +79,11 @@ def _copy(b: Lowering, out: Value, x: Value, *_: object, **__: object) -> str:
     return operand(b, x, out.dtype)
 
 
+def _overwritten(b: Lowering, out: Value, old: Value, new: Value, *_: object) -> str:
+    values = operand(b, new, out.dtype)
+    return values if new.shape == out.shape else b.op("Expand", values, b.sizes(out.shape))
+
+
 def _full(b: Lowering, out: Value, _: object, value: float, **__: object) -> str:
     return b.zeros(out.shape, out.dtype, value)
 
@@ -267,6 +272,7 @@ OPERATORS: dict[str, Rule] = {
     "aten.where": _where,
     "aten.clamp": _clamp,
     "aten._to_copy": _copy,
+    "aten.copy": _overwritten,
     "aten.full": _full,
     "aten.full_like": _full,
     "aten.zeros": _filled(0),

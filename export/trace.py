@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from edge_client.errors import ExportError, FedgeError
 from edge_client.manifest import Feature
-from export.recurrent import RecurrentMode
+from export import modes
 
 Step = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 MODULE = "fedge_module"
@@ -37,6 +37,8 @@ _KEPT = (
     "sigmoid_backward",
     "tanh_backward",
     "native_layer_norm_backward",
+    "_softmax_backward_data",
+    "_log_softmax_backward_data",
     "_adaptive_avg_pool2d",
     "max_pool2d_with_indices_backward",
 )
@@ -89,7 +91,7 @@ def trace(function: Step, fixed: Mapping[str, Tensor], batched: Sequence[Feature
         return list(results.values())
 
     # With the fake mode active, torch.zeros(batch, ...) inside the model is symbolic too.
-    with _attribution(module) as stack, RecurrentMode(), mode:
+    with _attribution(module) as stack, modes.tracing(), mode:
         try:
             traced = make_fx(positional, decomposition_table=decompositions())(*values.values())
         except FedgeError:
