@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from edge_client.errors import ExportError
-from export.lower import Lowering, Rule, Value
 
 Drop = Callable[[Tensor, float], Tensor]
 """``drop(x, p)``: what dropout makes of ``x``."""
@@ -176,20 +175,3 @@ class AttentionMode(TorchFunctionMode):
 
 def _no_dropout(x: Tensor, p: float) -> Tensor:
     raise ExportError(f"attention drops weights with p={p:g}, but this step takes no seed; use dropout=0")
-
-
-def _softmax_backward(b: Lowering, out: Value, grad: Value, y: Value, dim: int, *_: object) -> str:
-    along = b.reduce("ReduceSum", b.op("Mul", grad.name, y.name), [dim], True)
-    return b.op("Mul", y.name, b.op("Sub", grad.name, along))
-
-
-def _log_softmax_backward(b: Lowering, out: Value, grad: Value, y: Value, dim: int, *_: object) -> str:
-    total = b.reduce("ReduceSum", grad.name, [dim], True)
-    return b.op("Sub", grad.name, b.op("Mul", b.op("Exp", y.name), total))
-
-
-ATTENTION: dict[str, Rule] = {
-    "aten._softmax_backward_data": _softmax_backward,
-    "aten._log_softmax_backward_data": _log_softmax_backward,
-}
-"""Gradients of softmax, which attention is made of."""

@@ -105,6 +105,16 @@ def _layer_norm(
     )
 
 
+def _softmax(b: Lowering, out: Value, grad: Value, y: Value, dim: int, *_: object) -> str:
+    along = b.reduce("ReduceSum", b.op("Mul", grad.name, y.name), [dim], True)
+    return b.op("Mul", y.name, b.op("Sub", grad.name, along))
+
+
+def _log_softmax(b: Lowering, out: Value, grad: Value, y: Value, dim: int, *_: object) -> str:
+    total = b.reduce("ReduceSum", grad.name, [dim], True)
+    return b.op("Sub", grad.name, b.op("Mul", b.op("Exp", y.name), total))
+
+
 def _leaky_relu(b: Lowering, out: Value, grad: Value, x: Value, slope: float, _: bool) -> str:
     positive = b.cast(b.op("Greater", x.name, b.scalar(0, x.dtype)), "bool", out.dtype)
     factor = b.op("Add", b.op("Mul", positive, b.scalar(1 - slope, out.dtype)), b.scalar(slope, out.dtype))
@@ -121,5 +131,7 @@ GRADIENTS: dict[str, Rule] = {
     "aten.select_backward": _select,
     "aten.embedding_dense_backward": _embedding,
     "aten.native_layer_norm_backward": _layer_norm,
+    "aten._softmax_backward_data": _softmax,
+    "aten._log_softmax_backward_data": _log_softmax,
 }
 """Convolution and pooling have their own modules, `convolution` and `pooling`; recurrent layers theirs, `recurrent`."""

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from edge_client.errors import ExportError
 from edge_client.manifest import FORMAT, Feature, Manifest, Parameter, Parity
-from export.attention import ATTENTION
 from export.backward import GRADIENTS
 from export.convolution import CONVOLUTION
 from export.dropout import DROPOUT
@@ -32,7 +31,7 @@ from export.step import Problem, choose_optimizer, eval_step, train_step
 from export.trace import trace
 from export.verify import Graphs, verify
 
-RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION | POOLING | DROPOUT | ATTENTION
+RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION | POOLING | DROPOUT
 LEAST_RUNTIME = "1.24"
 
 
