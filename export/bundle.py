@@ -22,6 +22,7 @@ from export.convolution import CONVOLUTION
 from export.dropout import DROPOUT
 from export.graph import OPSET
 from export.large import speed_up_large
+from export.loops import RECURRENT
 from export.losses import Loss, LossFunction, resolve_loss
 from export.lower import Rule, dtype_name, lower
 from export.operators import OPERATORS
@@ -31,7 +32,7 @@ from export.step import Problem, choose_optimizer, eval_step, train_step
 from export.trace import trace
 from export.verify import Graphs, verify
 
-RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION | POOLING | DROPOUT
+RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | CONVOLUTION | POOLING | DROPOUT | RECURRENT
 LEAST_RUNTIME = "1.24"
 
 

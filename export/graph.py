@@ -67,10 +67,11 @@ class Node:
 
 @dataclass
 class Branch:
-    """What an `If` does in one case, and the one value that it gives."""
+    """What an `If` does in one case, or a loop in one step, and what it gives; a loop also passes ``inputs`` in."""
 
     nodes: list[Node]
-    output: Port
+    outputs: list[Port]
+    inputs: list[Port] = field(default_factory=list)
 
 
 @dataclass
@@ -138,8 +139,8 @@ def _proto(node: Node, name: str) -> onnx.NodeProto:
         key: helper.make_graph(
             [_proto(inner, f"{name}_{key}_{i}") for i, inner in enumerate(branch.nodes)],
             key,
-            [],
-            [value_info(branch.output)],
+            [value_info(port) for port in branch.inputs],
+            [value_info(port) for port in branch.outputs],
         )
         for key, branch in node.branches.items()
     }
