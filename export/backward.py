@@ -50,9 +50,15 @@ def _embedding(
     return b.op("ScatterND", b.zeros(out.shape, out.dtype), places, values, reduction="add")
 
 
+def _log_softmax(b: Lowering, out: Value, grad: Value, y: Value, dim: int, *_: object) -> str:
+    total = b.reduce("ReduceSum", grad.name, [dim], True)
+    return b.op("Sub", grad.name, b.op("Mul", b.op("Exp", y.name), total))
+
+
 GRADIENTS: dict[str, Rule] = {
     "aten.slice_backward": _slice,
     "aten.select_backward": _select,
     "aten.embedding_dense_backward": _embedding,
+    "aten._log_softmax_backward_data": _log_softmax,
 }
 """Convolution and pooling have their own modules, `convolution` and `pooling`; recurrent layers theirs, `recurrent`."""

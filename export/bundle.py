@@ -23,8 +23,10 @@ from export.average import AVERAGE
 from export.backward import GRADIENTS
 from export.choice import Choices, has_depthwise
 from export.convolution import CONVOLUTION
+from export.dropout import DROPOUT
 from export.graph import OPSET, Graph
 from export.large import speed_up_large
+from export.loops import RECURRENT
 from export.lora import Lora, add_adapters
 from export.losses import Loss, LossFunction, resolve_loss
 from export.lower import Rule, dtype_name, lower
@@ -41,7 +43,17 @@ from export.updates import STEP, choose_optimizer
 from export.verify import Graphs, verify
 
 RULES: Mapping[str, Rule] = (
-    OPERATORS | GRADIENTS | ACTIVATIONS | NORMALIZATION | CONVOLUTION | POOLING | AVERAGE | RESIZE | PADDING
+    OPERATORS
+    | GRADIENTS
+    | ACTIVATIONS
+    | NORMALIZATION
+    | CONVOLUTION
+    | POOLING
+    | AVERAGE
+    | RESIZE
+    | PADDING
+    | DROPOUT
+    | RECURRENT
 )
 LEAST_RUNTIME = "1.24"
 

@@ -25,6 +25,8 @@ ELEMENT_TYPES = {
     "float64": TensorProto.DOUBLE,
     "int64": TensorProto.INT64,
     "int32": TensorProto.INT32,
+    "uint64": TensorProto.UINT64,
+    "uint32": TensorProto.UINT32,
     "uint8": TensorProto.UINT8,
     "int8": TensorProto.INT8,
     "bool": TensorProto.BOOL,
@@ -68,10 +70,11 @@ class Node:
 
 @dataclass
 class Branch:
-    """What an `If` does in one case, and the one value that it gives."""
+    """What an `If` does in one case, or a loop in one step, and what it gives; a loop also passes ``inputs`` in."""
 
     nodes: list[Node]
-    output: Port
+    outputs: list[Port]
+    inputs: list[Port] = field(default_factory=list)
 
 
 @dataclass
@@ -173,8 +176,8 @@ def _proto(node: Node, name: str) -> onnx.NodeProto:
         key: helper.make_graph(
             [_proto(inner, f"{name}_{key}_{i}") for i, inner in enumerate(branch.nodes)],
             key,
-            [],
-            [value_info(branch.output)],
+            [value_info(port) for port in branch.inputs],
+            [value_info(port) for port in branch.outputs],
         )
         for key, branch in node.branches.items()
     }

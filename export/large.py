@@ -71,5 +71,5 @@ def _decay_if_any(graph: Graph, node: Node, scaling: Node | None) -> list[Node]:
         start = before[0].outputs[0] if before else weight
         port = Port(f"{result}.{name}", graph.shapes[scaled], "float32")
         product = Node("Gemm", [*node.inputs[:2], start], [port.name], node.attributes)
-        branches[name] = Branch([*before, product], port)
+        branches[name] = Branch([*before, product], [port])
     return [Node("Equal", [keep, one], [f"{kept}.{result}"]), Node("If", [f"{kept}.{result}"], [result], {}, branches)]

@@ -142,9 +142,15 @@ def _stack(b: Lowering, out: Value, tensors: Sequence[Value], dim: int = 0) -> s
     return b.op("Concat", *[b.op("Unsqueeze", t.name, b.ints([dim])) for t in tensors], axis=dim)
 
 
-def _split(b: Lowering, out: Sequence[Value], x: Value, _: object, dim: int = 0) -> tuple[str, ...]:
-    sizes = b.sizes([part.shape[dim] for part in out])
-    return tuple(b.ops("Split", len(out), x.name, sizes, axis=dim))
+def _split(
+    b: Lowering, out: Sequence[Value | None], x: Value, size: Size | Sequence[Size], dim: int = 0
+) -> tuple[str, ...]:
+    if isinstance(size, Sequence):
+        sizes = list(size)
+    else:
+        sizes = [size] * (len(out) - 1)
+        sizes.append(x.shape[dim] - sum(sizes))
+    return tuple(b.ops("Split", len(out), x.name, b.sizes(sizes), axis=dim))
 
 
 def _pad(b: Lowering, out: Value, x: Value, pads: Sequence[int], value: float = 0) -> str:

@@ -23,8 +23,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from edge_client.errors import ExportError, FedgeError
 from edge_client.manifest import Feature
-from export.recurrent import RecurrentMode
-from export.spatial import SpatialMode
+from export import modes
 
 Step = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 MODULE = "fedge_module"
@@ -35,6 +34,7 @@ _KEPT = (
     "slice_backward",
     "select_backward",
     "embedding_dense_backward",
+    "_log_softmax_backward_data",
     "_adaptive_avg_pool2d",
     *(f"max_pool{n}d_with_indices_backward" for n in (2, 3)),
     *(f"{kind}_pad{n}d{way}" for kind in ("reflection", "replication") for n in (1, 2, 3) for way in ("", "_backward")),
@@ -106,7 +106,7 @@ def trace(function: Step, fixed: Mapping[str, Tensor], batched: Sequence[Feature
 
     # With the fake mode active, torch.zeros(batch, ...) inside the model is symbolic too.
     # Composite operators written in C++ would fix the batch; the Python dispatcher has them in terms of symbolic sizes.
-    with _attribution(module) as stack, RecurrentMode(), SpatialMode(), mode, enable_python_dispatcher():
+    with _attribution(module) as stack, modes.tracing(), mode, enable_python_dispatcher():
         try:
             traced = make_fx(positional, decomposition_table=decompositions())(*values.values())
         except FedgeError:
