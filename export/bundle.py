@@ -21,6 +21,7 @@ from export.activations import ACTIVATIONS
 from export.backward import GRADIENTS
 from export.convolution import CONVOLUTION
 from export.graph import OPSET
+from export.indexing import INDEXING
 from export.large import speed_up_large
 from export.losses import Loss, LossFunction, resolve_loss
 from export.lower import Rule, dtype_name, lower
@@ -28,11 +29,14 @@ from export.normalization import NORMALIZATION
 from export.operators import OPERATORS
 from export.optimize import optimize
 from export.pooling import POOLING
+from export.reductions import REDUCTIONS
 from export.step import Problem, choose_optimizer, eval_step, train_step
 from export.trace import trace
 from export.verify import Graphs, verify
 
-RULES: Mapping[str, Rule] = OPERATORS | GRADIENTS | ACTIVATIONS | NORMALIZATION | CONVOLUTION | POOLING
+RULES: Mapping[str, Rule] = (
+    OPERATORS | REDUCTIONS | INDEXING | GRADIENTS | ACTIVATIONS | NORMALIZATION | CONVOLUTION | POOLING
+)
 LEAST_RUNTIME = "1.24"
 
 

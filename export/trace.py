@@ -31,13 +31,18 @@ MODULE = "fedge_module"
 _KEPT = (
     "slice_backward",
     "select_backward",
+    "diagonal_backward",
     "embedding_dense_backward",
+    "constant_pad_nd",
+    "pad",
     "_adaptive_avg_pool2d",
     "max_pool2d_with_indices_backward",
     *(f"{name}_backward" for name in ("threshold", "sigmoid", "tanh", "gelu", "hardtanh", "leaky_relu", "elu")),
     *(f"{name}{way}" for name in ("silu", "mish", "hardsigmoid", "hardswish", "softplus") for way in ("", "_backward")),
     *("_prelu_kernel", "_prelu_kernel_backward", "log_sigmoid_forward", "log_sigmoid_backward"),
     *("hardshrink", "softshrink", "_softmax_backward_data"),
+    # Its decomposition fixes the batch size without saying so.
+    *(f"reflection_pad{rank}d_backward" for rank in (1, 2, 3)),
     *(f"native_{name}_norm_backward" for name in ("batch", "layer", "group")),
 )
 
@@ -176,6 +181,19 @@ def _functionalize(graph: fx.Graph) -> None:
             what = "changes a buffer in its forward" if overload is not None else f"uses {target}"
             raise ExportError(f"module {where!r} {what}, which is not supported; freeze it (eval mode) or replace it")
         node.target = overload
+        if _is_view(written):
+            raise ExportError(
+                f"module {where!r} writes into a part of a tensor ({_base_name(target)} on {_base_name(written.target)}), "
+                "which is not supported; use torch.cat, torch.where or an out-of-place scatter"
+            )
         for user in list(written.users):
             if user is not node and order.get(user, math.inf) > order[node]:
                 user.replace_input_with(written, node)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a value shares its memory with a larger one or another shape of it."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or _base_name(target) in ("alias", "detach"):
+        return False
+    return any(a.alias_info is not None and not a.alias_info.is_write for a in target._schema.returns)

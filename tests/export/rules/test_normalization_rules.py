@@ -103,5 +103,6 @@ def test_a_constant_input_has_no_infinite_gradient() -> None:
 def test_parameters_that_need_no_gradient_get_none() -> None:
     layer = nn.BatchNorm2d(3).requires_grad_(False)
     assert "ReduceSum" not in assert_gradients(
-        lambda x: F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias), [torch.randn(4, 3, 2, 2)]
+        lambda x: F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias),
+        [torch.randn(4, 3, 2, 2)],
     ) - {"ReduceSum"}
