@@ -64,6 +64,7 @@ def export_bundle(
     inputs: Sequence[Feature | tuple[Sequence[int], str]],
     targets: Sequence[Feature] | None = None,
     loss: str | LossFunction = "cross_entropy",
+    loss_options: Mapping[str, object] | None = None,
     optimizer: str = "sgd",
     lr: float = 0.05,
     momentum: float = 0.9,
@@ -82,8 +83,11 @@ def export_bundle(
         name: the model's name.
         inputs: features, or ``(shape without batch, "float32" | "int64")``; unnamed ones are called ``x``, ``x1``, ...
         targets: given for a callable loss; the named losses derive theirs, called ``y``, from the outputs.
-        loss: ``cross_entropy`` (logits ``[N, ..., C]``, targets ``[N, ...] int64``), ``bce_with_logits`` or ``mse``
-            (targets of the outputs' shape), or a callable ``(outputs, *targets) -> scalar mean``.
+        loss: ``cross_entropy`` or ``nll`` (logits or log-probabilities ``[N, ..., C]``, targets ``[N, ...] int64``),
+            ``bce_with_logits``, ``mse``, ``l1``, ``huber`` or ``smooth_l1`` (targets of the outputs' shape), or a
+            callable ``(outputs, *targets) -> scalar mean``.
+        loss_options: of a named loss, as in `torch.nn.functional`: ``weight``, ``ignore_index``, ``label_smoothing``,
+            ``pos_weight``, ``delta``, ``beta``.
         optimizer: ``sgd`` or ``momentum``, as `torch.optim.SGD`.
         lr: default learning rate, as are ``momentum`` and ``weight_decay``; all of them are scalar inputs of the graph.
         proximal: whether to take the proximal term of FedProx (Li et al. 2020, arXiv 1812.06127), with ``hyper.mu``.
@@ -96,7 +100,8 @@ def export_bundle(
     """
     started = time.perf_counter()
     target = Path(path)
-    problem = _problem(module, inputs, targets, resolve_loss(loss), optimizer, proximal, labels, scale,
+    chosen = resolve_loss(loss, **(loss_options or {}))
+    problem = _problem(module, inputs, targets, chosen, optimizer, proximal, labels, scale,
                        lr=lr, momentum=momentum, weight_decay=weight_decay)  # fmt: skip
     was = {key: part.training for key, part in module.named_modules()}
     try:

@@ -12,7 +12,7 @@ from torch import nn
 
 from edge_client.errors import ExportError
 from export.bundle import export_bundle
-from export.losses import LOSSES
+from export.losses import LOSSES, parse_options
 from export.step import OPTIMIZERS
 
 
@@ -85,6 +85,7 @@ def _shape(text: str) -> tuple[int, ...]:
     help="One for each --input; float32 unless given.",
 )
 @click.option("--loss", default="cross_entropy", show_default=True, help=f"One of {', '.join(sorted(LOSSES))}.")
+@click.option("--loss-option", "loss_options", multiple=True, help="Such as weight=1,2,4; repeatable.")
 @click.option("--optimizer", default="sgd", show_default=True, help=f"One of {', '.join(OPTIMIZERS)}.")
 @click.option("--lr", default=0.05, show_default=True, help="Default learning rate.")
 @click.option("--momentum", default=0.9, show_default=True, help="Default momentum, with --optimizer momentum.")
@@ -102,6 +103,7 @@ def export(
     shapes: Sequence[str],
     dtypes: Sequence[str],
     loss: str,
+    loss_options: Sequence[str],
     optimizer: str,
     lr: float,
     momentum: float,
@@ -127,6 +129,7 @@ def export(
         name=title,
         inputs=inputs,
         loss=loss,
+        loss_options=parse_options(loss_options),
         optimizer=optimizer,
         lr=lr,
         momentum=momentum,

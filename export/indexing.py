@@ -235,11 +235,11 @@ def _index_put(
         mask = b.reshape(given[0].name, [*given[0].shape, *[1] * (x.rank - given[0].rank)])
         return b.op("Where", mask, values.name, x.name)
     common_rank = max(index.rank for index in given)
-    common = [1] * common_rank if common_rank else []
+    common: list[Size] = [1] * common_rank
     for index in given:
         for i, size in enumerate(index.shape, start=common_rank - index.rank):
             if not (isinstance(size, int) and size == 1):
-                common[i] = size  # type: ignore[call-overload]
+                common[i] = size
     axes = [axis for axis, index in enumerate(indices) if index is not None]
     place = axes[0] if axes == list(range(axes[0], axes[0] + len(axes))) else 0
     rest = [axis for axis in range(x.rank) if axis not in axes]

@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from edge_client.errors import ExportError, FedgeError
 from edge_client.manifest import Feature
+from export.decompositions import DECOMPOSITIONS
 from export.recurrent import RecurrentMode
 
 Step = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -63,13 +64,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """PyTorch's own decompositions into core ATen, less those that are lowered directly."""
     table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
     kept = {op: rule for op, rule in table.items() if _base_name(op) not in _KEPT}
-    # Neither decomposed nor known to fake tensors of symbolic size.
-    shrinks = (torch.ops.aten.hardshrink_backward.default, torch.ops.aten.softshrink_backward.default)
-    return kept | dict.fromkeys(shrinks, _shrink_backward)
-
-
-def _shrink_backward(grad: Tensor, x: Tensor, width: float) -> Tensor:
-    return grad * (torch.abs(x) > width).to(grad.dtype)
+    return kept | DECOMPOSITIONS
 
 
 def _base_name(op: Any) -> str:
@@ -155,6 +150,7 @@ def _attribution(module: nn.Module) -> Any:
 
 
 def _cleaned(graph: fx.Graph) -> fx.Graph:
+    _refuse_partial_writes(graph)
     _functionalize(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and _base_name(node.target) in ("alias", "detach", "clone", "lift_fresh_copy"):
@@ -181,14 +177,22 @@ def _functionalize(graph: fx.Graph) -> None:
             what = "changes a buffer in its forward" if overload is not None else f"uses {target}"
             raise ExportError(f"module {where!r} {what}, which is not supported; freeze it (eval mode) or replace it")
         node.target = overload
-        if _is_view(written):
-            raise ExportError(
-                f"module {where!r} writes into a part of a tensor ({_base_name(target)} on {_base_name(written.target)}), "
-                "which is not supported; use torch.cat, torch.where or an out-of-place scatter"
-            )
         for user in list(written.users):
             if user is not node and order.get(user, math.inf) > order[node]:
                 user.replace_input_with(written, node)
+
+
+def _refuse_partial_writes(graph: fx.Graph) -> None:
+    """Writing into a slice or another view changes the tensor that it shows, which no later pass follows."""
+    for node in graph.nodes:
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable or not node.args:
+            continue
+        if isinstance(node.args[0], fx.Node) and _is_view(node.args[0]):
+            raise ExportError(
+                f"module {node.meta.get(MODULE) or 'the model'!r} writes into a part of a tensor "
+                f"({_base_name(target)}), which is not supported; use torch.cat, torch.where or an out-of-place scatter"
+            )
 
 
 def _is_view(node: fx.Node) -> bool:
