@@ -25,6 +25,7 @@ from export.choice import Choices, has_depthwise
 from export.convolution import CONVOLUTION
 from export.dropout import DROPOUT
 from export.graph import OPSET, Graph
+from export.indexing import INDEXING
 from export.large import speed_up_large
 from export.loops import RECURRENT
 from export.lora import Lora, add_adapters
@@ -36,6 +37,7 @@ from export.optimize import optimize
 from export.padding import PADDING
 from export.partial import TrainOnly, changing_buffers, choose_trainable
 from export.pooling import POOLING
+from export.reductions import REDUCTIONS
 from export.resize import RESIZE
 from export.step import SEED, Problem, eval_step, train_step
 from export.trace import trace
@@ -44,6 +46,8 @@ from export.verify import Graphs, verify
 
 RULES: Mapping[str, Rule] = (
     OPERATORS
+    | REDUCTIONS
+    | INDEXING
     | GRADIENTS
     | ACTIVATIONS
     | NORMALIZATION
@@ -83,6 +87,7 @@ def export_bundle(
     inputs: Sequence[Feature | tuple[Sequence[int], str]],
     targets: Sequence[Feature] | None = None,
     loss: str | LossFunction = "cross_entropy",
+    loss_options: Mapping[str, object] | None = None,
     optimizer: str = "sgd",
     lr: float = 0.05,
     momentum: float = 0.9,
@@ -111,8 +116,11 @@ def export_bundle(
         name: the model's name.
         inputs: features, or ``(shape without batch, "float32" | "int64")``; unnamed ones are called ``x``, ``x1``, ...
         targets: given for a callable loss; the named losses derive theirs, called ``y``, from the outputs.
-        loss: ``cross_entropy`` (logits ``[N, ..., C]``, targets ``[N, ...] int64``), ``bce_with_logits`` or ``mse``
-            (targets of the outputs' shape), or a callable ``(outputs, *targets) -> scalar mean``.
+        loss: ``cross_entropy`` or ``nll`` (logits or log-probabilities ``[N, ..., C]``, targets ``[N, ...] int64``),
+            ``bce_with_logits``, ``mse``, ``l1``, ``huber`` or ``smooth_l1`` (targets of the outputs' shape), or a
+            callable ``(outputs, *targets) -> scalar mean``.
+        loss_options: of a named loss, as in `torch.nn.functional`: ``weight``, ``ignore_index``, ``label_smoothing``,
+            ``pos_weight``, ``delta``, ``beta``.
         optimizer: ``sgd``, ``momentum`` or ``nesterov``, as `torch.optim.SGD`; ``adam`` or ``adamw``.
         lr: default learning rate; ``momentum``, ``beta1``, ``beta2``, ``eps`` and ``weight_decay`` are defaults too,
             and all of them are scalar inputs of the graph.
@@ -143,7 +151,7 @@ def export_bundle(
     else:
         module, chosen = add_adapters(module, lora)
     features = tuple(_feature(given, i, scale) for i, given in enumerate(inputs))
-    resolved = resolve_loss(loss)
+    resolved = resolve_loss(loss, **(loss_options or {}))
     wanted, outputs = _ports(module, features, targets, resolved, labels)
     problem = Problem(
         module, features, wanted, outputs, resolved, rule, proximal, control, hypers,

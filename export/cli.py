@@ -14,7 +14,7 @@ from torch import nn
 from edge_client.errors import ExportError
 from export.bundle import export_bundle
 from export.lora import Lora
-from export.losses import LOSSES
+from export.losses import LOSSES, parse_options
 from export.partial import TrainOnly
 from export.updates import UPDATES
 
@@ -96,6 +96,7 @@ def _lora(rank: int | None, alpha: float | None, targets: Sequence[str], train: 
     help="One for each --input; float32 unless given.",
 )
 @click.option("--loss", default="cross_entropy", show_default=True, help=f"One of {', '.join(sorted(LOSSES))}.")
+@click.option("--loss-option", "loss_options", multiple=True, help="Such as weight=1,2,4; repeatable.")
 @click.option("--optimizer", default="sgd", show_default=True, help=f"One of {', '.join(UPDATES)}.")
 @click.option("--lr", default=0.05, show_default=True, help="Default learning rate.")
 @click.option("--momentum", default=0.9, show_default=True, help="Default momentum, with momentum and nesterov.")
@@ -133,6 +134,7 @@ def export(
     shapes: Sequence[str],
     dtypes: Sequence[str],
     loss: str,
+    loss_options: Sequence[str],
     optimizer: str,
     lr: float,
     momentum: float,
@@ -170,6 +172,7 @@ def export(
         name=title,
         inputs=inputs,
         loss=loss,
+        loss_options=parse_options(loss_options),
         optimizer=optimizer,
         lr=lr,
         momentum=momentum,

@@ -11,6 +11,7 @@ from onnx import numpy_helper
 from torch import fx
 
 from edge_client.errors import ExportError
+from export.alternatives import nearest
 from export.graph import ELEMENT_TYPES, Array, Builder, Graph, Port
 from export.trace import MODULE, Traced
 
@@ -206,7 +207,9 @@ def _lower_node(builder: Lowering, node: fx.Node, values: Mapping[fx.Node, Any],
     name = operator_name(node.target)
     rule = rules.get(name)
     if rule is None:
-        raise ExportError(f"module {_origin(node)!r} uses {name}, which has no rule yet; replace it in the model")
+        instead = nearest(name, rules)
+        advice = f"the nearest that has one: {instead}" if instead else "write it in elementary operators of torch"
+        raise ExportError(f"module {_origin(node)!r} uses {name}, which has no rule; {advice}")
     builder.readers = tuple(node.users)
     shape = described("", found) if isinstance(found, torch.Tensor) else _parts(node, found)
     try:

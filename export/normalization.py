@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from export.lower import Lowering, Rule, Size, Value
 
@@ -47,7 +46,7 @@ def _standardized(
     return found[0], found[1], found[2]
 
 
-def _moved(b: Lowering, running: Value, current: str, momentum: float | torch.SymFloat) -> str:
+def _moved(b: Lowering, running: Value, current: str, momentum: float) -> str:
     keep = b.op("Mul", running.name, b.scalar(1 - momentum, "float32"))
     return b.op("Add", keep, b.op("Mul", current, b.scalar(momentum, "float32")))
 

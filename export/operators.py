@@ -4,6 +4,7 @@ A rule is ``rule(b, out, *args, **kwargs)``: ``b`` emits nodes, ``out`` tells th
 arguments are those of the ATen operator with tensors as `Value`. It returns the result's name, or a tuple of names.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from edge_client.errors import ExportError
-from export.lower import Lowering, Rule, Size, Value, dtype_name
+from export.lower import Lowering, Rule, Value, dtype_name
 
 Scalar = int | float | torch.SymInt
 Operand = Value | int | float
@@ -32,14 +33,42 @@ def operand(b: Lowering, x: Operand, dtype: str) -> str:
     return b.cast(x.name, x.dtype, dtype) if isinstance(x, Value) else b.number(x, dtype)
 
 
-def _binary(kind: str) -> Rule:
+def _binary(kind: str, of_bools: str = "") -> Rule:
     def rule(b: Lowering, out: Value, x: Operand, y: Operand, *, alpha: float = 1) -> str:
+        if out.dtype == "bool":
+            return b.op(of_bools, operand(b, x, "bool"), operand(b, y, "bool"))
         left, right = operand(b, x, out.dtype), operand(b, y, out.dtype)
         if alpha != 1:
             right = b.op("Mul", right, b.scalar(alpha, out.dtype))
         return b.op(kind, left, right)
 
     return rule
+
+
+def _truncated(b: Lowering, name: str) -> str:
+    return b.op("Mul", b.op("Sign", name), b.op("Floor", b.op("Abs", name)))
+
+
+def _divided(b: Lowering, out: Value, x: Operand, y: Operand, *, rounding_mode: str | None = None) -> str:
+    left, right = operand(b, x, out.dtype), operand(b, y, out.dtype)
+    if out.dtype.startswith(("int", "uint")):
+        # ONNX truncates quotients of integers, and its Mod has the divisor's sign.
+        return b.op("Div", b.op("Sub", left, b.op("Mod", left, right)) if rounding_mode == "floor" else left, right)
+    quotient = b.op("Div", left, right)
+    if rounding_mode == "floor":
+        return b.op("Floor", quotient)
+    return _truncated(b, quotient) if rounding_mode == "trunc" else quotient
+
+
+def _remainder(b: Lowering, out: Value, x: Operand, y: Operand) -> str:
+    left, right = operand(b, x, out.dtype), operand(b, y, out.dtype)
+    if out.dtype.startswith(("int", "uint")):
+        return b.op("Mod", left, right)
+    return b.op("Sub", left, b.op("Mul", b.op("Floor", b.op("Div", left, right)), right))
+
+
+def _fmod(b: Lowering, out: Value, x: Operand, y: Operand) -> str:
+    return b.op("Mod", operand(b, x, out.dtype), operand(b, y, out.dtype), fmod=1)
 
 
 def _compared(kind: str, negate: bool = False) -> Rule:
@@ -56,9 +85,23 @@ def _unary(kind: str, **attributes: Any) -> Rule:
 
 
 def _pow(b: Lowering, out: Value, x: Operand, y: Operand) -> str:
-    if y == 2 and isinstance(x, Value):
-        return b.op("Mul", x.name, x.name)
-    return b.op("Pow", operand(b, x, out.dtype), operand(b, y, out.dtype))
+    base = operand(b, x, out.dtype)
+    if isinstance(y, Value) or not isinstance(x, Value):
+        return b.op("Pow", base, operand(b, y, out.dtype))
+    if y in (1, 2, 3):
+        return base if y == 1 else b.op("Mul", base, base if y == 2 else b.op("Mul", base, base))
+    if y in (0.5, -0.5, -1):
+        root = base if y == -1 else b.op("Sqrt", base)
+        return root if y > 0 else b.op("Reciprocal", root)
+    return b.op("Pow", base, b.scalar(y, out.dtype))
+
+
+def _hypot(b: Lowering, out: Value, x: Value, y: Value) -> str:
+    return b.op("Sqrt", b.op("Add", b.op("Mul", x.name, x.name), b.op("Mul", y.name, y.name)))
+
+
+def _scaled(kind: str, factor: float) -> Rule:
+    return lambda b, out, x: b.op("Mul", b.op(kind, operand(b, x, out.dtype)), b.scalar(factor, out.dtype))
 
 
 def _logical(kind: str) -> Rule:
@@ -69,9 +112,13 @@ def _where(b: Lowering, out: Value, condition: Value, x: Operand, y: Operand) ->
     return b.op("Where", condition.name, operand(b, x, out.dtype), operand(b, y, out.dtype))
 
 
-def _clamp(b: Lowering, out: Value, x: Value, low: float | None = None, high: float | None = None) -> str:
-    bounds = [b.scalar(v, out.dtype) if v is not None else "" for v in (low, high)]
-    return b.op("Clip", operand(b, x, out.dtype), *bounds)
+def _clamp(b: Lowering, out: Value, x: Value, low: Operand | None = None, high: Operand | None = None) -> str:
+    name = operand(b, x, out.dtype)
+    if not isinstance(low, Value) and not isinstance(high, Value):
+        return b.op("Clip", name, *[b.scalar(v, out.dtype) if v is not None else "" for v in (low, high)])
+    if low is not None:
+        name = b.op("Max", name, operand(b, low, out.dtype))
+    return b.op("Min", name, operand(b, high, out.dtype)) if high is not None else name
 
 
 def _copy(b: Lowering, out: Value, x: Value, *_: object, **__: object) -> str:
@@ -121,62 +168,11 @@ def _swap(b: Lowering, out: Value, x: Value, first: int = 0, second: int = 1) ->
     return b.transpose(x.name, order)
 
 
-def _slice(
-    b: Lowering, out: Value, x: Value, dim: int = 0, start: int | None = None, end: Size | None = None, step: int = 1
-) -> str:
-    if not start and step == 1 and (end is None or (isinstance(end, int) and end > 2**60)):
-        return x.name
-    last = b.ints([2**62]) if end is None else b.size(end)
-    return b.op("Slice", x.name, b.ints([start or 0]), last, b.ints([dim]), b.ints([step]))
-
-
-def _select(b: Lowering, out: Value, x: Value, dim: int, index: int) -> str:
-    return b.op("Gather", x.name, b.scalar(index, "int64"), axis=dim)
-
-
-def _cat(b: Lowering, out: Value, tensors: Sequence[Value], dim: int = 0) -> str:
-    return b.op("Concat", *[operand(b, t, out.dtype) for t in tensors], axis=dim)
-
-
-def _stack(b: Lowering, out: Value, tensors: Sequence[Value], dim: int = 0) -> str:
-    return b.op("Concat", *[b.op("Unsqueeze", t.name, b.ints([dim])) for t in tensors], axis=dim)
-
-
-def _split(
-    b: Lowering, out: Sequence[Value | None], x: Value, size: Size | Sequence[Size], dim: int = 0
-) -> tuple[str, ...]:
-    if isinstance(size, Sequence):
-        sizes = list(size)
-    else:
-        sizes = [size] * (len(out) - 1)
-        sizes.append(x.shape[dim] - sum(sizes))
-    return tuple(b.ops("Split", len(out), x.name, b.sizes(sizes), axis=dim))
-
-
 def _pad(b: Lowering, out: Value, x: Value, pads: Sequence[int], value: float = 0) -> str:
     before, after = [0] * x.rank, [0] * x.rank
     for i in range(len(pads) // 2):
         before[x.rank - 1 - i], after[x.rank - 1 - i] = pads[2 * i], pads[2 * i + 1]
     return b.op("Pad", x.name, b.ints(before + after), b.scalar(value, out.dtype))
-
-
-def _reduced(kind: str) -> Rule:
-    def rule(
-        b: Lowering, out: Value, x: Value, dim: Sequence[int] | int | None = None, keepdim: bool = False, **_: object
-    ) -> str:
-        axes = [dim] if isinstance(dim, int) else list(dim or ())
-        return b.reduce(kind, operand(b, x, out.dtype), axes, keepdim)
-
-    return rule
-
-
-def _arg(kind: str) -> Rule:
-    def rule(b: Lowering, out: Value, x: Value, dim: int | None = None, keepdim: bool = False) -> str:
-        if dim is None:
-            return b.op("Squeeze", b.op(kind, b.reshape(x.name, [-1]), axis=0, keepdims=0))
-        return b.op(kind, x.name, axis=dim, keepdims=int(keepdim))
-
-    return rule
 
 
 def _mm(b: Lowering, out: Value, x: Value, y: Value) -> str:
@@ -219,18 +215,13 @@ def _embedding(b: Lowering, out: Value, weight: Value, indices: Value, *_: objec
     return b.op("Gather", weight.name, indices.name, axis=0)
 
 
-def _index(b: Lowering, out: Value, x: Value, indices: Sequence[Value | None]) -> str:
-    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
-    if len(given) != 1 or given[0][1].dtype == "bool":
-        raise ExportError("indexing with several tensors or with a mask is not supported")
-    return b.op("Gather", x.name, given[0][1].name, axis=given[0][0])
-
-
 OPERATORS: dict[str, Rule] = {
-    "aten.add": _binary("Add"),
+    "aten.add": _binary("Add", "Or"),
     "aten.sub": _binary("Sub"),
-    "aten.mul": _binary("Mul"),
-    "aten.div": _binary("Div"),
+    "aten.mul": _binary("Mul", "And"),
+    "aten.div": _divided,
+    "aten.remainder": _remainder,
+    "aten.fmod": _fmod,
     "aten.maximum": _binary("Max"),
     "aten.minimum": _binary("Min"),
     "aten.pow": _pow,
@@ -244,23 +235,39 @@ OPERATORS: dict[str, Rule] = {
     "aten.logical_or": _logical("Or"),
     "aten.bitwise_and": _logical("And"),
     "aten.bitwise_or": _logical("Or"),
+    "aten.logical_xor": _logical("Xor"),
+    "aten.bitwise_xor": _logical("Xor"),
     "aten.logical_not": _unary("Not"),
     "aten.bitwise_not": _unary("Not"),
     **{
         f"aten.{name}": _unary(name.capitalize())
         for name in ("neg", "exp", "log", "sqrt", "abs", "sign", "reciprocal", "sigmoid", "tanh", "relu", "erf")
     },
-    **{f"aten.{name}": _unary(name.capitalize()) for name in ("sin", "cos", "floor", "ceil", "round")},
+    **{f"aten.{name}": _unary(name.capitalize()) for name in ("sin", "cos", "floor", "ceil", "round", "tan", "asin")},
+    **{f"aten.{name}": _unary(name.capitalize()) for name in ("acos", "atan", "sinh", "cosh", "asinh", "acosh")},
+    "aten.atanh": _unary("Atanh"),
+    "aten.sgn": _unary("Sign"),
+    "aten.trunc": lambda b, out, x: _truncated(b, x.name),
+    "aten.exp2": lambda b, out, x: b.op("Exp", b.op("Mul", x.name, b.scalar(math.log(2), out.dtype))),
+    "aten.log2": _scaled("Log", 1 / math.log(2)),
+    "aten.log10": _scaled("Log", 1 / math.log(10)),
+    "aten.erfc": lambda b, out, x: b.op("Sub", b.scalar(1, out.dtype), b.op("Erf", x.name)),
+    "aten.hypot": _hypot,
+    "aten.isnan": lambda b, out, x: b.op("IsNaN", x.name),
+    "aten.isinf": lambda b, out, x: b.op("IsInf", x.name),
     "aten.rsqrt": lambda b, out, x: b.op("Reciprocal", b.op("Sqrt", x.name)),
     "aten.log1p": lambda b, out, x: b.op("Log", b.op("Add", x.name, b.scalar(1, out.dtype))),
     "aten.expm1": lambda b, out, x: b.op("Sub", b.op("Exp", x.name), b.scalar(1, out.dtype)),
     "aten.where": _where,
     "aten.clamp": _clamp,
+    "aten.clamp_min": _clamp,
+    "aten.clamp_max": lambda b, out, x, high: _clamp(b, out, x, None, high),
     "aten._to_copy": _copy,
     "aten.copy": _overwritten,
     "aten.full": _full,
     "aten.full_like": _full,
-    "aten.zeros": _filled(0),
+    **{f"aten.{name}": _filled(0) for name in ("empty", "empty_like", "empty_permuted", "new_empty", "zeros")},
+    "aten.new_empty_strided": _filled(0),
     "aten.zeros_like": _filled(0),
     "aten.new_zeros": _filled(0),
     "aten.ones": _filled(1),
@@ -277,23 +284,10 @@ OPERATORS: dict[str, Rule] = {
     "aten.permute": _permute,
     "aten.transpose": _swap,
     "aten.t": _swap,
-    "aten.slice": _slice,
-    "aten.select": _select,
-    "aten.cat": _cat,
-    "aten.stack": _stack,
-    "aten.split": _split,
-    "aten.split_with_sizes": _split,
     "aten.constant_pad_nd": _pad,
-    "aten.sum": _reduced("ReduceSum"),
-    "aten.mean": _reduced("ReduceMean"),
-    "aten.amax": _reduced("ReduceMax"),
-    "aten.amin": _reduced("ReduceMin"),
-    "aten.argmax": _arg("ArgMax"),
-    "aten.argmin": _arg("ArgMin"),
     "aten.mm": _mm,
     "aten.addmm": _addmm,
     "aten.bmm": lambda b, out, x, y: b.op("MatMul", x.name, y.name),
     "aten.embedding": _embedding,
-    "aten.index": _index,
 }
 """Each entry's key is an ATen operator without its overload."""

@@ -59,9 +59,8 @@ class Problem:
         return self.trainable | self.buffers | self.frozen
 
     def rows(self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
-        """Number of predictions in a batch, float32 scalar."""
-        of = batch[self.targets[0].name] if self.loss.per_element else next(iter(outputs.values()))
-        return torch.ones(()) * (of.numel() if self.loss.per_element else of.shape[0])
+        """What the mean loss of a batch divides by, float32 scalar."""
+        return self.loss.count(*self.arguments(outputs, batch))
 
     def forward(self, state: Tensors, batch: Mapping[str, Tensor]) -> Tensors:
         """The module's outputs by name; buffers that it changes are changed in ``state``."""

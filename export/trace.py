@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from edge_client.errors import ExportError, FedgeError
 from edge_client.manifest import Feature
 from export import modes
+from export.decompositions import DECOMPOSITIONS
 
 Step = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 MODULE = "fedge_module"
@@ -33,8 +34,11 @@ MODULE = "fedge_module"
 _KEPT = (
     "slice_backward",
     "select_backward",
+    "diagonal_backward",
     "embedding_dense_backward",
     "_log_softmax_backward_data",
+    "constant_pad_nd",
+    "pad",
     "_adaptive_avg_pool2d",
     *(f"max_pool{n}d_with_indices_backward" for n in (2, 3)),
     *(f"{kind}_pad{n}d{way}" for kind in ("reflection", "replication") for n in (1, 2, 3) for way in ("", "_backward")),
@@ -43,6 +47,8 @@ _KEPT = (
     *(f"{name}{way}" for name in ("silu", "mish", "hardsigmoid", "hardswish", "softplus") for way in ("", "_backward")),
     *("_prelu_kernel", "_prelu_kernel_backward", "log_sigmoid_forward", "log_sigmoid_backward"),
     *("hardshrink", "softshrink", "_softmax_backward_data"),
+    # Its decomposition fixes the batch size without saying so.
+    *(f"reflection_pad{rank}d_backward" for rank in (1, 2, 3)),
     *(f"native_{name}_norm_backward" for name in ("batch", "layer", "group")),
 )
 
@@ -67,13 +73,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """PyTorch's own decompositions into core ATen, less those that are lowered directly."""
     table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
     kept = {op: rule for op, rule in table.items() if _base_name(op) not in _KEPT}
-    # Neither decomposed nor known to fake tensors of symbolic size.
-    shrinks = (torch.ops.aten.hardshrink_backward.default, torch.ops.aten.softshrink_backward.default)
-    return kept | dict.fromkeys(shrinks, _shrink_backward)
-
-
-def _shrink_backward(grad: Tensor, x: Tensor, width: float) -> Tensor:
-    return grad * (torch.abs(x) > width).to(grad.dtype)
+    return kept | DECOMPOSITIONS
 
 
 def _base_name(op: Any) -> str:
@@ -160,6 +160,7 @@ def _attribution(module: nn.Module) -> Any:
 
 
 def _cleaned(graph: fx.Graph) -> fx.Graph:
+    _refuse_partial_writes(graph)
     _functionalize(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and _base_name(node.target) in ("alias", "detach", "clone", "lift_fresh_copy"):
@@ -227,3 +228,24 @@ def _writes(target: torch._ops.OpOverload, place: int) -> bool:
 def _alike(first: fx.Node, second: fx.Node) -> bool:
     one, two = first.meta["val"], second.meta["val"]
     return bool(one.dtype == two.dtype and one.shape == two.shape)
+
+
+def _refuse_partial_writes(graph: fx.Graph) -> None:
+    """Writing into a slice or another view changes the tensor that it shows, which no later pass follows."""
+    for node in graph.nodes:
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable or not node.args:
+            continue
+        if isinstance(node.args[0], fx.Node) and _is_view(node.args[0]):
+            raise ExportError(
+                f"module {node.meta.get(MODULE) or 'the model'!r} writes into a part of a tensor "
+                f"({_base_name(target)}), which is not supported; use torch.cat, torch.where or an out-of-place scatter"
+            )
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a value shares its memory with a larger one or another shape of it."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or _base_name(target) in ("alias", "detach"):
+        return False
+    return any(a.alias_info is not None and not a.alias_info.is_write for a in target._schema.returns)

@@ -242,7 +242,7 @@ class Unsupported(nn.Module):
 
 class Sorted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cumsum(x, 1)
+        return torch.logcumsumexp(x, 1)
 
 
 class FixedBatch(nn.Module):
@@ -258,13 +258,13 @@ class FixedBatch(nn.Module):
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        (Unsupported(), {}, r"module 'body.1' uses aten.cumsum"),
+        (Unsupported(), {}, r"module 'body.1' uses aten.logcumsumexp, which has no rule; the nearest .* torch.logsumexp"),
         (FixedBatch(), {}, r"module 'FixedBatch' cannot be traced"),
         (nn.Linear(5, 2), {}, r"Linear does not take inputs float32 \[N, 4\]"),
         (
             nn.Linear(4, 2),
             {"loss": "hinge"},
-            r"loss 'hinge' is unknown; use one of bce_with_logits, cross_entropy, mse",
+            r"loss 'hinge' is unknown; use one of bce_with_logits, cross_entropy, huber",
         ),
         (
             nn.Linear(4, 2),
