@@ -47,9 +47,7 @@ def _maps(
     return maps
 
 
-def _overhangs(
-    x: Value, out: Value, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> bool:
+def _overhangs(x: Value, out: Value, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
     """Whether ``ceil_mode`` made a window that ends beyond the padding."""
     axes = range(2, x.rank)
     return any(

@@ -15,7 +15,7 @@ from export.lower import Lowering, Rule, Value
 def _slice(
     b: Lowering, out: Value, grad: Value, sizes: Sequence[int], dim: int, start: int, end: int, step: int
 ) -> str:
-    if step == 1 and not start and isinstance(end, int) and end > 2**60:
+    if step == 1 and start == 0 and end >= 2**62:
         return grad.name  # all of it, as in x[:, 0]; its length may be the batch
     length = out.static(dim)[0]
     if step != 1:

@@ -19,12 +19,10 @@ torch.library.define("fedge::resize", f"(Tensor x, int[] before, int[] after, {_
 torch.library.define("fedge::resize_backward", f"(Tensor grad, int[] before, int[] after, {_SETTINGS}) -> Tensor")
 
 
-@torch.library.register_fake("fedge::resize")
 def _resized(x: Tensor, before: Sequence[int], after: Sequence[int], *_: object) -> Tensor:
     return x.new_empty((*x.shape[:2], *after))
 
 
-@torch.library.register_fake("fedge::resize_backward")
 def _unresized(grad: Tensor, before: Sequence[int], after: Sequence[int], *_: object) -> Tensor:
     return grad.new_empty((*grad.shape[:2], *before))
 
@@ -38,6 +36,8 @@ def _toward_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.fedge.resize_backward(grad, *settings), *[None] * len(settings)
 
 
+torch.library.register_fake("fedge::resize", _resized)
+torch.library.register_fake("fedge::resize_backward", _unresized)
 torch.library.register_autograd("fedge::resize", _toward_input, setup_context=_remember)
 
 
