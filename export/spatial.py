@@ -86,12 +86,12 @@ def _interpolate(
 def _pad_circular(x: Tensor, pad: Sequence[int], mode: str = "", value: float | None = None) -> Tensor:
     for i, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
         axis = x.dim() - 1 - i
-        size = x.shape[axis]
-        start, end = max(-before, 0), size - max(-after, 0)
-        whole = [x.narrow(axis, start, end - start)]
+        start, cropped = max(-before, 0), x.shape[axis] + min(before, 0) + min(after, 0)
+        x = x.narrow(axis, start, cropped)
+        whole = [x]
         if before > 0:
-            whole.insert(0, x.narrow(axis, size - before, before))
+            whole.insert(0, x.narrow(axis, cropped - before, before))
         if after > 0:
             whole.append(x.narrow(axis, 0, after))
-        x = torch.cat(whole, axis) if len(whole) > 1 else whole[0]
+        x = torch.cat(whole, axis)
     return x
