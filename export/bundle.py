@@ -22,6 +22,7 @@ from export.average import AVERAGE
 from export.backward import GRADIENTS
 from export.choice import Choices, has_depthwise
 from export.convolution import CONVOLUTION
+from export.folding import FOLDING
 from export.graph import OPSET
 from export.large import speed_up_large
 from export.losses import Loss, LossFunction, resolve_loss
@@ -37,7 +38,7 @@ from export.trace import trace
 from export.verify import Graphs, verify
 
 RULES: Mapping[str, Rule] = (
-    OPERATORS | GRADIENTS | ACTIVATIONS | NORMALIZATION | CONVOLUTION | POOLING | AVERAGE | RESIZE | PADDING
+    OPERATORS | GRADIENTS | ACTIVATIONS | NORMALIZATION | CONVOLUTION | POOLING | AVERAGE | RESIZE | PADDING | FOLDING
 )
 LEAST_RUNTIME = "1.24"
 
