@@ -70,9 +70,10 @@ def _unfold_backward(b: Lowering, out: Value, grad: Value, sizes: Sequence[int],
     places = _windows(length, size, step)
     behind = b.transpose(grad.name, [*range(axis + 1), out.rank, *range(axis + 1, out.rank)])
     after = out.static(*range(axis + 1, out.rank)) if axis + 1 < out.rank else ()
-    flat = [*out.shape[:axis], places.size, math.prod(after)]
+    width = math.prod(after)
+    flat = [*out.shape[:axis], places.size, width]
     joined = Value(b.reshape(behind, flat), tuple(flat), out.dtype)
-    same = AxisMap.of_places(flat[-1], np.arange(flat[-1]))
+    same = AxisMap.of_places(width, np.arange(width))
     summed = along_axes(b, joined, [AxisMap.of_places(length, places.ravel()).transposed(), same])
     return b.reshape(summed, out.shape)
 
