@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from export.lower import Lowering, Rule, Value
-from export.pooling import Places, adaptive_windows, pool_attributes
+from export.pooling import Places, adaptive_windows, per_axis
 from export.separable import AxisMap, along_axes
 
 
@@ -67,11 +67,17 @@ def _avg_pool(
     count_include_pad: bool = True,
     divisor: int | None = None,
 ) -> str:
-    attributes = pool_attributes(kernel, stride, padding, False, x.rank - 2)
-    window = attributes["kernel_shape"], attributes["strides"], attributes["pads"][: x.rank - 2]
-    if divisor is None and not _overhangs(x, out, *window):
-        return b.op("AveragePool", x.name, count_include_pad=int(count_include_pad), **attributes)
-    return along_axes(b, x, _maps(x, out, *window, count_include_pad, divisor))
+    size, steps, pads = (per_axis(values, x.rank - 2) for values in (kernel, stride or kernel, padding))
+    if divisor is not None or _overhangs(x, out, size, steps, pads):
+        return along_axes(b, x, _maps(x, out, size, steps, pads, count_include_pad, divisor))
+    return b.op(
+        "AveragePool",
+        x.name,
+        kernel_shape=size,
+        strides=steps,
+        pads=pads * 2,
+        count_include_pad=int(count_include_pad),
+    )
 
 
 def _avg_pool_backward(
@@ -86,8 +92,7 @@ def _avg_pool_backward(
     count_include_pad: bool,
     divisor: int | None,
 ) -> str:
-    attributes = pool_attributes(kernel, stride, padding, False, x.rank - 2)
-    size, steps, pads = attributes["kernel_shape"], attributes["strides"], attributes["pads"][: x.rank - 2]
+    size, steps, pads = (per_axis(values, x.rank - 2) for values in (kernel, stride or kernel, padding))
     counted = count_include_pad or not any(pads)
     if not counted or _overhangs(x, grad, size, steps, pads):
         maps = _maps(x, grad, size, steps, pads, count_include_pad, divisor)
@@ -101,7 +106,7 @@ def _avg_pool_backward(
         grad.name,
         weight,
         strides=steps,
-        pads=attributes["pads"],
+        pads=pads * 2,
         group=channels,
         output_padding=extra,
     )

@@ -24,6 +24,7 @@ from export.backward import GRADIENTS
 from export.choice import Choices, has_depthwise
 from export.convolution import CONVOLUTION
 from export.dropout import DROPOUT
+from export.folding import FOLDING
 from export.graph import OPSET, Graph
 from export.indexing import INDEXING
 from export.large import speed_up_large
@@ -56,6 +57,7 @@ RULES: Mapping[str, Rule] = (
     | AVERAGE
     | RESIZE
     | PADDING
+    | FOLDING
     | DROPOUT
     | RECURRENT
 )

@@ -1,14 +1,14 @@
 """Max-pooling and its gradients; `average` has the other kind.
 
-Max-pooling whose windows tile the input goes by slabs: each position in the window as a tensor of the output's size,
-and elementwise operators over them, which stream through memory. ONNX's own MaxPool takes ten times longer when it is
-asked for the indices that a gradient needs.
+The gradient of max-pooling goes by slabs: each position in the window as a tensor of the output's size, and elementwise
+operators over them, which stream through memory. ONNX's own MaxPool takes ten times longer when it is asked for the
+indices that a gradient needs.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,21 +20,9 @@ from export.lower import Lowering, Rule, Value, operator_name
 Places = npt.NDArray[np.int64]
 
 
-def pool_attributes(
-    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool, rank: int
-) -> dict[str, Any]:
-    """ONNX attributes of a pooling window; PyTorch gives one number for all axes or one for each."""
-
-    def each(values: Sequence[int]) -> list[int]:
-        return [int(v) for v in values] * (1 if len(values) == rank else rank)
-
-    pads = each(padding)
-    return {
-        "kernel_shape": each(kernel),
-        "strides": each(stride or kernel),
-        "pads": [*pads, *pads],
-        "ceil_mode": int(ceil),
-    }
+def per_axis(values: Sequence[int], axes: int) -> tuple[int, ...]:
+    """A number for each axis; PyTorch also gives one for all of them."""
+    return tuple(int(v) for v in values) * (1 if len(values) == axes else axes)
 
 
 def adaptive_windows(size: int, count: int) -> tuple[Places, Places]:
@@ -47,50 +35,116 @@ MOST_SLABS = 16
 """Largest pooling window whose positions are handled one by one."""
 
 
-def pooled_slabs(b: Lowering, x: Value, kernel: Sequence[int], sizes: Sequence[int]) -> tuple[list[str], str]:
-    """Windows that tile the input: each position in the window as a slab ``[*sizes, N, C]``, and their maximum.
+@dataclass(frozen=True)
+class Windows:
+    """Where max-pooling looks, along each spatial axis; ``ends`` is the padding that the last windows need."""
 
-    Space comes first, so that slabs are made of long runs of memory.
-    """
-    split = [n for size, k in zip(sizes, kernel, strict=True) for n in (size, k)]
-    windows = b.op("Reshape", to_spatial_major(b, x.name, x.rank), b.ints([*split, -1, *x.static(1)]))
-    axes = range(1, 2 * len(kernel), 2)
-    slabs = [
-        b.op("Slice", windows, b.ints(place), b.ints(p + 1 for p in place), b.ints(axes))
-        for place in itertools.product(*map(range, kernel))
-    ]
-    slabs = [b.op("Reshape", slab, b.ints([*sizes, -1, *x.static(1)])) for slab in slabs]
-    return slabs, b.op("Max", *slabs)
+    sizes: tuple[int, ...]
+    results: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
 
-
-def tiles(x: Value, attributes: dict[str, Any], dilation: Sequence[int]) -> bool:
-    """Whether pooling windows tile ``x`` exactly, and are few enough to go position by position."""
-    kernel = attributes["kernel_shape"]
-    plain = kernel == attributes["strides"] and not any(attributes["pads"]) and set(dilation) == {1}
-    divisible = all(size % k == 0 for size, k in zip(x.static(*range(2, x.rank)), kernel, strict=True))
-    return plain and divisible and math.prod(kernel) <= MOST_SLABS
-
-
-def _exactly(attributes: dict[str, Any], x: Value, out: Value, dilation: Sequence[int]) -> dict[str, Any]:
-    """The attributes with as much padding at the end as the windows of ``out`` reach, instead of ``ceil_mode``.
-
-    ONNX Runtime and PyTorch differ in which of the last windows they leave out.
-    """
-    axes = range(2, x.rank)
-    before = attributes["pads"][: x.rank - 2]
-    ends = [
-        max(p, (count - 1) * s - p + d * (k - 1) + 1 - size)
-        for size, count, k, s, p, d in zip(
-            x.static(*axes),
-            out.static(*axes),
-            attributes["kernel_shape"],
-            attributes["strides"],
-            before,
-            dilation,
-            strict=True,
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Instead of ONNX's ``ceil_mode``: it differs from PyTorch's in which of the last windows it leaves out."""
+        return tuple(
+            max(p, (count - 1) * s - p + d * (k - 1) + 1 - size)
+            for size, count, k, s, p, d in zip(
+                self.sizes, self.results, self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
         )
-    ]
-    return attributes | {"pads": [*before, *ends], "ceil_mode": 0}
+
+    @property
+    def apart(self) -> bool:
+        """Whether no two windows share a position."""
+        return self.kernel == self.stride and set(self.dilation) == {1} and not any(self.padding)
+
+    @property
+    def places(self) -> list[tuple[int, ...]]:
+        """The positions in a window, in the order in which PyTorch compares them, as distances from its start."""
+        return [
+            tuple(t * d for t, d in zip(tap, self.dilation, strict=True))
+            for tap in itertools.product(*map(range, self.kernel))
+        ]
+
+    def pool(self, b: Lowering, x: str, outputs: int) -> list[str]:
+        """ONNX's own operator, with its second output if ``outputs`` is 2."""
+        return b.ops(
+            "MaxPool",
+            outputs,
+            x,
+            kernel_shape=self.kernel,
+            strides=self.stride,
+            pads=[*self.padding, *self.ends],
+            dilations=self.dilation,
+        )
+
+    def slabs(self, b: Lowering, x: Value) -> tuple[list[str], str]:
+        """Each position in the window as a slab ``[*results, N, C]``, and their maximum.
+
+        Space comes first, so that slabs are made of long runs of memory.
+        """
+        name = to_spatial_major(b, x.name, x.rank)
+        if any(self.padding) or any(self.ends):
+            pads = b.ints([*self.padding, 0, 0, *self.ends, 0, 0])
+            name = b.op("Pad", name, pads, b.scalar(-math.inf, x.dtype))
+        axes, steps = b.ints(range(len(self.sizes))), b.ints(self.stride)
+        reach = [(count - 1) * s + 1 for count, s in zip(self.results, self.stride, strict=True)]
+        found = [
+            b.op("Slice", name, b.ints(place), b.ints(p + r for p, r in zip(place, reach, strict=True)), axes, steps)
+            for place in self.places
+        ]
+        return found, b.op("Max", *found)
+
+    def spread(self, b: Lowering, parts: Sequence[str], x: Value) -> str:
+        """The sum ``[N, C, *sizes]`` of ``parts``, one ``[*results, N, C]`` for each position in the window.
+
+        Positions that are whole strides apart fall on the same cells: those are summed, shifted against each other;
+        then the cells of all remainders are interleaved.
+        """
+        lengths = [
+            count + d * (k - 1) // s
+            for count, k, s, d in zip(self.results, self.kernel, self.stride, self.dilation, strict=True)
+        ]
+        cells: dict[tuple[int, ...], list[str]] = {
+            remainder: [] for remainder in itertools.product(*map(range, self.stride))
+        }
+        zero = b.scalar(0, x.dtype)
+        for place, part in zip(self.places, parts, strict=True):
+            before = [p // s for p, s in zip(place, self.stride, strict=True)]
+            after = [n - count - a for n, count, a in zip(lengths, self.results, before, strict=True)]
+            moved = b.op("Pad", part, b.ints([*before, 0, 0, *after, 0, 0]), zero) if any(before + after) else part
+            cells[tuple(p % s for p, s in zip(place, self.stride, strict=True))].append(moved)
+        thin = b.ints([*(n for length in lengths for n in (length, 1)), -1, *x.static(1)])
+        rows = []
+        for found in cells.values():
+            # A stride longer than the kernel, or sharing a divisor with the dilation, leaves cells that nothing sees.
+            found = found or [b.zeros([*lengths, *x.shape[:2]], x.dtype)]
+            rows.append(b.op("Reshape", b.op("Sum", *found) if len(found) > 1 else found[0], thin))
+        for i, s in reversed(list(enumerate(self.stride))):
+            if s > 1:
+                rows = [b.op("Concat", *rows[j : j + s], axis=1 + 2 * i) for j in range(0, len(rows), s)]
+        whole = [n * s for n, s in zip(lengths, self.stride, strict=True)]
+        name = b.op("Reshape", rows[0], b.ints([*whole, -1, *x.static(1)]))
+        ends = [size + p - n for size, p, n in zip(self.sizes, self.padding, whole, strict=True)]
+        if any(self.padding) or any(ends):
+            name = b.op("Pad", name, b.ints([*(-p for p in self.padding), 0, 0, *ends, 0, 0]), zero)
+        return from_spatial_major(b, name, x.rank)
+
+
+def _windows(
+    x: Value,
+    out: Value,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Windows:
+    axes = range(2, x.rank)
+    each = [per_axis(values, x.rank - 2) for values in (kernel, stride or kernel, padding, dilation)]
+    return Windows(x.static(*axes), out.static(*axes), *each)
 
 
 def _max_pool(
@@ -103,16 +157,14 @@ def _max_pool(
     dilation: Sequence[int] = (1,),
     ceil: bool = False,
 ) -> tuple[str | None, ...]:
-    spread = [int(d) for d in dilation] * (1 if len(dilation) == x.rank - 2 else x.rank - 2)
-    attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
     # Without indices, which would be slow; the gradient rule finds its own way.
     if out[0] is None or not _only_gradients_read_indices(b):
         raise ExportError("the indices of max-pooling are not covered; instead of MaxUnpool use nn.Upsample")
-    if out[1] is not None and tiles(x, attributes, spread):
+    windows = _windows(x, out[0], kernel, stride, padding, dilation)
+    if out[1] is not None and windows.apart and len(windows.places) <= MOST_SLABS:
         # The gradient needs the slabs too; pooling them saves reading the input once more.
-        top = pooled_slabs(b, x, attributes["kernel_shape"], out[0].static(*range(2, x.rank)))[1]
-        return from_spatial_major(b, top, x.rank), None
-    return b.op("MaxPool", x.name, dilations=spread, **_exactly(attributes, x, out[0], spread)), None
+        return from_spatial_major(b, windows.slabs(b, x)[1], x.rank), None
+    return windows.pool(b, x.name, 1)[0], None
 
 
 def _only_gradients_read_indices(b: Lowering) -> bool:
@@ -131,13 +183,14 @@ def _max_pool_backward(
     dilation: Sequence[int],
     ceil: bool,
     _: object,
-) -> str | Value:
+) -> str:
     """Each output's gradient goes to the first maximum of its window, as in PyTorch."""
-    attributes = pool_attributes(kernel, stride, padding, ceil, x.rank - 2)
-    spread = [int(d) for d in dilation] * (1 if len(dilation) == x.rank - 2 else x.rank - 2)
-    if tiles(x, attributes, spread):
-        return _max_pool_by_slabs(b, grad, x, attributes["kernel_shape"])
-    _, indices = b.ops("MaxPool", 2, x.name, dilations=spread, **_exactly(attributes, x, grad, spread))
+    windows = _windows(x, grad, kernel, stride, padding, dilation)
+    if len(windows.places) <= MOST_SLABS:
+        slabs, top = windows.slabs(b, x)
+        parts = _shared_out(b, to_spatial_major(b, grad.name, grad.rank), slabs, top, x.dtype)
+        return windows.spread(b, parts, x)
+    _, indices = windows.pool(b, x.name, 2)
     flat = b.op("Reshape", b.zeros(x.shape, out.dtype), b.ints([-1]))
     summed = b.op(
         "ScatterElements", flat, b.reshape(indices, [-1]), b.reshape(grad.name, [-1]), axis=0, reduction="add"
@@ -153,18 +206,6 @@ def _shared_out(b: Lowering, left: str, slabs: Sequence[str], top: str, dtype: s
         left = b.op("Sub", left, taken)
         parts.append(taken)
     return [*parts, left]
-
-
-def _max_pool_by_slabs(b: Lowering, grad: Value, x: Value, kernel: Sequence[int]) -> str:
-    sizes = grad.static(*range(2, grad.rank))
-    slabs, top = pooled_slabs(b, x, kernel, sizes)
-    parts = _shared_out(b, to_spatial_major(b, grad.name, grad.rank), slabs, top, x.dtype)
-    thin = [n for size in sizes for n in (size, 1)]
-    parts = [b.op("Reshape", part, b.ints([*thin, -1, *x.static(1)])) for part in parts]
-    for i, k in reversed(list(enumerate(kernel))):
-        parts = [b.op("Concat", *parts[j : j + k], axis=1 + 2 * i) for j in range(0, len(parts), k)]
-    whole = b.op("Reshape", parts[0], b.ints([*x.static(*range(2, x.rank)), -1, *x.static(1)]))
-    return from_spatial_major(b, whole, x.rank)
 
 
 def _adaptive_table(x: Value, sizes: Sequence[int]) -> npt.NDArray[np.int64]:

@@ -34,13 +34,14 @@ def interpolation(
         raise ExportError(
             f"interpolation from {before} to {after} along one axis exceeds {LONGEST}; use a transposed convolution"
         )
-    identity = torch.eye(before)[None, :, :, None]
-    target: dict[str, Any] = {"size": (after, 1)} if scale is None else {"scale_factor": (scale, 1.0)}
+    # Along the width: with antialiasing, PyTorch itself errs on images one pixel wide.
+    identity = torch.eye(before)[None, :, None, :]
+    target: dict[str, Any] = {"size": (1, after)} if scale is None else {"scale_factor": (1.0, scale)}
     with torch.no_grad():
         columns = F.interpolate(
             identity, mode=PLANAR.get(mode, mode), align_corners=align_corners, antialias=antialias, **target
         )
-    return AxisMap.of_dense(columns[0, :, :, 0].T.numpy().astype(np.float64))
+    return AxisMap.of_dense(columns[0, :, 0, :].T.numpy().astype(np.float64))
 
 
 def _maps(
@@ -51,7 +52,7 @@ def _maps(
     scales: Sequence[float] = (),
     antialias: bool = False,
 ) -> list[AxisMap]:
-    each = list(scales) or [None] * len(before)
+    each: list[float | None] = [*scales] or [None] * len(before)
     return [
         interpolation(n, m, mode, align_corners, scale, antialias)
         for n, m, scale in zip(before, after, each, strict=True)

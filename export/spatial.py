@@ -19,12 +19,10 @@ torch.library.define("fedge::resize", f"(Tensor x, int[] before, int[] after, {_
 torch.library.define("fedge::resize_backward", f"(Tensor grad, int[] before, int[] after, {_SETTINGS}) -> Tensor")
 
 
-@torch.library.register_fake("fedge::resize")
 def _resized(x: Tensor, before: Sequence[int], after: Sequence[int], *_: object) -> Tensor:
     return x.new_empty((*x.shape[:2], *after))
 
 
-@torch.library.register_fake("fedge::resize_backward")
 def _unresized(grad: Tensor, before: Sequence[int], after: Sequence[int], *_: object) -> Tensor:
     return grad.new_empty((*grad.shape[:2], *before))
 
@@ -38,6 +36,8 @@ def _toward_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.fedge.resize_backward(grad, *settings), *[None] * len(settings)
 
 
+torch.library.register_fake("fedge::resize", _resized)
+torch.library.register_fake("fedge::resize_backward", _unresized)
 torch.library.register_autograd("fedge::resize", _toward_input, setup_context=_remember)
 
 
@@ -86,12 +86,12 @@ def _interpolate(
 def _pad_circular(x: Tensor, pad: Sequence[int], mode: str = "", value: float | None = None) -> Tensor:
     for i, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
         axis = x.dim() - 1 - i
-        size = x.shape[axis]
-        start, end = max(-before, 0), size - max(-after, 0)
-        whole = [x.narrow(axis, start, end - start)]
+        start, cropped = max(-before, 0), x.shape[axis] + min(before, 0) + min(after, 0)
+        x = x.narrow(axis, start, cropped)
+        whole = [x]
         if before > 0:
-            whole.insert(0, x.narrow(axis, size - before, before))
+            whole.insert(0, x.narrow(axis, cropped - before, before))
         if after > 0:
             whole.append(x.narrow(axis, 0, after))
-        x = torch.cat(whole, axis) if len(whole) > 1 else whole[0]
+        x = torch.cat(whole, axis)
     return x
