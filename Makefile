@@ -10,13 +10,13 @@ export OMP_NUM_THREADS ?= 1
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo           train the digits on 20 emulated phones; results in build/demo"
-	@echo "make test           run the tests"
-	@echo "make lint           ruff and mypy"
-	@echo "make bench-round    seconds per round beside a plain PyTorch loop; results in build/bench/round.json"
-	@echo "make bench-training a training step, memory, start and size beside PyTorch's; results in build/bench/training.json"
-	@echo "make bench          every benchmark"
-	@echo "make clean          remove build results and caches, keep $(VENV)"
+	@echo "make demo            train the digits on 20 emulated phones; results in build/demo"
+	@echo "make test            run the tests"
+	@echo "make lint            ruff and mypy"
+	@echo "make bench-round     seconds per round beside a plain PyTorch loop; results in build/bench/round.json"
+	@echo "make bench-training  a training step, memory, start and size beside PyTorch's; results in build/bench/training.json"
+	@echo "make bench           every benchmark"
+	@echo "make clean           remove build results and caches, keep $(VENV)"
 
 demo: $(VENV)/.demo
 	$(BIN)/fedge demo -o build/demo

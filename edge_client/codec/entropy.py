@@ -254,9 +254,13 @@ def encode_levels(index: Indices, level: Levels, layout: Layout) -> bytes:
     within = np.empty(len(index), np.int64)
     for number, (grid, (low, high)) in enumerate(zip(grids, spans, strict=True)):
         local = index[low:high] - grid.start
+        mine = np.flatnonzero(owner == number)
+        if grid.mode == 0:
+            # One block in the tensor's own order. Ranks would take 60 bytes for each row and column.
+            block[low:high], within[low:high] = mine[0], local
+            continue
         row = local // grid.shape[1]
         column = local - row * grid.shape[1]
-        mine = np.flatnonzero(owner == number)
         table = np.zeros((CLASSES, CLASSES), np.int64)
         table[a[mine], b[mine]] = mine
         block[low:high] = table[grid.rows[row], grid.columns[column]]
