@@ -1,5 +1,6 @@
 """Hold operator rules to PyTorch's autograd: trace outputs and gradients of a function, run them on ONNX Runtime."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from edge_client import runtime
 from edge_client.manifest import Feature
 from export.bundle import RULES
 from export.choice import Choices, has_depthwise
-from export.lower import Rule, dtype_name, lower
+from export.lower import Choose, Rule, dtype_name, lower
 from export.optimize import optimize
 from export.trace import trace
 
@@ -34,12 +35,15 @@ def assert_gradients(
     rules: Mapping[str, Rule] = RULES,
     tolerance: float = 2e-5,
     batches: Sequence[int] = BATCHES,
+    choose: Choose | None = None,
+    counted: dict[str, int] | None = None,
 ) -> set[str]:
     """Outputs and the gradients of every float tensor agree with PyTorch at several batch sizes.
 
     ``function(*batched, **fixed)`` returns tensors. The first dimension of ``batched`` tensors is the batch, traced
     symbolically; their rows are repeated and cut to each size in ``batches``. Outputs of floats are weighted by random
-    cotangents. The tolerance is relative to each tensor's largest magnitude. Returns the graph's operators.
+    cotangents. The tolerance is relative to each tensor's largest magnitude. ``choose`` picks the formulation of
+    convolutions. Returns the graph's operators; ``counted`` receives how many there are of each.
     """
     fixed = dict(fixed or {})
     sample = _outputs(function, batched, fixed)
@@ -67,7 +71,7 @@ def assert_gradients(
     features = [Feature(n, tuple(t.shape[1:]), dtype_name(t.dtype)) for n, t in (given | moving).items()]
     static = fixed | {n: t for n, t in weights.items() if n not in moving}
     traced = trace(step, static, features, module or nn.Module())
-    graph = optimize(lower(traced, rules, Choices(has_depthwise(traced))))
+    graph = optimize(lower(traced, rules, choose or Choices(has_depthwise(traced))))
     model = graph.to_model("rule")
     session = runtime.session(model)
     names = [o.name for o in session.get_outputs()]
@@ -83,6 +87,8 @@ def assert_gradients(
             scale = max(float(np.abs(want, dtype=np.float64).max(initial=0)), 1e-3) if want.dtype != bool else 1.0
             worst = float(np.abs(got.astype(np.float64) - want.astype(np.float64)).max(initial=0)) / scale
             assert worst <= tolerance, f"{name} is off by {worst:.1e} of its largest magnitude (batch {size})"
+    if counted is not None:
+        counted |= Counter(node.op_type for node in onnx.load_from_string(model).graph.node)
     return operators(model)
 
 
