@@ -84,9 +84,10 @@ def test_transposed_of_many_channels_and_of_one() -> None:
     assert_layer(nn.ConvTranspose2d(4, 1, 3), 4, 5, 6)
 
 
-def test_output_padding_beyond_the_stride() -> None:
-    assert_layer(nn.ConvTranspose2d(2, 3, 3, dilation=2, output_padding=1), 2, 5, 6)
-    assert_layer(nn.ConvTranspose1d(2, 3, 3, stride=2, dilation=4, output_padding=3), 2, 5)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_output_padding_beyond_the_stride(groups: int) -> None:
+    assert_layer(nn.ConvTranspose2d(2, 4, 3, dilation=2, output_padding=1, groups=groups), 2, 5, 6)
+    assert_layer(nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, dilation=4, output_padding=3, groups=groups), 4, 5)
 
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])

@@ -95,7 +95,7 @@ def test_adaptive(layer: nn.Module, shape: tuple[int, ...]) -> None:
 
 
 def test_power_average() -> None:
-    # Where all of a window is zero, PyTorch's own gradient is not a number.
+    # Not where all of a window is zero: the gradient of the root is infinite there.
     for layer, shape in ((nn.LPPool1d(2, 3, 2), (2, 7)), (nn.LPPool2d(2, 3), (2, 7, 6))):
         assert_gradients(layer, [torch.randn(3, *shape)])
 
