@@ -108,6 +108,11 @@ def test_the_indices_of_max_pooling_are_refused() -> None:
         assert_gradients(unpooled, [torch.randn(3, 2, 4, 6)])
 
 
+def test_random_windows_are_refused() -> None:
+    with pytest.raises(ExportError, match=r"fractional_max_pool2d.* random.*AdaptiveMaxPool2d"):
+        assert_gradients(nn.FractionalMaxPool2d(2, output_size=3), [torch.randn(3, 2, 7, 8)])
+
+
 @pytest.mark.parametrize("layer", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(2)])
 def test_images_without_channels_are_refused(layer: nn.Module) -> None:
     with pytest.raises(ExportError, match=r"found 3 dimensions.*unsqueeze\(1\)"):
