@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from export.lower import Lowering, Rule, Value
-from export.pooling import Places, adaptive_windows, per_axis
+from export.pooling import Places, adaptive_windows, per_axis, with_channels
 from export.separable import AxisMap, along_axes
 
 
@@ -133,8 +133,8 @@ def _adaptive_backward(axes: int) -> Rule:
 
 
 AVERAGE: dict[str, Rule] = {
-    **{f"aten.avg_pool{n}d": _avg_pool for n in (2, 3)},
-    **{f"aten.avg_pool{n}d_backward": _avg_pool_backward for n in (2, 3)},
+    **{f"aten.avg_pool{n}d": with_channels(n, _avg_pool) for n in (2, 3)},
+    **{f"aten.avg_pool{n}d_backward": with_channels(n, _avg_pool_backward) for n in (2, 3)},
     **{f"aten._adaptive_avg_pool{n}d": _adaptive for n in (2, 3)},
     **{f"aten._adaptive_avg_pool{n}d_backward": _adaptive_backward(n) for n in (2, 3)},
 }

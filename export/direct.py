@@ -24,7 +24,7 @@ class Direct:
     def convolve(self, b: Lowering, x: str, weight: str) -> str:
         """See `Formulation`."""
         layer = self.layer
-        return b.op(
+        result = b.op(
             "Conv",
             x,
             weight,
@@ -33,32 +33,48 @@ class Direct:
             dilations=list(layer.dilation),
             group=layer.groups,
         )
+        # A transposed convolution may have left out more than a stride of what it could have made.
+        if any(extra >= s for extra, s in zip(self._extra, layer.stride, strict=True)):
+            return b.slice(result, self._spatial, [0] * len(layer.results), layer.results)
+        return result
 
     def toward_input(self, b: Lowering, grad: str, weight: str) -> str:
         """See `Formulation`."""
         layer = self.layer
-        extra = [
-            size - ((got - 1) * s - 2 * p + span)
-            for size, got, s, p, span in zip(
-                layer.sizes, layer.results, layer.stride, layer.padding, layer.span, strict=True
-            )
-        ]
-        return b.op(
+        # ConvTranspose takes no output_padding that reaches the stride: then crop less, and what is beyond is zero.
+        beyond = [extra if extra >= s else 0 for extra, s in zip(self._extra, layer.stride, strict=True)]
+        ends = [p - n for p, n in zip(layer.padding, beyond, strict=True)]
+        result = b.op(
             "ConvTranspose",
             grad,
             weight,
             strides=list(layer.stride),
-            pads=list(layer.padding * 2),
+            pads=[*layer.padding, *(max(n, 0) for n in ends)],
             dilations=list(layer.dilation),
             group=layer.groups,
-            output_padding=extra,
+            output_padding=[extra - n for extra, n in zip(self._extra, beyond, strict=True)],
         )
+        if min(ends) < 0:
+            pads = [0] * (len(ends) + 4) + [max(-n, 0) for n in ends]
+            result = b.op("Pad", result, b.ints(pads), b.scalar(0, "float32"))
+        return result
 
     def toward_weight(self, b: Lowering, grad: str, x: str) -> str:
         """See `Formulation`."""
         if self.layer.groups == 1:
             return self._by_convolution(b, grad, x)
         return self._by_taps(b, grad, x) if self.layer.depthwise else self._by_groups(b, grad, x)
+
+    @property
+    def _extra(self) -> list[int]:
+        """How much longer the input is than the least that makes the results."""
+        layer = self.layer
+        return [
+            size - ((got - 1) * s - 2 * p + span)
+            for size, got, s, p, span in zip(
+                layer.sizes, layer.results, layer.stride, layer.padding, layer.span, strict=True
+            )
+        ]
 
     @property
     def _spatial(self) -> range:

@@ -1,14 +1,15 @@
 """Max-pooling and its gradients; `average` has the other kind.
 
-The gradient of max-pooling goes by slabs: each position in the window as a tensor of the output's size, and elementwise
-operators over them, which stream through memory. ONNX's own MaxPool takes ten times longer when it is asked for the
-indices that a gradient needs.
+Max-pooling whose windows lie side by side goes by slabs: each position in the window as a tensor of the output's size,
+and elementwise operators over them, which stream through memory. ONNX's own MaxPool takes ten times longer when it is
+asked for the indices that a gradient needs.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,19 @@ Places = npt.NDArray[np.int64]
 def per_axis(values: Sequence[int], axes: int) -> tuple[int, ...]:
     """A number for each axis; PyTorch also gives one for all of them."""
     return tuple(int(v) for v in values) * (1 if len(values) == axes else axes)
+
+
+def with_channels(axes: int, rule: Rule) -> Rule:
+    """``rule`` for an operator over the last ``axes`` axes, for tensors ``[N, C, *axes]`` only."""
+
+    def checked(b: Lowering, out: Any, x: Value, *arguments: Any, **named: Any) -> str | tuple[str | None, ...] | Value:
+        if x.rank != axes + 2:
+            raise ExportError(
+                f"found {x.rank} dimensions, expected a batch, channels and {axes} more; unsqueeze(1) first"
+            )
+        return rule(b, out, x, *arguments, **named)
+
+    return checked
 
 
 def adaptive_windows(size: int, count: int) -> tuple[Places, Places]:
@@ -58,16 +72,11 @@ class Windows:
 
     @property
     def apart(self) -> bool:
-        """Whether no two windows share a position."""
-        return self.kernel == self.stride and set(self.dilation) == {1} and not any(self.padding)
+        """Whether windows lie side by side, and are few enough in positions to go by slabs.
 
-    @property
-    def places(self) -> list[tuple[int, ...]]:
-        """The positions in a window, in the order in which PyTorch compares them, as distances from its start."""
-        return [
-            tuple(t * d for t, d in zip(tap, self.dilation, strict=True))
-            for tap in itertools.product(*map(range, self.kernel))
-        ]
+        Where they overlap, ONNX's indices and a scatter take no longer.
+        """
+        return self.kernel == self.stride and set(self.dilation) == {1} and math.prod(self.kernel) <= MOST_SLABS
 
     def pool(self, b: Lowering, x: str, outputs: int) -> list[str]:
         """ONNX's own operator, with its second output if ``outputs`` is 2."""
@@ -94,43 +103,23 @@ class Windows:
         reach = [(count - 1) * s + 1 for count, s in zip(self.results, self.stride, strict=True)]
         found = [
             b.op("Slice", name, b.ints(place), b.ints(p + r for p, r in zip(place, reach, strict=True)), axes, steps)
-            for place in self.places
+            for place in itertools.product(*map(range, self.kernel))
         ]
         return found, b.op("Max", *found)
 
-    def spread(self, b: Lowering, parts: Sequence[str], x: Value) -> str:
-        """The sum ``[N, C, *sizes]`` of ``parts``, one ``[*results, N, C]`` for each position in the window.
-
-        Positions that are whole strides apart fall on the same cells: those are summed, shifted against each other;
-        then the cells of all remainders are interleaved.
-        """
-        lengths = [
-            count + d * (k - 1) // s
-            for count, k, s, d in zip(self.results, self.kernel, self.stride, self.dilation, strict=True)
-        ]
-        cells: dict[tuple[int, ...], list[str]] = {
-            remainder: [] for remainder in itertools.product(*map(range, self.stride))
-        }
-        zero = b.scalar(0, x.dtype)
-        for place, part in zip(self.places, parts, strict=True):
-            before = [p // s for p, s in zip(place, self.stride, strict=True)]
-            after = [n - count - a for n, count, a in zip(lengths, self.results, before, strict=True)]
-            moved = b.op("Pad", part, b.ints([*before, 0, 0, *after, 0, 0]), zero) if any(before + after) else part
-            cells[tuple(p % s for p, s in zip(place, self.stride, strict=True))].append(moved)
-        thin = b.ints([*(n for length in lengths for n in (length, 1)), -1, *x.static(1)])
-        rows = []
-        for found in cells.values():
-            # A stride longer than the kernel, or sharing a divisor with the dilation, leaves cells that nothing sees.
-            found = found or [b.zeros([*lengths, *x.shape[:2]], x.dtype)]
-            rows.append(b.op("Reshape", b.op("Sum", *found) if len(found) > 1 else found[0], thin))
-        for i, s in reversed(list(enumerate(self.stride))):
-            if s > 1:
-                rows = [b.op("Concat", *rows[j : j + s], axis=1 + 2 * i) for j in range(0, len(rows), s)]
-        whole = [n * s for n, s in zip(lengths, self.stride, strict=True)]
-        name = b.op("Reshape", rows[0], b.ints([*whole, -1, *x.static(1)]))
+    def interleave(self, b: Lowering, parts: Sequence[str], x: Value) -> str:
+        """Slabs ``[*results, N, C]`` of windows side by side back to ``[N, C, *sizes]``; zero where there are none."""
+        thin = b.ints([*(n for count in self.results for n in (count, 1)), -1, *x.static(1)])
+        parts = [b.op("Reshape", part, thin) for part in parts]
+        for i, k in reversed(list(enumerate(self.kernel))):
+            if k > 1:
+                parts = [b.op("Concat", *parts[j : j + k], axis=1 + 2 * i) for j in range(0, len(parts), k)]
+        whole = [count * k for count, k in zip(self.results, self.kernel, strict=True)]
+        name = b.op("Reshape", parts[0], b.ints([*whole, -1, *x.static(1)]))
         ends = [size + p - n for size, p, n in zip(self.sizes, self.padding, whole, strict=True)]
         if any(self.padding) or any(ends):
-            name = b.op("Pad", name, b.ints([*(-p for p in self.padding), 0, 0, *ends, 0, 0]), zero)
+            pads = b.ints([*(-p for p in self.padding), 0, 0, *ends, 0, 0])
+            name = b.op("Pad", name, pads, b.scalar(0, x.dtype))
         return from_spatial_major(b, name, x.rank)
 
 
@@ -161,7 +150,7 @@ def _max_pool(
     if out[0] is None or not _only_gradients_read_indices(b):
         raise ExportError("the indices of max-pooling are not covered; instead of MaxUnpool use nn.Upsample")
     windows = _windows(x, out[0], kernel, stride, padding, dilation)
-    if out[1] is not None and windows.apart and len(windows.places) <= MOST_SLABS:
+    if out[1] is not None and windows.apart:
         # The gradient needs the slabs too; pooling them saves reading the input once more.
         return from_spatial_major(b, windows.slabs(b, x)[1], x.rank), None
     return windows.pool(b, x.name, 1)[0], None
@@ -186,10 +175,8 @@ def _max_pool_backward(
 ) -> str:
     """Each output's gradient goes to the first maximum of its window, as in PyTorch."""
     windows = _windows(x, grad, kernel, stride, padding, dilation)
-    if len(windows.places) <= MOST_SLABS:
-        slabs, top = windows.slabs(b, x)
-        parts = _shared_out(b, to_spatial_major(b, grad.name, grad.rank), slabs, top, x.dtype)
-        return windows.spread(b, parts, x)
+    if windows.apart:
+        return _by_slabs(b, grad, x, windows)
     _, indices = windows.pool(b, x.name, 2)
     flat = b.op("Reshape", b.zeros(x.shape, out.dtype), b.ints([-1]))
     summed = b.op(
@@ -198,19 +185,21 @@ def _max_pool_backward(
     return b.reshape(summed, x.shape)
 
 
-def _shared_out(b: Lowering, left: str, slabs: Sequence[str], top: str, dtype: str) -> list[str]:
-    """What a slab of window positions takes is gone for those after it: that is how the first maximum wins."""
+def _by_slabs(b: Lowering, grad: Value, x: Value, windows: Windows) -> str:
+    slabs, top = windows.slabs(b, x)
+    left = to_spatial_major(b, grad.name, grad.rank)
     parts: list[str] = []
+    # What a slab of window positions takes is gone for those after it: that is how the first maximum wins.
     for slab in slabs[:-1]:
-        taken = b.op("Mul", left, b.cast(b.op("Equal", slab, top), "bool", dtype))
+        taken = b.op("Mul", left, b.cast(b.op("Equal", slab, top), "bool", x.dtype))
         left = b.op("Sub", left, taken)
         parts.append(taken)
-    return [*parts, left]
+    return windows.interleave(b, [*parts, left], x)
 
 
 def _adaptive_table(x: Value, sizes: Sequence[int]) -> npt.NDArray[np.int64]:
     """Where in a flat plane the windows look: ``[windows, positions]``, shorter ones with the last one repeated."""
-    spatial = x.static(*range(x.rank - len(sizes), x.rank))
+    spatial = x.static(*range(2, x.rank))
     axes = [list(zip(*adaptive_windows(n, m), strict=True)) for n, m in zip(spatial, sizes, strict=True)]
     plane = np.arange(math.prod(spatial)).reshape(spatial)
     windows = [plane[tuple(slice(*ends) for ends in window)].ravel() for window in itertools.product(*axes)]
@@ -221,38 +210,56 @@ def _adaptive_table(x: Value, sizes: Sequence[int]) -> npt.NDArray[np.int64]:
 def _adaptive_max_pool(
     b: Lowering, out: Sequence[Value | None], x: Value, sizes: Sequence[int]
 ) -> tuple[str | None, ...]:
+    even = _even_windows(x, sizes)
+    if even is not None and out[1] is not None:
+        return from_spatial_major(b, even.slabs(b, x)[1], x.rank), None
     table = _adaptive_table(x, sizes)
-    outer = x.shape[: x.rank - len(sizes)]
-    seen = b.reshape(x.name, [*outer, math.prod(x.static(*range(len(outer), x.rank)))])
+    outer = x.shape[:2]
+    seen = b.reshape(x.name, [*outer, math.prod(x.static(*range(2, x.rank)))])
     if len(table) > 1:
-        seen = b.op("Gather", seen, b.constant(table.ravel()), axis=len(outer))
+        seen = b.op("Gather", seen, b.constant(table.ravel()), axis=2)
     windows = b.reshape(seen, [*outer, *table.shape])
-    top = b.reshape(b.reduce("ReduceMax", windows, [len(outer) + 1]), [*outer, *sizes])
+    top = b.reshape(b.reduce("ReduceMax", windows, [3]), [*outer, *sizes])
     if out[1] is None:
         return top, None
-    first = b.op("ArgMax", windows, axis=len(outer) + 1, keepdims=0)
+    first = b.op("ArgMax", windows, axis=3, keepdims=0)
     position = b.op("Add", first, b.constant(np.arange(len(table)) * table.shape[1]))
     return top, b.reshape(b.op("Gather", b.constant(table.ravel()), position), [*outer, *sizes])
 
 
+def _even_windows(x: Value, sizes: Sequence[int]) -> Windows | None:
+    """Adaptive windows where they lie side by side."""
+    spatial = x.static(*range(2, x.rank))
+    kernel = tuple(n // m for n, m in zip(spatial, sizes, strict=True))
+    none = (0,) * len(sizes)
+    windows = Windows(spatial, tuple(sizes), kernel, kernel, none, (1,) * len(sizes))
+    divisible = all(n % m == 0 for n, m in zip(spatial, sizes, strict=True))
+    return windows if divisible and windows.apart else None
+
+
 def _adaptive_max_pool_backward(b: Lowering, out: Value, grad: Value, x: Value, indices: Value) -> str:
-    outer = 2 if x.rank > 3 else 1
-    flat = [*x.shape[:outer], math.prod(x.static(*range(outer, x.rank)))]
-    windows = [*x.shape[:outer], math.prod(grad.static(*range(outer, x.rank)))]
+    even = _even_windows(x, grad.static(*range(2, x.rank)))
+    if even is not None:
+        return _by_slabs(b, grad, x, even)
+    flat = [*x.shape[:2], math.prod(x.static(*range(2, x.rank)))]
+    windows = [*x.shape[:2], math.prod(grad.static(*range(2, x.rank)))]
     summed = b.op(
         "ScatterElements",
         b.zeros(flat, out.dtype),
         b.reshape(indices.name, windows),
         b.reshape(grad.name, windows),
-        axis=outer,
+        axis=2,
         reduction="add",
     )
     return b.reshape(summed, x.shape)
 
 
+_RULES: dict[str, Rule] = {
+    "max_pool{}d_with_indices": _max_pool,
+    "max_pool{}d_with_indices_backward": _max_pool_backward,
+    "adaptive_max_pool{}d": _adaptive_max_pool,
+    "adaptive_max_pool{}d_backward": _adaptive_max_pool_backward,
+}
 POOLING: dict[str, Rule] = {
-    **{f"aten.max_pool{n}d_with_indices": _max_pool for n in (2, 3)},
-    **{f"aten.max_pool{n}d_with_indices_backward": _max_pool_backward for n in (2, 3)},
-    **{f"aten.adaptive_max_pool{n}d": _adaptive_max_pool for n in (2, 3)},
-    **{f"aten.adaptive_max_pool{n}d_backward": _adaptive_max_pool_backward for n in (2, 3)},
+    f"aten.{name.format(n)}": with_channels(n, rule) for n in (2, 3) for name, rule in _RULES.items()
 }

@@ -47,7 +47,7 @@ class SpatialMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Replace these two, pass all other functions on."""
+        """Replace these two, refuse pooling at random, pass all other functions on."""
         given = kwargs or {}
         place = 3 if func is F.interpolate else 2
         mode = given.get("mode", args[place] if len(args) > place else None)
@@ -56,6 +56,9 @@ class SpatialMode(TorchFunctionMode):
             return _interpolate(*args, **given)
         if func is F.pad and mode == "circular":
             return _pad_circular(*args, **given)
+        name = getattr(func, "__name__", "")
+        if name.startswith("fractional_max_pool"):
+            raise ExportError(f"{name} draws its windows at random, which is not covered; use nn.AdaptiveMaxPool2d")
         return func(*args, **given)
 
 

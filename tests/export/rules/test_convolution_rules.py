@@ -1,5 +1,6 @@
 """Convolutions of every geometry: outputs and gradients against PyTorch."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from export.bundle import export_bundle
+from export.choice import Choices
+from export.formulation import Formulation, Layer
 from tests.export.autograd import assert_gradients
 
 
@@ -84,9 +87,39 @@ def test_transposed_of_many_channels_and_of_one() -> None:
     assert_layer(nn.ConvTranspose2d(4, 1, 3), 4, 5, 6)
 
 
-def test_output_padding_beyond_the_stride() -> None:
-    assert_layer(nn.ConvTranspose2d(2, 3, 3, dilation=2, output_padding=1), 2, 5, 6)
-    assert_layer(nn.ConvTranspose1d(2, 3, 3, stride=2, dilation=4, output_padding=3), 2, 5)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_output_padding_beyond_the_stride(groups: int) -> None:
+    assert_layer(nn.ConvTranspose2d(2, 4, 3, dilation=2, output_padding=1, groups=groups), 2, 5, 6)
+    assert_layer(nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, dilation=4, output_padding=3, groups=groups), 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(17, 20, 3, stride=2, padding=1), (17, 11)),
+        (nn.Conv2d(16, 8, 3, padding=2), (16, 8, 7)),
+        (nn.Conv2d(16, 20, 1), (16, 5, 6)),
+        (nn.Conv2d(8, 8, (3, 5), padding=(0, 3), groups=8, stride=(2, 1)), (8, 9, 8)),
+        (nn.ConvTranspose2d(20, 24, 3, padding=1), (20, 7, 5)),
+        (nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, dilation=4, output_padding=3), (4, 5)),
+    ],
+)
+def test_whatever_formulation_is_chosen(
+    layer: nn.Module, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    for place in itertools.count():
+
+        def pick(choices: Choices, found: Layer, place: int = place) -> Formulation:
+            candidates = choices.candidates(found)
+            counts.append(len(candidates))
+            return candidates[place]
+
+        monkeypatch.setattr(Choices, "__call__", pick)
+        assert_layer(layer, *shape)
+        if place + 1 == counts[-1]:
+            break
+    assert counts[-1] > 1
 
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])

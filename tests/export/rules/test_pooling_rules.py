@@ -29,6 +29,8 @@ def assert_pooling(layer: nn.Module, *shape: int) -> None:
         (nn.MaxPool2d(2), (3, 6, 8)),
         (nn.MaxPool2d(2), (3, 7, 5)),
         (nn.MaxPool2d((3, 1)), (2, 6, 5)),
+        (nn.MaxPool2d((2, 3), padding=1), (2, 7, 6)),
+        (nn.MaxPool2d(3, ceil_mode=True), (2, 8, 7)),
         (nn.MaxPool2d(5), (2, 5, 5)),
         (nn.MaxPool2d(3, 2, 1), (3, 9, 8)),
         (nn.MaxPool2d(3, 1, 1, dilation=2), (3, 9, 8)),
@@ -83,6 +85,7 @@ def test_average(layer: nn.Module, shape: tuple[int, ...]) -> None:
         (nn.AdaptiveMaxPool1d(4), (3, 9)),
         (nn.AdaptiveMaxPool2d(1), (3, 7, 5)),
         (nn.AdaptiveMaxPool2d((3, 2)), (3, 6, 8)),
+        (nn.AdaptiveMaxPool2d((3, 2)), (3, 7, 10)),
         (nn.AdaptiveMaxPool2d((7, 3)), (3, 3, 5)),
         (nn.AdaptiveMaxPool3d(2), (3, 3, 5, 4)),
     ],
@@ -92,7 +95,7 @@ def test_adaptive(layer: nn.Module, shape: tuple[int, ...]) -> None:
 
 
 def test_power_average() -> None:
-    # Where all of a window is zero, PyTorch's own gradient is not a number.
+    # Not where all of a window is zero: the gradient of the root is infinite there.
     for layer, shape in ((nn.LPPool1d(2, 3, 2), (2, 7)), (nn.LPPool2d(2, 3), (2, 7, 6))):
         assert_gradients(layer, [torch.randn(3, *shape)])
 
@@ -103,6 +106,17 @@ def test_the_indices_of_max_pooling_are_refused() -> None:
 
     with pytest.raises(ExportError, match=r"indices of max-pooling.*nn\.Upsample"):
         assert_gradients(unpooled, [torch.randn(3, 2, 4, 6)])
+
+
+def test_random_windows_are_refused() -> None:
+    with pytest.raises(ExportError, match=r"fractional_max_pool2d.* random.*AdaptiveMaxPool2d"):
+        assert_gradients(nn.FractionalMaxPool2d(2, output_size=3), [torch.randn(3, 2, 7, 8)])
+
+
+@pytest.mark.parametrize("layer", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(2)])
+def test_images_without_channels_are_refused(layer: nn.Module) -> None:
+    with pytest.raises(ExportError, match=r"found 3 dimensions.*unsqueeze\(1\)"):
+        assert_gradients(layer, [torch.randn(3, 4, 6)])
 
 
 def test_a_net_of_them_is_exported(tmp_path: Path) -> None:
