@@ -23,6 +23,7 @@ from edge_client.errors import ExportError, FedgeError
 from edge_client.manifest import Feature
 from export.decompositions import DECOMPOSITIONS
 from export.recurrent import RecurrentMode
+from export.statistics import cumulative_averages, expose_statistics
 
 Step = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 MODULE = "fedge_module"
@@ -96,7 +97,7 @@ def trace(function: Step, fixed: Mapping[str, Tensor], batched: Sequence[Feature
         return list(results.values())
 
     # With the fake mode active, torch.zeros(batch, ...) inside the model is symbolic too.
-    with _attribution(module) as stack, RecurrentMode(), mode:
+    with _attribution(module) as stack, RecurrentMode(), cumulative_averages(module), mode:
         try:
             traced = make_fx(positional, decomposition_table=decompositions())(*values.values())
         except FedgeError:
@@ -151,6 +152,7 @@ def _attribution(module: nn.Module) -> Any:
 
 def _cleaned(graph: fx.Graph) -> fx.Graph:
     _refuse_partial_writes(graph)
+    expose_statistics(graph)
     _functionalize(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and _base_name(node.target) in ("alias", "detach", "clone", "lift_fresh_copy"):
