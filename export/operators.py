@@ -168,13 +168,6 @@ def _swap(b: Lowering, out: Value, x: Value, first: int = 0, second: int = 1) ->
     return b.transpose(x.name, order)
 
 
-def _pad(b: Lowering, out: Value, x: Value, pads: Sequence[int], value: float = 0) -> str:
-    before, after = [0] * x.rank, [0] * x.rank
-    for i in range(len(pads) // 2):
-        before[x.rank - 1 - i], after[x.rank - 1 - i] = pads[2 * i], pads[2 * i + 1]
-    return b.op("Pad", x.name, b.ints(before + after), b.scalar(value, out.dtype))
-
-
 def _mm(b: Lowering, out: Value, x: Value, y: Value) -> str:
     return b.op("Gemm", x.name, y.name)
 
@@ -266,6 +259,7 @@ OPERATORS: dict[str, Rule] = {
     "aten.copy": _overwritten,
     "aten.full": _full,
     "aten.full_like": _full,
+    "aten.new_full": _full,
     **{f"aten.{name}": _filled(0) for name in ("empty", "empty_like", "empty_permuted", "new_empty", "zeros")},
     "aten.new_empty_strided": _filled(0),
     "aten.zeros_like": _filled(0),
@@ -284,7 +278,6 @@ OPERATORS: dict[str, Rule] = {
     "aten.permute": _permute,
     "aten.transpose": _swap,
     "aten.t": _swap,
-    "aten.constant_pad_nd": _pad,
     "aten.mm": _mm,
     "aten.addmm": _addmm,
     "aten.bmm": lambda b, out, x, y: b.op("MatMul", x.name, y.name),

@@ -35,7 +35,6 @@ _KEPT = (
     "select_backward",
     "diagonal_backward",
     "embedding_dense_backward",
-    "constant_pad_nd",
     "pad",
     "_adaptive_avg_pool2d",
     "max_pool2d_with_indices_backward",
