@@ -39,7 +39,7 @@ def cube() -> Tensor:
         lambda x: torch.div(x, 0.3, rounding_mode="floor") + torch.div(x, 0.3, rounding_mode="trunc") + x,
         lambda x: torch.addcmul(x, x, x, value=0.5) + torch.addcdiv(x, x, x.abs() + 1) + torch.lerp(x, 2 * x, 0.3),
         lambda x: torch.clamp(x, torch.zeros(3), torch.ones(3)) + x.clamp(max=torch.ones(3)),
-        lambda x: torch.clamp_min(x, 0.3) + torch.clamp_max(x, 0.2),
+        lambda x: torch.clamp_min(x, 0.3) + torch.clamp_max(x, 0.2) + (x * 1).clamp_min_(0.1) + (x * 1).clamp_max_(0.1),
         lambda x: torch.where((x > 0) & (x < 1) | (x >= 2) | ~(x <= 3), x, -x),
         lambda x: torch.where(torch.logical_xor(x > 0, x > 1), x, 0.0) + ((x > 0) ^ (x > 1)) * x,
         lambda x: torch.logical_and(x > 0, x > 1) * x + torch.logical_or(x > 0, x != 1) * x + (x == 1).logical_not(),
