@@ -1,6 +1,6 @@
 """Gradients that PyTorch neither decomposes nor traces at a symbolic batch size, in operators that have rules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,23 @@ def _multi_margin_backward(
     return (slope * grad.reshape(-1, 1)).reshape(x.shape)
 
 
+def _constant_pad(x: Tensor, pads: Sequence[int], value: float = 0) -> Tensor:
+    """``pads``: before and after of the last axis, then of the one before it, ...; negative numbers crop."""
+    for i, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
+        axis = x.dim() - 1 - i
+        if before < 0 or after < 0:
+            x = x.narrow(axis, max(-before, 0), x.shape[axis] + min(before, 0) + min(after, 0))
+
+        def block(size: int, of: Tensor = x, axis: int = axis) -> list[Tensor]:
+            return [of.new_full((*of.shape[:axis], size, *of.shape[axis + 1 :]), value)] if size > 0 else []
+
+        parts = [*block(before), x, *block(after)]
+        x = torch.cat(parts, axis) if len(parts) > 1 else x
+    return x
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.constant_pad_nd.default: _constant_pad,
     torch.ops.aten.hardshrink_backward.default: _shrink_backward,
     torch.ops.aten.softshrink_backward.default: _shrink_backward,
     torch.ops.aten.multi_margin_loss_backward.default: _multi_margin_backward,

@@ -293,18 +293,8 @@ def _concatenated(b: Lowering, out: Value, tensors: Sequence[Value], dim: int = 
     return b.op("Concat", *[operand(b, t, out.dtype) for t in tensors], axis=dim)
 
 
-def _stack(b: Lowering, out: Value, tensors: Sequence[Value], dim: int = 0) -> str:
-    return b.op("Concat", *[b.op("Unsqueeze", t.name, b.ints([dim])) for t in tensors], axis=dim)
-
-
-def _split(b: Lowering, out: Sequence[Value | None], x: Value, given: object, dim: int = 0) -> tuple[str, ...]:
-    length, count = x.shape[dim], len(out)
-    if isinstance(given, Sequence):
-        sizes: list[Size] = list(given)
-    else:
-        each: Size = given  # type: ignore[assignment]
-        sizes = [each] * (count - 1) + [length - each * (count - 1)]
-    return tuple(b.ops("Split", count, x.name, b.sizes(sizes), axis=dim))
+def _split(b: Lowering, out: Sequence[Value | None], x: Value, sizes: Sequence[Size], dim: int = 0) -> tuple[str, ...]:
+    return tuple(b.ops("Split", len(out), x.name, b.sizes(sizes), axis=dim))
 
 
 INDEXING: dict[str, Rule] = {
@@ -325,14 +315,10 @@ INDEXING: dict[str, Rule] = {
     "aten.scatter_reduce": _scatter_reduce,
     "aten.index": _index,
     "aten.index_put": _index_put,
-    "aten._unsafe_index": _index,
-    "aten._unsafe_index_put": _index_put,
     "aten.sort": _sort,
     "aten.topk": _topk,
     "aten.kthvalue": _kthvalue,
     "aten.median": _median,
     "aten.cat": _concatenated,
-    "aten.stack": _stack,
-    "aten.split": _split,
     "aten.split_with_sizes": _split,
 }

@@ -46,9 +46,8 @@ def _standardized(
     return found[0], found[1], found[2]
 
 
-def _moved(b: Lowering, running: Value, current: str, momentum: float) -> str:
-    keep = b.op("Mul", running.name, b.scalar(1 - momentum, "float32"))
-    return b.op("Add", keep, b.op("Mul", current, b.scalar(momentum, "float32")))
+def _moved(b: Lowering, running: Value, current: str, rate: str) -> str:
+    return b.op("Add", running.name, b.op("Mul", b.op("Sub", current, running.name), rate))
 
 
 def _batch_norm(
@@ -75,35 +74,14 @@ def _batch_norm(
     y, mean, variance = _standardized(b, x.name, x.shape, eps, scale, shift)
     found: list[str | None] = [y, mean, _inverse_std(b, variance, eps) if out[2] is not None else None]
     if len(out) == 5 and running_mean is not None and running_var is not None:
-        # Unbiased, n / (n - 1); PyTorch's NaN for a single value would stay in the statistics for good.
+        rate, one = b.scalar(momentum, "float32"), b.scalar(1, "float32")
+        found.append(_moved(b, running_mean, mean, rate))
+        # Unbiased, n / (n - 1). A single value has no such variance; PyTorch refuses it, and here it changes none.
         count = b.number(math.prod(x.shape[:1] + x.shape[2:]), "float32")
-        one = b.scalar(1, "float32")
-        correction = b.op("Div", count, b.op("Max", b.op("Sub", count, one), one))
-        found.append(_moved(b, running_mean, mean, momentum))
-        found.append(_moved(b, running_var, b.op("Mul", variance, correction), momentum))
+        others = b.op("Sub", count, one)
+        unbiased = b.op("Mul", variance, b.op("Div", count, b.op("Max", others, one)))
+        found.append(_moved(b, running_var, unbiased, b.op("Mul", rate, b.op("Min", others, one))))
     return tuple(found)
-
-
-def _batch_norm_stateless(
-    b: Lowering, out: Sequence[Value | None], x: Value, weight: Value | None, bias: Value | None, *rest: object
-) -> tuple[str | None, ...]:
-    # One name for two signatures: with running statistics, and without.
-    given = rest if len(rest) == 5 else (None, None, *rest)
-    return _batch_norm(b, out, x, weight, bias, *given)  # type: ignore[arg-type]
-
-
-def _batch_norm_frozen(
-    b: Lowering,
-    out: Sequence[Value | None],
-    x: Value,
-    weight: Value | None,
-    bias: Value | None,
-    running_mean: Value,
-    running_var: Value,
-    momentum: float,
-    eps: float,
-) -> tuple[str | None, ...]:
-    return _batch_norm(b, out, x, weight, bias, running_mean, running_var, False, momentum, eps)
 
 
 def _batch_norm_backward(
@@ -264,9 +242,7 @@ def _group_norm_backward(
 
 NORMALIZATION: dict[str, Rule] = {
     "aten.native_batch_norm": _batch_norm,
-    "aten._native_batch_norm_legit": _batch_norm_stateless,
     "aten._native_batch_norm_legit_functional": _batch_norm,
-    "aten._native_batch_norm_legit_no_training": _batch_norm_frozen,
     "aten.native_batch_norm_backward": _batch_norm_backward,
     "aten.native_layer_norm": _layer_norm,
     "aten.native_layer_norm_backward": _layer_norm_backward,

@@ -121,6 +121,11 @@ def _clamp(b: Lowering, out: Value, x: Value, low: Operand | None = None, high: 
     return b.op("Min", name, operand(b, high, out.dtype)) if high is not None else name
 
 
+def _relu(b: Lowering, out: Value, x: Value) -> str:
+    # onnxruntime has no Relu of integers.
+    return b.op("Relu", x.name) if x.dtype.startswith("float") else b.op("Max", x.name, b.scalar(0, x.dtype))
+
+
 def _copy(b: Lowering, out: Value, x: Value, *_: object, **__: object) -> str:
     return operand(b, x, out.dtype)
 
@@ -134,8 +139,8 @@ def _full(b: Lowering, out: Value, _: object, value: float, **__: object) -> str
     return b.zeros(out.shape, out.dtype, value)
 
 
-def _filled(value: float) -> Rule:
-    return lambda b, out, *_, **__: b.zeros(out.shape, out.dtype, value)
+def _empty(b: Lowering, out: Value, *_: object, **__: object) -> str:
+    return b.zeros(out.shape, out.dtype)
 
 
 def _scalar_tensor(b: Lowering, out: Value, value: Scalar, **_: object) -> str:
@@ -159,20 +164,6 @@ def _expand(b: Lowering, out: Value, x: Value, *_: object, **__: object) -> str:
 
 def _permute(b: Lowering, out: Value, x: Value, order: Sequence[int]) -> str:
     return b.transpose(x.name, [d % x.rank for d in order])
-
-
-def _swap(b: Lowering, out: Value, x: Value, first: int = 0, second: int = 1) -> str:
-    order = list(range(x.rank))
-    if x.rank > 1:
-        order[first], order[second] = order[second], order[first]
-    return b.transpose(x.name, order)
-
-
-def _pad(b: Lowering, out: Value, x: Value, pads: Sequence[int], value: float = 0) -> str:
-    before, after = [0] * x.rank, [0] * x.rank
-    for i in range(len(pads) // 2):
-        before[x.rank - 1 - i], after[x.rank - 1 - i] = pads[2 * i], pads[2 * i + 1]
-    return b.op("Pad", x.name, b.ints(before + after), b.scalar(value, out.dtype))
 
 
 def _mm(b: Lowering, out: Value, x: Value, y: Value) -> str:
@@ -241,12 +232,11 @@ OPERATORS: dict[str, Rule] = {
     "aten.bitwise_not": _unary("Not"),
     **{
         f"aten.{name}": _unary(name.capitalize())
-        for name in ("neg", "exp", "log", "sqrt", "abs", "sign", "reciprocal", "sigmoid", "tanh", "relu", "erf")
+        for name in ("neg", "exp", "log", "sqrt", "abs", "sign", "reciprocal", "sigmoid", "tanh", "erf")
     },
     **{f"aten.{name}": _unary(name.capitalize()) for name in ("sin", "cos", "floor", "ceil", "round", "tan", "asin")},
     **{f"aten.{name}": _unary(name.capitalize()) for name in ("acos", "atan", "sinh", "cosh", "asinh", "acosh")},
     "aten.atanh": _unary("Atanh"),
-    "aten.sgn": _unary("Sign"),
     "aten.trunc": lambda b, out, x: _truncated(b, x.name),
     "aten.exp2": lambda b, out, x: b.op("Exp", b.op("Mul", x.name, b.scalar(math.log(2), out.dtype))),
     "aten.log2": _scaled("Log", 1 / math.log(2)),
@@ -255,6 +245,7 @@ OPERATORS: dict[str, Rule] = {
     "aten.hypot": _hypot,
     "aten.isnan": lambda b, out, x: b.op("IsNaN", x.name),
     "aten.isinf": lambda b, out, x: b.op("IsInf", x.name),
+    "aten.relu": _relu,
     "aten.rsqrt": lambda b, out, x: b.op("Reciprocal", b.op("Sqrt", x.name)),
     "aten.log1p": lambda b, out, x: b.op("Log", b.op("Add", x.name, b.scalar(1, out.dtype))),
     "aten.expm1": lambda b, out, x: b.op("Sub", b.op("Exp", x.name), b.scalar(1, out.dtype)),
@@ -266,25 +257,15 @@ OPERATORS: dict[str, Rule] = {
     "aten.copy": _overwritten,
     "aten.full": _full,
     "aten.full_like": _full,
-    **{f"aten.{name}": _filled(0) for name in ("empty", "empty_like", "empty_permuted", "new_empty", "zeros")},
-    "aten.new_empty_strided": _filled(0),
-    "aten.zeros_like": _filled(0),
-    "aten.new_zeros": _filled(0),
-    "aten.ones": _filled(1),
-    "aten.ones_like": _filled(1),
-    "aten.new_ones": _filled(1),
+    "aten.empty": _empty,
+    "aten.empty_permuted": _empty,
     "aten.scalar_tensor": _scalar_tensor,
     "aten.arange": _arange,
     "aten.view": _view,
-    "aten._unsafe_view": _view,
-    "aten.reshape": _view,
     "aten.unsqueeze": _view,
     "aten.squeeze": _view,
     "aten.expand": _expand,
     "aten.permute": _permute,
-    "aten.transpose": _swap,
-    "aten.t": _swap,
-    "aten.constant_pad_nd": _pad,
     "aten.mm": _mm,
     "aten.addmm": _addmm,
     "aten.bmm": lambda b, out, x, y: b.op("MatMul", x.name, y.name),

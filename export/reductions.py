@@ -27,20 +27,23 @@ def _extremum(reduction: str, place: str) -> Rule:
     def rule(
         b: Lowering, out: object, x: Value, dim: int | None = None, keepdim: bool = False
     ) -> str | tuple[str, str | None]:
+        name = b.cast(x.name, x.dtype, "int32") if x.dtype == "bool" else x.name
+        kind = "int32" if x.dtype == "bool" else x.dtype
+        value = b.cast(b.reduce(reduction, name, [] if dim is None else [dim], keepdim), kind, x.dtype)
         if dim is None:
-            return b.reduce(reduction, x.name, [])
+            return value
         read = isinstance(out, list) and out[1] is not None
-        indices = b.op(place, x.name, axis=dim, keepdims=int(keepdim)) if read else None
-        return b.reduce(reduction, x.name, [dim], keepdim), indices
+        return value, b.op(place, name, axis=dim, keepdims=int(keepdim)) if read else None
 
     return rule
 
 
 def _place(kind: str) -> Rule:
     def rule(b: Lowering, out: Value, x: Value, dim: int | None = None, keepdim: bool = False) -> str:
+        name = b.cast(x.name, x.dtype, "int32") if x.dtype == "bool" else x.name
         if dim is None:
-            return b.op(kind, b.reshape(x.name, [-1]), axis=0, keepdims=0)
-        return b.op(kind, x.name, axis=dim, keepdims=int(keepdim))
+            return b.op(kind, b.reshape(name, [-1]), axis=0, keepdims=0)
+        return b.op(kind, name, axis=dim, keepdims=int(keepdim))
 
     return rule
 

@@ -25,6 +25,7 @@ from edge_client.errors import ExportError, FedgeError
 from edge_client.manifest import Feature
 from export import modes
 from export.decompositions import DECOMPOSITIONS
+from export.statistics import cumulative_averages, expose_statistics
 
 Step = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 MODULE = "fedge_module"
@@ -37,7 +38,6 @@ _KEPT = (
     "diagonal_backward",
     "embedding_dense_backward",
     "_log_softmax_backward_data",
-    "constant_pad_nd",
     "pad",
     "_adaptive_avg_pool2d",
     *(f"max_pool{n}d_with_indices_backward" for n in (2, 3)),
@@ -109,7 +109,13 @@ def trace(function: Step, fixed: Mapping[str, Tensor], batched: Sequence[Feature
 
     # With the fake mode active, torch.zeros(batch, ...) inside the model is symbolic too.
     # Composite operators written in C++ would fix the batch; the Python dispatcher has them in terms of symbolic sizes.
-    with _attribution(module) as stack, modes.tracing(), mode, enable_python_dispatcher():
+    with (
+        _attribution(module) as stack,
+        modes.tracing(),
+        cumulative_averages(module),
+        mode,
+        enable_python_dispatcher(),
+    ):
         try:
             traced = make_fx(positional, decomposition_table=decompositions())(*values.values())
         except FedgeError:
@@ -164,6 +170,7 @@ def _attribution(module: nn.Module) -> Any:
 
 def _cleaned(graph: fx.Graph) -> fx.Graph:
     _refuse_partial_writes(graph)
+    expose_statistics(graph)
     _functionalize(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and _base_name(node.target) in ("alias", "detach", "clone", "lift_fresh_copy"):

@@ -1,7 +1,7 @@
 """Hold operator rules to PyTorch's autograd: trace outputs and gradients of a function, run them on ONNX Runtime."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -17,6 +17,26 @@ from export.optimize import optimize
 from export.trace import trace
 
 BATCHES = (4, 1, 7)
+EXERCISED: set[str] = set()
+"""Operators whose rules a call of `assert_gradients` went through in this process."""
+
+
+class _Recorded(Mapping[str, Rule]):
+    """A table of rules that notes which of them are looked up."""
+
+    def __init__(self, rules: Mapping[str, Rule]) -> None:
+        self._rules = rules
+
+    def __getitem__(self, name: str) -> Rule:
+        rule = self._rules[name]
+        EXERCISED.add(name)
+        return rule
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
 
 
 def operators(model: bytes) -> set[str]:
@@ -71,7 +91,7 @@ def assert_gradients(
     features = [Feature(n, tuple(t.shape[1:]), dtype_name(t.dtype)) for n, t in (given | moving).items()]
     static = fixed | {n: t for n, t in weights.items() if n not in moving}
     traced = trace(step, static, features, module or nn.Module())
-    graph = optimize(lower(traced, rules, choose or Choices(has_depthwise(traced))))
+    graph = optimize(lower(traced, _Recorded(rules), choose or Choices(has_depthwise(traced))))
     model = graph.to_model("rule")
     session = runtime.session(model)
     names = [o.name for o in session.get_outputs()]

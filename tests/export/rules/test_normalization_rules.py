@@ -1,10 +1,16 @@
 """Normalisation held to PyTorch's autograd: any rank, affine or not, statistics of the batch or frozen."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edge_client import runtime
+from edge_client.manifest import Feature
+from export.bundle import RULES
+from export.lower import lower
+from export.trace import trace
 from tests.export.autograd import assert_gradients
 
 SHAPES = [(5, 3), (4, 3, 7), (4, 2, 5, 3), (4, 3, 2, 3, 2)]
@@ -100,9 +106,44 @@ def test_a_constant_input_has_no_infinite_gradient() -> None:
     assert_gradients(lambda x: F.normalize(x), [torch.zeros(4, 3)])
 
 
-def test_parameters_that_need_no_gradient_get_none() -> None:
-    layer = nn.BatchNorm2d(3).requires_grad_(False)
-    assert "ReduceSum" not in assert_gradients(
-        lambda x: F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias),
-        [torch.randn(4, 3, 2, 2)],
-    ) - {"ReduceSum"}
+class Averages(nn.Module):
+    """Batch normalisation that returns its statistics after the forward pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, statistics: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        state = {n: t.detach().clone() for n, t in statistics.items()}
+        y = torch.func.functional_call(self.layer, state, (x,))
+        return y, *(state[n].detach() for n in statistics)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (3, 3, 2, 4)])
+def test_running_statistics(momentum: float | None, shape: tuple[int, ...]) -> None:
+    layer = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)](3, momentum=momentum)
+    module = Averages(layer.train())
+    statistics = {"running_mean": torch.randn(3), "running_var": torch.rand(3), "num_batches_tracked": torch.tensor(4)}
+
+    def function(x: Tensor, **statistics: Tensor) -> tuple[Tensor, ...]:
+        y, mean, variance, count = module(x, statistics)
+        return y, mean, variance, count
+
+    assert_gradients(function, [torch.randn(shape) * 3 + 2], statistics, module=module, batches=(4, 7))
+    assert layer.momentum == momentum
+
+
+def test_a_single_value_changes_no_running_variance() -> None:
+    module = Averages(nn.BatchNorm1d(3, affine=False).train())
+    start = torch.tensor([1.0, 2.0, 3.0])
+
+    def step(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        given = {"running_mean": torch.zeros(3), "running_var": tensors["var"], "num_batches_tracked": torch.tensor(1)}
+        return dict(zip(("y", "mean", "var.next", "count"), module(tensors["x"], given), strict=True))
+
+    graph = lower(trace(step, {"var": start}, [Feature("x", (3,), "float32")], module), RULES)
+    session = runtime.session(graph.to_model("single"))
+    y, variance = session.run(["y", "var.next"], {"x": np.full((1, 3), 5, np.float32), "var": start.numpy()})
+    assert (y == 0).all()
+    assert (variance == start.numpy()).all()
