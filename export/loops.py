@@ -33,8 +33,11 @@ def scan(
     carried, scanned = [b.name() for _ in states], [b.name() for _ in inputs]
     outer, b.graph.nodes = b.graph.nodes, []
     after, parts = step(carried, scanned)
-    # Each output of the body is a value of its own that a node of the body makes.
-    made = [b.op("Identity", name) for name in (*after, *parts)]
+    made: list[str] = []
+    for name in (*after, *parts):
+        # Each output of the body is a value of its own that a node of the body makes.
+        fresh = name not in made and name not in carried
+        made.append(name if fresh else b.op("Identity", name))
     inner, b.graph.nodes = b.graph.nodes, outer
     sizes = [size] * len(states)
     body = Branch(
