@@ -7,6 +7,7 @@ products with a cast mask, which takes a fifth of the time of Where. At kinks th
 
 import math
 
+from export.attention import LOWEST
 from export.lower import Lowering, Rule, Value
 
 INVERSE_SQRT_TAU = 1 / math.sqrt(2 * math.pi)
@@ -96,8 +97,8 @@ def _gelu(b: Lowering, out: Value, x: Value, *, approximate: str = "none") -> st
 
 
 def _gelu_backward(b: Lowering, out: Value, grad: Value, x: Value, *, approximate: str = "none") -> str:
-    square = b.op("Mul", x.name, x.name)
     if approximate == "tanh":
+        square = b.op("Mul", x.name, x.name)
         # 0.5 (1 + t) + 0.5 x (1 - t^2) u' with t = tanh(u), u = k (x + c x^3)
         k, c = math.sqrt(2 / math.pi), 0.044715
         inner = b.op("Mul", x.name, b.op("Add", b.op("Mul", square, _number(b, k * c)), _number(b, k)))
@@ -106,10 +107,11 @@ def _gelu_backward(b: Lowering, out: Value, grad: Value, x: Value, *, approximat
         half = b.op("Add", b.op("Mul", t, _number(b, 0.5)), _number(b, 0.5))
         slope = b.op("Add", half, b.op("Mul", steep, b.op("Sub", _number(b, 1), b.op("Mul", t, t))))
         return b.op("Mul", grad.name, slope)
-    erf = b.op("Erf", b.op("Mul", x.name, _number(b, math.sqrt(0.5))))
-    cdf = b.op("Mul", b.op("Add", erf, _number(b, 1)), _number(b, 0.5))
-    density = b.op("Exp", b.op("Mul", square, _number(b, -0.5)))
-    slope = b.op("Add", cdf, b.op("Mul", b.op("Mul", x.name, density), _number(b, INVERSE_SQRT_TAU)))
+    # Phi(x) + x phi(x): HardSigmoid is the straight line through erf, the quotient saves the exponent's sign.
+    root = b.op("Mul", x.name, _number(b, math.sqrt(0.5)))
+    cdf = b.op("HardSigmoid", b.op("Erf", root), alpha=0.5, beta=0.5)
+    bell = b.op("Div", x.name, b.op("Exp", b.op("Mul", root, root)))
+    slope = b.op("Add", cdf, b.op("Mul", bell, _number(b, INVERSE_SQRT_TAU)))
     return b.op("Mul", grad.name, slope)
 
 
@@ -187,8 +189,26 @@ def _shrink(soft: bool) -> Rule:
     return rule
 
 
-def _softmax(kind: str) -> Rule:
-    return lambda b, out, x, dim, _: b.op(kind, x.name, axis=dim)
+HIDDEN = -1e4
+"""Where a constant this low is put into scores, it is there to mask them."""
+
+
+def _softmax(b: Lowering, out: Value, x: Value, dim: int, _: object) -> str:
+    scores = x.name
+    if _masked(b, scores):
+        largest = b.reduce("ReduceMax", scores, [dim], True)
+        scores = b.op("Max", scores, b.op("Add", largest, _number(b, LOWEST)))
+    return b.op("Softmax", scores, axis=dim)
+
+
+def _masked(b: Lowering, name: str) -> bool:
+    source = next((node for node in reversed(b.graph.nodes) if name in node.outputs), None)
+    if source is None or source.op not in ("Where", "Reshape"):
+        return False
+    if source.op == "Reshape":
+        return _masked(b, source.inputs[0])
+    constants = [b.graph.constants[value] for value in source.inputs[1:] if value in b.graph.constants]
+    return any(value.size == 1 and value.item() <= HIDDEN for value in constants)
 
 
 def _softmax_backward(b: Lowering, out: Value, grad: Value, y: Value, dim: int, _: object) -> str:
@@ -224,7 +244,7 @@ ACTIVATIONS: dict[str, Rule] = {
     "aten.log_sigmoid_backward": _log_sigmoid_backward,
     "aten.hardshrink": _shrink(soft=False),
     "aten.softshrink": _shrink(soft=True),
-    "aten._softmax": _softmax("Softmax"),
+    "aten._softmax": _softmax,
     "aten._softmax_backward_data": _softmax_backward,
-    "aten._log_softmax": _softmax("LogSoftmax"),
+    "aten._log_softmax": lambda b, out, x, dim, _: b.op("LogSoftmax", x.name, axis=dim),
 }

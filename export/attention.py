@@ -21,7 +21,23 @@ Drop = Callable[[Tensor, float], Tensor]
 """``drop(x, p)``: what dropout makes of ``x``."""
 
 FLOOR = -1e30
-"""Added to a masked score: its weight is exactly zero, and a whole row of them, or the sum of two, stays finite."""
+"""Added to a masked score: nothing outweighs it, and a whole row of them, or the sum of two, stays finite."""
+
+LOWEST = -60.0
+"""A score this far below the largest weighs 1e-26, which is no part of a float32 sum. Exponents below -87 would lead
+through denormal numbers, which take x86 processors eight times as long."""
+
+
+class _Floored(torch.autograd.Function):
+    """Scores, none of them further than `LOWEST` from its row's largest; the gradient passes, its weight is nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        return torch.maximum(scores, scores.amax(-1, keepdim=True) + LOWEST)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, drop: Drop, p: float) -> tuple[Tensor, ...]:
@@ -35,7 +51,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, drop:
     flat = [x.reshape(math.prod(lead), *x.shape[-2:]) for x in (query, key, value)]
     scores = torch.bmm(flat[0], flat[1].transpose(1, 2))
     if bias is not None:
-        scores = (scores.view(*lead, rows, columns) + bias).view(scores.shape)
+        masked: Tensor = _Floored.apply(scores.view(*lead, rows, columns) + bias)  # type: ignore[no-untyped-call]
+        scores = masked.view(scores.shape)
     weights = torch.softmax(scores, -1)
     if p > 0:
         weights = drop(weights.view(*lead, rows, columns), p).view(scores.shape)

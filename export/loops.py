@@ -1,121 +1,104 @@
-"""Loops over time: the operators of `recurrent` as ONNX, short ones unrolled, long ones as a Scan.
+"""Loops over time: the operators of `recurrent` as an ONNX Scan, whatever their length.
 
-A step is written once, as a function that emits nodes; it goes into the graph once for each step, or once into the
-body of a Scan, which costs time in every step but keeps graph and export small.
+Unrolled, a loop takes as long or longer (GRU and LSTM, 128 units, batch 32, 20 to 160 steps), because what is kept of
+the steps must be joined and cut apart; and its graph grows with the sequence.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from export.graph import Branch, Node, Port
 from export.lower import Lowering, Rule, Value
-
-MOST_UNROLLED = 64
-"""Longest sequence that is unrolled."""
 
 Step = Callable[[Sequence[str], Sequence[str]], tuple[Sequence[str], Sequence[str]]]
 """``step(states, inputs)`` emits one step: new states, and what is kept of the step; all are ``[features, N]``."""
 
 
-@dataclass(frozen=True)
-class Loop:
-    """What a loop over time runs over: ``inputs`` are ``[features, T, N]``."""
+def scan(
+    b: Lowering,
+    step: Step,
+    inputs: Sequence[Value],
+    states: Sequence[str],
+    size: int,
+    kept: Sequence[int],
+    reverse: bool,
+) -> tuple[list[str], list[str]]:
+    """Emit a loop over ``inputs`` ``[T, features, N]`` from first ``states`` ``[size, N]``.
 
-    inputs: Sequence[Value]
-    reverse: bool
+    ``kept`` are the features of what a step keeps. Returns the last states, and what was kept, ``[T, features, N]``.
+    """
 
-    @property
-    def steps(self) -> int:
-        """T."""
-        return self.inputs[0].static(1)[0]
+    def ports(names: Sequence[str], features: Sequence[int]) -> list[Port]:
+        return [Port(name, (count, None), "float32") for name, count in zip(names, features, strict=True)]
 
-    def run(
-        self, b: Lowering, states: Sequence[tuple[str, int]], kept: Sequence[int], step: Step
-    ) -> tuple[list[str], list[str]]:
-        """Emit the loop from first ``states`` (name, features); ``kept`` are the features of what a step keeps.
-
-        Returns the last states, and what was kept, stacked: ``[features, T, N]``.
-        """
-        if self.steps <= MOST_UNROLLED:
-            return self._unrolled(b, [name for name, _ in states], kept, step)
-        return self._scan(b, states, kept, step)
-
-    def _unrolled(
-        self, b: Lowering, states: Sequence[str], kept: Sequence[int], step: Step
-    ) -> tuple[list[str], list[str]]:
-        pieces = [self._pieces(b, value) for value in self.inputs]
-        order = range(self.steps)
-        parts: dict[int, Sequence[str]] = {}
-        for t in reversed(order) if self.reverse else order:
-            states, parts[t] = step(states, [piece[t] for piece in pieces])
-        stacked = []
-        for i, features in enumerate(kept):
-            joined = b.op("Concat", *[parts[t][i] for t in order], axis=1)
-            stacked.append(b.op("Reshape", joined, b.ints([features, self.steps, -1])))
-        return list(states), stacked
-
-    def _pieces(self, b: Lowering, value: Value) -> list[str]:
-        flat = b.op("Reshape", value.name, b.ints([value.static(0)[0], -1]))
-        if self.steps == 1:
-            return [flat]
-        return b.ops("Split", self.steps, flat, axis=1, num_outputs=self.steps)
-
-    def _scan(
-        self, b: Lowering, states: Sequence[tuple[str, int]], kept: Sequence[int], step: Step
-    ) -> tuple[list[str], list[str]]:
-        def ports(features: Sequence[int]) -> list[Port]:
-            return [Port(b.name(), (size, None), "float32") for size in features]
-
-        carried, scanned = ports([f for _, f in states]), ports([value.static(0)[0] for value in self.inputs])
-        outer, b.graph.nodes = b.graph.nodes, []
-        after, parts = step([p.name for p in carried], [p.name for p in scanned])
+    carried, scanned = [b.name() for _ in states], [b.name() for _ in inputs]
+    outer, b.graph.nodes = b.graph.nodes, []
+    after, parts = step(carried, scanned)
+    made: list[str] = []
+    for name in (*after, *parts):
         # Each output of the body is a value of its own that a node of the body makes.
-        made = [b.op("Identity", name) for name in (*after, *parts)]
-        inner, b.graph.nodes = b.graph.nodes, outer
-        shapes = [(f, None) for f in (*[f for _, f in states], *kept)]
-        results = [Port(name, shape, "float32") for name, shape in zip(made, shapes, strict=True)]
-        outputs = [b.name() for _ in results]
-        attributes = {
-            "num_scan_inputs": len(scanned),
-            "scan_input_directions": [int(self.reverse)] * len(scanned),
-            "scan_output_directions": [int(self.reverse)] * len(kept),
-        }
-        order = [1, 0, 2]
-        inputs = [name for name, _ in states] + [b.transpose(value.name, order) for value in self.inputs]
-        body = Branch(inner, results, [*carried, *scanned])
-        b.graph.nodes.append(Node("Scan", inputs, outputs, attributes, {"body": body}))
-        last, stacked = outputs[: len(states)], outputs[len(states) :]
-        return last, [b.transpose(name, order) for name in stacked]
+        fresh = name not in made and name not in carried
+        made.append(name if fresh else b.op("Identity", name))
+    inner, b.graph.nodes = b.graph.nodes, outer
+    sizes = [size] * len(states)
+    body = Branch(
+        inner,
+        ports(made, [*sizes, *kept]),
+        ports([*carried, *scanned], [*sizes, *(_features(value) for value in inputs)]),
+    )
+    attributes = {
+        "num_scan_inputs": len(scanned),
+        "scan_input_directions": [int(reverse)] * len(scanned),
+        "scan_output_directions": [int(reverse)] * len(kept),
+    }
+    outputs = [b.name() for _ in made]
+    b.graph.nodes.append(
+        Node("Scan", [*states, *(value.name for value in inputs)], outputs, attributes, {"body": body})
+    )
+    return outputs[: len(states)], outputs[len(states) :]
 
 
 def _features(value: Value) -> int:
-    return value.static(0)[0]
+    return value.static(1)[0]
+
+
+def _project(b: Lowering, out: Value, weight: Value, x: Value) -> str:
+    return b.op("MatMul", weight.name, x.name)
+
+
+def _turned(b: Lowering, weight: Value) -> str:
+    """The transposed weights, once for all steps.
+
+    With three dimensions: a plain transpose would be made a flag of each product, which costs half as much again.
+    """
+    rows, columns = weight.static()
+    lifted = b.op("Reshape", weight.name, b.ints([1, rows, columns]))
+    return b.op("Reshape", b.transpose(lifted, [0, 2, 1]), b.ints([columns, rows]))
 
 
 def _rnn(
     b: Lowering, out: Sequence[Value], x: Value, first: Value, weight: Value, activation: str, reverse: bool
 ) -> tuple[str, ...]:
-    size = _features(first)
+    size = first.static(0)[0]
 
     def step(states: Sequence[str], inputs: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
         state = b.op(activation.capitalize(), b.op("Gemm", weight.name, states[0], inputs[0]))
         return [state], [state, states[0]]
 
-    return tuple(Loop([x], reverse).run(b, [(first.name, size)], [size, size], step)[1])
+    return tuple(scan(b, step, [x], [first.name], size, [size, size], reverse)[1])
 
 
 def _rnn_backward(
     b: Lowering, out: Sequence[Value], grad: Value, slope: Value, weight: Value, reverse: bool
 ) -> tuple[str, ...]:
     size = _features(grad)
-    turned = b.transpose(weight.name, [1, 0])
+    turned = _turned(b, weight)
 
     def step(states: Sequence[str], inputs: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
         through = b.op("Mul", b.op("Add", states[0], inputs[0]), inputs[1])
         return [b.op("Gemm", turned, through)], [through]
 
     zero = b.zeros([size, grad.shape[2]], "float32")
-    last, stacked = Loop([grad, slope], not reverse).run(b, [(zero, size)], [size], step)
+    last, stacked = scan(b, step, [grad, slope], [zero], size, [size], not reverse)
     return stacked[0], last[0]
 
 
@@ -130,7 +113,7 @@ def _gru(
     bias: Value,
     reverse: bool,
 ) -> tuple[str, ...]:
-    size = _features(first)
+    size = first.static(0)[0]
 
     def step(states: Sequence[str], inputs: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
         state = states[0]
@@ -142,7 +125,7 @@ def _gru(
         return [after], [after, state, gate, new, inner]
 
     kept = [size, size, 2 * size, size, size]
-    return tuple(Loop([gates, news], reverse).run(b, [(first.name, size)], kept, step)[1])
+    return tuple(scan(b, step, [gates, news], [first.name], size, kept, reverse)[1])
 
 
 def _gru_backward(
@@ -158,7 +141,7 @@ def _gru_backward(
     reverse: bool,
 ) -> tuple[str, ...]:
     size = _features(grad)
-    turned = b.transpose(weight.name, [1, 0])
+    turned = _turned(b, weight)
 
     def step(states: Sequence[str], inputs: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
         given, toward_new, toward_reset, toward_update, opened, kept = inputs
@@ -169,8 +152,8 @@ def _gru_backward(
         return [b.op("Gemm", turned, through, b.op("Mul", total, kept))], [through, new]
 
     zero = b.zeros([size, grad.shape[2]], "float32")
-    loop = Loop([grad, to_new, to_reset, to_update, reset, update], not reverse)
-    last, stacked = loop.run(b, [(zero, size)], [3 * size, size], step)
+    inputs = [grad, to_new, to_reset, to_update, reset, update]
+    last, stacked = scan(b, step, inputs, [zero], size, [3 * size, size], not reverse)
     return (*stacked, last[0])
 
 
@@ -185,7 +168,7 @@ def _lstm(
     w_new: Value,
     reverse: bool,
 ) -> tuple[str, ...]:
-    size = _features(first)
+    size = first.static(0)[0]
 
     def step(states: Sequence[str], inputs: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
         state, old = states
@@ -198,7 +181,7 @@ def _lstm(
         return [after, held], [after, state, old, gate, new, curved]
 
     kept = [size, size, size, 3 * size, size, size]
-    last, stacked = Loop([gates, news], reverse).run(b, [(first.name, size), (cell.name, size)], kept, step)
+    last, stacked = scan(b, step, [gates, news], [first.name, cell.name], size, kept, reverse)
     return (*stacked, last[1])
 
 
@@ -217,7 +200,7 @@ def _lstm_backward(
     reverse: bool,
 ) -> tuple[str, ...]:
     size = _features(grad)
-    turned = b.transpose(weight.name, [1, 0])
+    turned = _turned(b, weight)
 
     def step(states: Sequence[str], inputs: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
         given, toward_cell, toward_input, toward_forget, toward_output, toward_new, kept = inputs
@@ -229,13 +212,14 @@ def _lstm_backward(
         return [b.op("Gemm", turned, through), b.op("Mul", cell, kept)], [through]
 
     zero = b.zeros([size, grad.shape[2]], "float32")
-    loop = Loop([grad, to_cell, to_input, to_forget, to_output, to_new, forget], not reverse)
-    start = [(zero, size), (last.name if last is not None else zero, size)]
-    ends, stacked = loop.run(b, start, [4 * size], step)
+    inputs = [grad, to_cell, to_input, to_forget, to_output, to_new, forget]
+    start = [zero, last.name if last is not None else zero]
+    ends, stacked = scan(b, step, inputs, start, size, [4 * size], not reverse)
     return (stacked[0], *ends)
 
 
 RECURRENT: dict[str, Rule] = {
+    "fedge.project": _project,
     "fedge.rnn": _rnn,
     "fedge.rnn_backward": _rnn_backward,
     "fedge.gru": _gru,

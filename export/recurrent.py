@@ -1,10 +1,10 @@
 """Recurrent layers: what depends on the step before is one operator, the rest are matrix products over all steps.
 
 PyTorch's own recurrent kernels hide their steps from tracing. Here, a layer's loop over time is an opaque operator
-(``fedge.gru``, ``fedge.gru_backward``, ...), which `loops` lowers to an unrolled or an ONNX loop; the input's
-projection, the slopes of the activations and the weights' gradients are computed for all steps at once.
+(``fedge.gru``, ``fedge.gru_backward``, ...), which `loops` lowers to an ONNX Scan; the input's projection, the slopes
+of the activations and the weights' gradients are computed for all steps at once.
 
-Tensors inside are ``[features, T, N]``: a matrix library repacks the right operand of a product, which had better be
+Tensors inside are ``[T, features, N]``: a matrix library repacks the right operand of a product, which had better be
 the small state than the weights (19 instead of 25 us for 384 x 128 weights and a batch of 32).
 Formulas: Cho et al. 2014 (arXiv 1406.1078) and Hochreiter & Schmidhuber 1997, in the variants of `torch.nn`.
 """
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from edge_client.errors import ExportError
 
 SCHEMAS = {
+    "project": "(Tensor weight, Tensor x) -> Tensor",
     "rnn": "(Tensor x, Tensor first, Tensor weight, str activation, bool reverse) -> (Tensor, Tensor)",
     "rnn_backward": "(Tensor grad, Tensor slope, Tensor weight, bool reverse) -> (Tensor, Tensor)",
     "gru": "(Tensor gates, Tensor news, Tensor first, Tensor w_gates, Tensor w_new, Tensor bias, bool reverse)"
@@ -36,7 +37,7 @@ SCHEMAS = {
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"fedge::{_name}", _schema)
 
-_Fake = Callable[..., tuple[Tensor, ...]]
+_Fake = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def _shapes(operator: str) -> Callable[[_Fake], _Fake]:
@@ -48,6 +49,11 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty(t.shape) for t in tensors)
 
 
+@_shapes("fedge::project")
+def _(weight: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], x.shape[2])
+
+
 @_shapes("fedge::rnn")
 def _(x: Tensor, first: Tensor, weight: Tensor, activation: str, reverse: bool) -> tuple[Tensor, ...]:
     return _like(x, x)
@@ -55,7 +61,7 @@ def _(x: Tensor, first: Tensor, weight: Tensor, activation: str, reverse: bool) 
 
 @_shapes("fedge::rnn_backward")
 def _(grad: Tensor, slope: Tensor, weight: Tensor, reverse: bool) -> tuple[Tensor, ...]:
-    return _like(grad, grad[:, 0])
+    return _like(grad, grad[0])
 
 
 @_shapes("fedge::gru")
@@ -65,21 +71,43 @@ def _(gates: Tensor, news: Tensor, *_: object) -> tuple[Tensor, ...]:
 
 @_shapes("fedge::gru_backward")
 def _(grad: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return _like(torch.cat([grad] * 3), grad, grad[:, 0])
+    return _like(torch.cat([grad] * 3, 1), grad, grad[0])
 
 
 @_shapes("fedge::lstm")
 def _(gates: Tensor, news: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return _like(news, news, news, gates, news, news, news[:, 0])
+    return _like(news, news, news, gates, news, news, news[0])
 
 
 @_shapes("fedge::lstm_backward")
 def _(grad: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return _like(torch.cat([grad] * 4), grad[:, 0], grad[:, 0])
+    return _like(torch.cat([grad] * 4, 1), grad[0], grad[0])
+
+
+def _over_steps(left: Tensor, right: Tensor) -> Tensor:
+    """The sum over steps of ``left right^T``, as one matrix product."""
+    flat = [x.transpose(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2]) for x in (left, right)]
+    return flat[0] @ flat[1].t()
+
+
+class _Project(torch.autograd.Function):
+    """Weights ``[F, E]``, inputs ``[T, E, N]`` -> ``[T, F, N]``."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, x)
+        result: Tensor = torch.ops.fedge.project(weight, x)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, x = ctx.saved_tensors
+        toward_x = torch.ops.fedge.project(weight.t(), grads[0]) if ctx.needs_input_grad[1] else None
+        return _over_steps(grads[0], x), toward_x
 
 
 class _Rnn(torch.autograd.Function):
-    """Projected inputs ``[H, T, N]``, first state ``[H, N]``, weights ``[H, H]`` -> states ``[H, T, N]``."""
+    """Projected inputs ``[T, H, N]``, first state ``[H, N]``, weights ``[H, H]`` -> states ``[T, H, N]``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, first: Tensor, weight: Tensor, activation: str, reverse: bool) -> Tensor:
@@ -94,11 +122,11 @@ class _Rnn(torch.autograd.Function):
         states, before, weight = ctx.saved_tensors
         slope = 1 - states * states if ctx.activation == "tanh" else (states > 0).to(states.dtype)
         through, first = torch.ops.fedge.rnn_backward(grads[0], slope, weight, ctx.reverse)
-        return through, first, through.flatten(1) @ before.flatten(1).t(), None, None
+        return through, first, _over_steps(through, before), None, None
 
 
 class _Gru(torch.autograd.Function):
-    """Projected gates ``[2H, T, N]`` and news ``[H, T, N]``, first state, weights, bias ``[H, 1]`` -> ``[H, T, N]``."""
+    """Projected gates ``[T, 2H, N]`` and news ``[T, H, N]``, first state, weights, bias ``[H, 1]`` -> ``[T, H, N]``."""
 
     @staticmethod
     def forward(
@@ -114,8 +142,8 @@ class _Gru(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         before, gates, news, inners, weight = ctx.saved_tensors
-        size = before.shape[0]
-        reset, update = torch.split(gates, size)
+        size = before.shape[1]
+        reset, update = torch.split(gates, size, 1)
         keep = 1 - update
         to_new = keep * (1 - news * news)
         to_update = (before - news) * (update * keep)
@@ -123,15 +151,15 @@ class _Gru(torch.autograd.Function):
         through, new, first = torch.ops.fedge.gru_backward(
             grads[0], to_new, to_reset, to_update, reset, update, weight, ctx.reverse
         )
-        flat = through.flatten(1)
-        toward_bias = flat[2 * size :].sum(1, keepdim=True)
-        return through[: 2 * size], new, first, flat @ before.flatten(1).t(), toward_bias, None
+        toward_weight = _over_steps(through, before)
+        gate, inner = torch.split(through, [2 * size, size], 1)
+        return gate, new, first, toward_weight, inner.sum((0, 2)).unsqueeze(1), None
 
 
 class _Lstm(torch.autograd.Function):
-    """Projected gates ``[3H, T, N]`` (input, forget, output) and news, first state and cell, weights in that order.
+    """Projected gates ``[T, 3H, N]`` (input, forget, output) and news, first state and cell, weights in that order.
 
-    Returns states ``[H, T, N]`` and the last cell ``[H, N]``.
+    Returns states ``[T, H, N]`` and the last cell ``[H, N]``.
     """
 
     @staticmethod
@@ -149,33 +177,37 @@ class _Lstm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         before, cells, gates, news, curved, weight = ctx.saved_tensors
-        size = before.shape[0]
-        enter, forget, leave = torch.split(gates, size)
+        size = before.shape[1]
+        enter, forget, leave = torch.split(gates, size, 1)
         slopes = gates * (1 - gates)
         to_input, to_forget, to_output = (
-            factor * slope for factor, slope in zip((news, cells, curved), torch.split(slopes, size), strict=True)
+            factor * slope for factor, slope in zip((news, cells, curved), torch.split(slopes, size, 1), strict=True)
         )
         to_cell, to_new = leave * (1 - curved * curved), enter * (1 - news * news)
         grad = torch.zeros_like(news) if grads[0] is None else grads[0]
         through, first, cell = torch.ops.fedge.lstm_backward(
             grad, grads[1], to_cell, to_input, to_forget, to_output, to_new, forget, weight, ctx.reverse
         )
-        toward_weight = through.flatten(1) @ before.flatten(1).t()
-        return through[: 3 * size], through[3 * size :], first, cell, toward_weight, None
+        gate, new = torch.split(through, [3 * size, size], 1)
+        return gate, new, first, cell, _over_steps(through, before), None
 
 
 Layer = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], bool], tuple[Tensor, ...]]
-"""``layer(x, states, weights, reverse)``: ``[E, T, N]``, ``[H, N]`` each -> ``[H, T, N]`` and last states."""
+"""``layer(x, states, weights, reverse)``: ``[T, E, N]``, ``[H, N]`` each -> ``[T, H, N]`` and last states."""
 
 
 def _project(x: Tensor, weight: Tensor, *biases: Tensor) -> Tensor:
-    flat = x.reshape(x.shape[0], x.shape[1] * x.shape[2])
-    product = torch.addmm(sum(biases[1:], biases[0]).unsqueeze(1), weight, flat) if biases else weight @ flat
-    return product.view(weight.shape[0], *x.shape[1:])
+    """``weight x + biases`` in every step."""
+    if biases:
+        # As a column of the weights, the bias costs no pass over what comes out, and its gradient no sum.
+        weight = torch.cat([weight, sum(biases[1:], biases[0]).unsqueeze(1)], 1)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    result: Tensor = _Project.apply(weight, x)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _last(states: Tensor, reverse: bool) -> Tensor:
-    return states[:, 0 if reverse else -1]
+    return states[0 if reverse else -1]
 
 
 def _rnn_layer(activation: str) -> Layer:
@@ -222,13 +254,13 @@ def _projected_lstm_layer(
     """With ``proj_size`` (Sak et al. 2014, arXiv 1402.1128): rare enough for autograd, one step after the other."""
     w_input, w_hidden, *biases, w_projection = weights
     projected = _project(x, w_input, *biases)
-    (state, cell), steps = start, range(x.shape[1])
+    (state, cell), steps = start, range(x.shape[0])
     states: dict[int, Tensor] = {}
     for t in reversed(steps) if reverse else steps:
-        enter, forget, new, leave = (projected[:, t] + w_hidden @ state).chunk(4)
+        enter, forget, new, leave = (projected[t] + w_hidden @ state).chunk(4)
         cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(new)
         states[t] = state = w_projection @ (torch.sigmoid(leave) * torch.tanh(cell))
-    return torch.stack([states[t] for t in steps], 1), state, cell
+    return torch.stack([states[t] for t in steps]), state, cell
 
 
 _LAYERS: dict[str, Layer] = {
@@ -254,9 +286,10 @@ def _network(
     """The signature (less the kind) and the result of `torch.gru` and its like."""
     if dropout > 0 and training and layers > 1:
         raise ExportError(f"{kind} drops with p={dropout:g} between layers, but this step takes no seed; use dropout=0")
-    sequence = x.permute(2, 1, 0) if batch_first else x.permute(2, 0, 1)
-    if not isinstance(sequence.shape[1], int):
+    x = x.transpose(0, 1) if batch_first else x
+    if not isinstance(x.shape[0], int):
         raise ExportError(f"{kind} runs over the batch dimension; give [N, T, features] with batch_first=True")
+    sequence = x.transpose(1, 2)
     starts = [start] if isinstance(start, Tensor) else list(start)
     layer = _LAYERS[kind]
     given = 4 if has_bias else 2
@@ -272,9 +305,12 @@ def _network(
             states, *last = layer(sequence, first, own, place % directions == 1)
             results.append(states)
             lasts.append(tuple(last))
-        sequence = torch.cat(results) if bidirectional else results[0]
-    output = sequence.permute(2, 1, 0) if batch_first else sequence.permute(1, 2, 0)
-    return (output, *(torch.stack([t.t() for t in parts]) for parts in zip(*lasts, strict=True)))
+        sequence = torch.cat(results, 1) if bidirectional else results[0]
+    output = sequence.transpose(1, 2)
+    return (
+        output.transpose(0, 1) if batch_first else output,
+        *(torch.stack([t.t() for t in parts]) for parts in zip(*lasts, strict=True)),
+    )
 
 
 Biases = Tensor | None

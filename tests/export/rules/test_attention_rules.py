@@ -168,6 +168,24 @@ def test_decoder() -> None:
     assert_gradients(function, [torch.randn(3, 5, 6), torch.randn(3, 4, 6)], parameters(decoder))
 
 
+@pytest.mark.parametrize("hidden", [-torch.inf, -1e9])
+def test_attention_written_by_hand(hidden: float) -> None:
+    mask = torch.ones(5, 5).tril() == 0
+
+    def function(x: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(x.masked_fill(mask, hidden), -1) @ v
+
+    assert "Max" in assert_gradients(function, [torch.randn(3, 2, 5, 5) * 40, torch.randn(3, 2, 5, 4)])
+
+
+def test_masked_scores_weigh_nothing_however_large_they_are() -> None:
+    scores = torch.zeros(3, 4)
+    scores[:, 2:] = 1e4
+    q, k, v = scores.unsqueeze(1), torch.eye(4).expand(3, 4, 4), torch.randn(3, 4, 2)
+    mask = torch.tensor([True, True, False, False])
+    assert_gradients(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask.expand(1, 4), scale=1.0), [q, k, v])
+
+
 @pytest.mark.parametrize("function", [torch.softmax, torch.log_softmax])
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_softmax(function: Callable[[Tensor, int], Tensor], dim: int) -> None:

@@ -1,4 +1,4 @@
-"""Recurrent layers, unrolled and as a Scan, against PyTorch's own."""
+"""Recurrent layers, each a Scan, against PyTorch's own."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import loops
 from export.bundle import export_bundle
 from export.dropout import DropoutMode
 from tests.export.autograd import assert_gradients
@@ -49,16 +48,7 @@ def assert_layer(module: nn.Module, steps: int, given: int = 0) -> set[str]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_one_layer(kind: str, steps: int) -> None:
-    assert "Scan" not in assert_layer(network(kind, batch_first=True), steps)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_long_sequences_become_a_scan(kind: str, bidirectional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "MOST_UNROLLED", 2)
-    given = 2 if kind == "lstm" else 1
-    module = network(kind, bidirectional=bidirectional, batch_first=True)
-    assert "Scan" in assert_layer(module, 5, given)
+    assert "Scan" in assert_layer(network(kind, batch_first=True), steps)
 
 
 @pytest.mark.parametrize("kind", KINDS)
