@@ -19,13 +19,10 @@ from edge_client.codec.lattice import (
     RawState,
     State,
     choose_exponent,
-    encode_delta,
-    origin,
-    pack_state,
     place,
-    unpack_state,
 )
 from edge_client.codec.layout import Vector
+from edge_client.codec.model import Model, encode_model_delta, pack_model, unpack_model, untrained
 from edge_client.errors import LedgerError
 
 _ROOM = 2**20
@@ -37,7 +34,7 @@ _CACHED = 8
 @dataclass(frozen=True)
 class _Head:
     version: int
-    state: State
+    model: Model
     remainder: Vector
     optimizer: Vector
 
@@ -56,7 +53,8 @@ class Publication:
         self._ledger = ledger
         self._codec = codec
         self._optimizer = optimizer
-        self._states: OrderedDict[int, State] = OrderedDict()
+        self._buffers = bundle.initial_buffers()
+        self._models: OrderedDict[int, Model] = OrderedDict()
         self._head = self._restore()
 
     @property
@@ -66,20 +64,33 @@ class Publication:
 
     @property
     def digest(self) -> bytes:
-        """Hash of the newest version's state."""
-        return self._head.state.digest()
+        """Hash of the newest version."""
+        return self._head.model.digest()
 
     def parameters(self, version: int | None = None) -> Vector:
         """``[n_params] float32``: the trainable parameters of a version, the newest by default."""
-        state = self._head.state if version is None else self._state(version)
-        return state.parameters(self._base)
+        return self._model(version).parameters(self._base)
+
+    def buffers(self, version: int | None = None) -> Vector:
+        """``[m] float32``: the buffers of a version, the newest by default."""
+        return self._model(version).buffers
 
     def delta(self, held: int) -> bytes:
         """What leads a client from version ``held`` to the newest one."""
-        return encode_delta(self._state(held), self._head.state, self._layout)
+        return encode_model_delta(self._model(held), self._head.model, self._layout)
 
-    def advance(self, aggregate: Vector, result: Round, *, closes: tuple[int, int], keep: Collection[int]) -> int:
+    def advance(
+        self,
+        aggregate: Vector,
+        result: Round,
+        *,
+        closes: tuple[int, int],
+        keep: Collection[int],
+        buffers: Vector | None = None,
+    ) -> int:
         """Step the server optimizer along ``aggregate`` (``[n_params] float32``) and publish what comes of it.
+
+        ``buffers`` (``[m] float32``) are published as they are; those of the version before unless given.
 
         Returns how many parameters were out of the lattice's reach and stay at its edge.
 
@@ -88,7 +99,7 @@ class Publication:
         """
         head = self._head
         step, optimizer = self._optimizer.step(head.optimizer, aggregate)
-        target = head.state.parameters(self._base).astype(np.float64)
+        target = head.model.parameters(self._base).astype(np.float64)
         target += step
         clipped = 0
         if self._codec.kind == "none":
@@ -97,7 +108,8 @@ class Publication:
         else:
             if head.remainder.size:
                 target += head.remainder
-            previous = head.state.exponent if isinstance(head.state, LatticeState) and head.version else None
+            before = head.model.state
+            previous = before.exponent if isinstance(before, LatticeState) and head.version else None
             exponent = choose_exponent(float(np.std(step)), self._codec.lattice, previous)
             exponent = self._bounded(exponent, previous, target)
             # What is out of the lattice's reach stays at its edge: an aggregate that diverged must not end the server.
@@ -105,13 +117,14 @@ class Publication:
             clipped = int(np.count_nonzero(np.abs(target - self._base) > reach))
             np.clip(target, self._base - np.float64(reach), self._base + np.float64(reach), out=target)
             state, remainder = place(target, self._base, exponent)
-        self._head = _Head(head.version + 1, state, remainder, optimizer)
+        model = Model(state, head.model.buffers if buffers is None else buffers)
+        self._head = _Head(head.version + 1, model, remainder, optimizer)
         with self._ledger.group():
             self._ledger.publish(
                 Version(
                     version=self._head.version,
                     round=result.round,
-                    state=pack_state(state),
+                    state=pack_model(model),
                     remainder=remainder.astype("<f4").tobytes(),
                     optimizer=pack(optimizer),
                 ),
@@ -119,7 +132,7 @@ class Publication:
             )
             self._ledger.finish_round(result, finished=False)
             self._ledger.prune({*keep, head.version})
-        self._remember(self._head.version, state)
+        self._remember(self._head.version, model)
         return clipped
 
     def _bounded(self, exponent: int, previous: int | None, target: npt.NDArray[np.float64]) -> int:
@@ -133,29 +146,32 @@ class Publication:
         latest = self._ledger.latest()
         start = self._optimizer.init(self._layout.size)
         if latest is None:
-            return _Head(0, origin(self._layout.size), np.zeros(0, np.float32), start)
-        state = unpack_state(latest.state, self._layout)
-        if isinstance(state, RawState) != (self._codec.kind == "none"):
+            return _Head(0, self._untrained(), np.zeros(0, np.float32), start)
+        model = unpack_model(latest.state, self._layout)
+        if isinstance(model.state, RawState) != (self._codec.kind == "none"):
             raise LedgerError("the ledger was written with another codec.kind; set it back, or use a new state folder")
         remainder = np.frombuffer(latest.remainder, "<f4").astype(np.float32)
-        return _Head(latest.version, state, remainder, unpack(latest.optimizer, start))
+        return _Head(latest.version, model, remainder, unpack(latest.optimizer, start))
 
-    def _state(self, version: int) -> State:
-        if version == self._head.version:
-            return self._head.state
+    def _untrained(self) -> Model:
+        return untrained(self._layout.size, self._buffers)
+
+    def _model(self, version: int | None) -> Model:
+        if version is None or version == self._head.version:
+            return self._head.model
         if version == 0:
-            return origin(self._layout.size)
-        state = self._states.get(version)
-        if state is None:
+            return self._untrained()
+        model = self._models.get(version)
+        if model is None:
             stored = self._ledger.version(version)
             if stored is None or not stored.state:
                 raise LedgerError(f"version {version} of the model is not in the ledger any more")
-            state = unpack_state(stored.state, self._layout)
-        self._remember(version, state)
-        return state
+            model = unpack_model(stored.state, self._layout)
+        self._remember(version, model)
+        return model
 
-    def _remember(self, version: int, state: State) -> None:
-        self._states[version] = state
-        self._states.move_to_end(version)
-        while len(self._states) > _CACHED:
-            self._states.popitem(last=False)
+    def _remember(self, version: int, model: Model) -> None:
+        self._models[version] = model
+        self._models.move_to_end(version)
+        while len(self._models) > _CACHED:
+            self._models.popitem(last=False)

@@ -7,7 +7,7 @@ are added to the sum in ledger order: a replay after a crash then gives the same
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from broker_server import events as e
+from broker_server.aggregation.buffers import BufferAggregator
 from broker_server.aggregation.optimizer import sgd
 from broker_server.aggregation.streaming import fedavg
 from broker_server.artifacts import Report, write_artifacts
@@ -27,6 +28,7 @@ from edge_client.bundle import Bundle
 from edge_client.codec.layout import Vector
 from edge_client.codec.update import decode_update, max_update_bytes
 from edge_client.errors import CodecError
+from edge_client.manifest import update_layouts
 from edge_client.wire import transfer
 from edge_client.wire.messages import BlobRef
 
@@ -73,6 +75,9 @@ class Worker:
         self._publication = Publication(self.bundle, self._ledger, settings.codec, optimizer)
         self._aggregator = fedavg(settings.aggregation.weights)
         self._sum = self._aggregator.init(self.bundle.layout.size)
+        self._buffers = BufferAggregator.of(self.bundle.manifest)
+        self._buffer_sum = self._buffers.init()
+        self._layouts = update_layouts(self.bundle.manifest)
         self._kind: Literal["train", "evaluate"] = "train"
         self._blobs: dict[bytes, bytes] = {}
         self._bundle_ref = self._blob(bundle_bytes)
@@ -88,7 +93,7 @@ class Worker:
             version=self._publication.version,
             digest=self._publication.digest,
             bundle=self._bundle_ref,
-            update_limit=max_update_bytes({"delta": self.bundle.layout}),
+            update_limit=max_update_bytes(self._layouts),
             last_task=self._ledger.last_task(),
             rounds=rounds,
             unfinished=self._ledger.unfinished(),
@@ -103,9 +108,8 @@ class Worker:
             return
         self._kind = task.kind
         for client, samples, data in self._ledger.updates(task.epoch, task.task):
-            _, scalars, delta = self._decode(data)
-            if delta is not None:
-                self._sum = self._aggregator.add(self._sum, delta, samples)
+            _, scalars, vectors = self._decode(data)
+            self._add(vectors, samples)
             yield e.Recorded(task.epoch, task.task, client, samples, scalars)
 
     def perform_all(self, actions: Sequence[e.Action]) -> list[e.Event | None]:
@@ -119,6 +123,7 @@ class Worker:
             case e.OpenTask(task):
                 self._kind = task.kind
                 self._sum = self._aggregator.init(self.bundle.layout.size)
+                self._buffer_sum = self._buffers.init()
                 self._ledger.open_task(msgspec.structs.replace(task, opened=time.time()))
                 return e.Opened(task.epoch, task.task)
             case e.Enlarge(epoch, number, clients):
@@ -132,13 +137,17 @@ class Worker:
                 return e.Prepared(held, version, self._blob(self._publication.delta(held)))
             case e.Aggregate(epoch, number, result, keep):
                 aggregate = self._aggregator.finish(self._sum)
-                clipped = self._publication.advance(aggregate, result, closes=(epoch, number), keep=keep)
+                buffers = self._buffers.finish(self._buffer_sum) if "buffers" in self._layouts else None
+                clipped = self._publication.advance(
+                    aggregate, result, closes=(epoch, number), keep=keep, buffers=buffers
+                )
                 return e.Aggregated(self._publication.version, self._publication.digest, clipped)
             case e.CloseTask(epoch, number, outcome):
                 self._ledger.close_task(epoch, number, outcome)
             case e.Evaluate(version):
                 assert self._held_out is not None
-                return e.Evaluated(version, self._held_out.evaluate(self._publication.parameters(version)))
+                vector, buffers = self._publication.parameters(version), self._publication.buffers(version)
+                return e.Evaluated(version, self._held_out.evaluate(vector, buffers=buffers))
             case e.FinishRound(result, best):
                 with self._ledger.group():
                     self._ledger.finish_round(result)
@@ -171,7 +180,8 @@ class Worker:
         for name, version in (("best", best), ("last", self._publication.version)):
             vector, about = self._publication.parameters(version), {"version": version}
             folder = self._state / "models" / name
-            reports[str(folder)] = write_artifacts(folder, self.bundle, vector, data=data, about=about)
+            buffers = self._publication.buffers(version)
+            reports[str(folder)] = write_artifacts(folder, self.bundle, vector, data=data, buffers=buffers, about=about)
         return reports
 
     def close(self) -> None:
@@ -180,33 +190,38 @@ class Worker:
 
     def _record(self, action: e.Record) -> e.Event:
         try:
-            samples, scalars, delta = self._decode(action.data)
+            samples, scalars, vectors = self._decode(action.data)
         except CodecError as error:
             return e.Refused(action.epoch, action.task, action.client, str(error))
         added = self._ledger.record(action.epoch, action.task, action.client, action.data, samples)
-        if added and delta is not None:
-            self._sum = self._aggregator.add(self._sum, delta, samples)
+        if added:
+            self._add(vectors, samples)
         return e.Recorded(action.epoch, action.task, action.client, samples, scalars)
 
-    def _decode(self, data: bytes) -> tuple[int, dict[str, float], Vector | None]:
-        """Samples, scalars and, of a training task, the delta of an update.
+    def _add(self, vectors: Mapping[str, Vector], samples: int) -> None:
+        if "delta" in vectors:
+            self._sum = self._aggregator.add(self._sum, vectors["delta"], samples)
+        if "buffers" in vectors:
+            self._buffer_sum = self._buffers.add(self._buffer_sum, vectors["buffers"], samples)
+
+    def _decode(self, data: bytes) -> tuple[int, dict[str, float], dict[str, Vector]]:
+        """Samples, scalars and, of a training task, the vectors of an update.
 
         Raises:
             CodecError: it is damaged, is for another bundle, is not finite or counts no samples.
         """
         train = self._kind == "train"
-        update = decode_update(data, {"delta": self.bundle.layout} if train else {})
+        update = decode_update(data, self._layouts if train else {})
         samples = update.scalars.get("samples", 0.0)
         if not 1 <= samples < _SAMPLES_LIMIT:
             raise CodecError(f"update counts {samples:g} samples; expected 1 to {_SAMPLES_LIMIT - 1}")
-        delta = update.vectors.get("delta")
-        if delta is not None:
-            highest = float(np.abs(delta).max(initial=0.0))
+        for vector in update.vectors.values():
+            highest = float(np.abs(vector).max(initial=0.0))
             if not highest < _VALUE_LIMIT:
                 found = f"values up to {highest:.1e}" if math.isfinite(highest) else "NaN or infinite values"
                 raise CodecError(f"update holds {found}: training diverged; a lower learning rate may help")
         finite = {name: value for name, value in update.scalars.items() if math.isfinite(value)}
-        return int(samples), finite, delta
+        return int(samples), finite, update.vectors
 
     def _inquire(self, action: e.Inquire) -> e.Event:
         outcome = self._ledger.outcome(action.epoch, action.task)

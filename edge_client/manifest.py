@@ -125,3 +125,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def defaults(self) -> dict[str, float]:
         """Every hyperparameter by name, with its default; ``mu`` of a proximal bundle is 0 unless it says otherwise."""
         return ({"mu": 0.0} if self.proximal else {}) | {hyper.name: hyper.default for hyper in self.hypers}
+
+
+def update_layouts(manifest: Manifest) -> dict[str, Layout]:
+    """The vectors of a training task's update: ``delta``, and ``buffers`` where the model has any."""
+    buffers = manifest.layout("buffer")
+    return {"delta": manifest.layout()} | ({"buffers": buffers} if buffers.size else {})

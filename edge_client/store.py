@@ -16,8 +16,8 @@ from typing import Protocol
 
 import msgspec
 
-from edge_client.codec.lattice import State, pack_state, unpack_state
 from edge_client.codec.layout import Layout
+from edge_client.codec.model import Model, pack_model, unpack_model
 from edge_client.errors import CodecError, StoreError
 from edge_client.session import NO_HASH, Held
 from edge_client.upload import Pending
@@ -60,13 +60,13 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 class ModelCopies(Protocol):
-    """Where a client's copy of the global model rests between tasks, by the digest of its state."""
+    """Where a client's copy of the global model rests between tasks, by the model's digest."""
 
-    def load(self, digest: bytes, layout: Layout) -> State | None:
+    def load(self, digest: bytes, layout: Layout) -> Model | None:
         """The copy with that digest, None when there is none."""
 
-    def save(self, digest: bytes, state: State, replaces: bytes) -> None:
-        """Keep ``state``; the copy that it replaces is not needed any more."""
+    def save(self, digest: bytes, model: Model, replaces: bytes) -> None:
+        """Keep ``model``; the copy that it replaces is not needed any more."""
 
 
 class FileCopies:
@@ -75,16 +75,16 @@ class FileCopies:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def load(self, digest: bytes, layout: Layout) -> State | None:
+    def load(self, digest: bytes, layout: Layout) -> Model | None:
         """Read the copy; one that is damaged counts as none, and is fetched again."""
         try:
-            return unpack_state(self._path(digest).read_bytes(), layout)
+            return unpack_model(self._path(digest).read_bytes(), layout)
         except (OSError, CodecError):
             return None
 
-    def save(self, digest: bytes, state: State, replaces: bytes) -> None:
+    def save(self, digest: bytes, model: Model, replaces: bytes) -> None:
         """Write the new copy beside the old one, which the store removes once its index names the new one."""
-        _write(self._path(digest), pack_state(state), durable=True)
+        _write(self._path(digest), pack_model(model), durable=True)
 
     def _path(self, digest: bytes) -> Path:
         return self._folder / _model_file(digest)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_client.bundle import Bundle
-from edge_client.codec.lattice import State, apply_delta, origin
 from edge_client.codec.layout import Layout
+from edge_client.codec.model import Model, apply_model_delta, untrained
 from edge_client.codec.quantize import pack_residual, unpack_residual
 from edge_client.codec.update import CodecSettings, encode_update
 from edge_client.data import DataSource
 from edge_client.errors import CodecError, FedgeError, StoreError, TrainingError
 from edge_client.events import Failed, Finished, Work
+from edge_client.manifest import update_layouts
 from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
 from edge_client.wire.messages import Invitation
@@ -39,17 +40,17 @@ class Worker:
         held = self.store.held()
         version, digest = held.version, held.digest
         try:
-            state = self._model(invitation, work.delta, trainer.bundle)
-            update, residual = self._result(invitation, state, trainer, stop)
-            if state.digest() != digest:
-                self.copies.save(state.digest(), state, digest)
+            model = self._model(invitation, work.delta, trainer.bundle)
+            update, residual = self._result(invitation, model, trainer, stop)
+            if model.digest() != digest:
+                self.copies.save(model.digest(), model, digest)
             self.store.commit(
                 invitation.epoch,
                 invitation.task,
                 update,
                 residual,
                 version=invitation.version,
-                digest=state.digest(),
+                digest=model.digest(),
             )
         except CodecError as error:
             # The copy cannot be trusted any more: the next task starts from the bundle's weights.
@@ -58,44 +59,47 @@ class Worker:
             return Failed(invitation.epoch, invitation.task, str(error), 0, bytes(32))
         except FedgeError as error:
             return Failed(invitation.epoch, invitation.task, str(error), version, digest)
-        return Finished(invitation.epoch, invitation.task, update, invitation.version, state.digest())
+        return Finished(invitation.epoch, invitation.task, update, invitation.version, model.digest())
 
-    def _model(self, invitation: Invitation, delta: bytes | None, bundle: Bundle) -> State:
+    def _model(self, invitation: Invitation, delta: bytes | None, bundle: Bundle) -> Model:
         layout = bundle.layout
+        first = untrained(layout.size, bundle.initial_buffers())
         # Copies are named by what they hold, so one of that name is the model, wherever it came from.
         known = self.copies.load(invitation.digest, layout)
         if known is not None:
-            state = known
+            model = known
         elif delta is None:
-            state = origin(layout.size)
+            model = first
         else:
             held = self.store.held()
-            start = origin(layout.size) if invitation.held == 0 else self._copy(held.digest, layout)
-            state = apply_delta(start, delta, layout)
-        if state.digest() != invitation.digest:
+            start = first if invitation.held == 0 else self._copy(held.digest, layout)
+            model = apply_model_delta(start, delta, layout)
+        if model.digest() != invitation.digest:
             raise CodecError(
-                f"model version {invitation.version} has digest {state.digest().hex()[:12]} here; "
+                f"model version {invitation.version} has digest {model.digest().hex()[:12]} here; "
                 f"the server says {invitation.digest.hex()[:12]}"
             )
-        return state
+        return model
 
-    def _copy(self, digest: bytes, layout: Layout) -> State:
-        state = self.copies.load(digest, layout)
-        if state is None:
+    def _copy(self, digest: bytes, layout: Layout) -> Model:
+        model = self.copies.load(digest, layout)
+        if model is None:
             raise CodecError(f"the copy of the model with digest {digest.hex()[:12]} is lost")
-        return state
+        return model
 
     def _result(
-        self, invitation: Invitation, state: State, trainer: Trainer, stop: Callable[[], bool]
+        self, invitation: Invitation, model: Model, trainer: Trainer, stop: Callable[[], bool]
     ) -> tuple[bytes, bytes | None]:
         bundle, plan = trainer.bundle, invitation.update
-        received = state.parameters(bundle.initial())
-        layouts = {"delta": bundle.layout}
+        received = model.parameters(bundle.initial())
+        layouts = update_layouts(bundle.manifest)
         if invitation.kind == "evaluate":
-            sums = trainer.evaluate(received, self.test)
+            sums = trainer.evaluate(received, self.test, buffers=model.buffers)
             scalars = {f"sum.{name}": value for name, value in sums.items()} | {"samples": float(self.test.samples)}
             return encode_update({}, {}, scalars, CodecSettings()).data, None
-        result = trainer.train(received, self.train, invitation.plan, seed=self._seed(invitation), stop=stop)
+        result = trainer.train(
+            received, self.train, invitation.plan, seed=self._seed(invitation), stop=stop, buffers=model.buffers
+        )
         if stop():
             raise TrainingError("stopped: the server has moved on")
         delta = result.local - received
@@ -111,7 +115,8 @@ class Worker:
             "loss": result.loss,
         } | {f"sum.{name}": value for name, value in result.metrics.items()}
         settings = CodecSettings(kind=plan.kind, step=plan.step, dead_zone=plan.dead_zone)
-        encoded = encode_update({"delta": delta}, layouts, scalars, settings)
+        vectors = {"delta": delta} | ({"buffers": result.buffers} if "buffers" in layouts else {})
+        encoded = encode_update(vectors, layouts, scalars, settings)
         keep = plan.feedback and plan.kind != "none" and bool(np.isfinite(delta).all())
         return encoded.data, pack_residual(encoded.residual, encoded.step) if keep else None
 

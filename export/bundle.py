@@ -226,7 +226,7 @@ def _graphs(problem: Problem, rules: Mapping[str, Rule]) -> Graphs:
     step, fixed = train_step(problem)
     stepped = trace(step, fixed, features, module.train())
     choices = Choices(has_depthwise(stepped))
-    training = lower(stepped, rules, choices)
+    training = lower(stepped, rules, choices, (f"param.{name}" for name in problem.frozen))
     _fix(training, problem.frozen)
     speed_up_large(optimize(training))
     step, fixed = eval_step(problem)

@@ -26,8 +26,9 @@ def _forward(
     found = _formulation(
         b, out if transposed else x, x if transposed else out, weight, stride, padding, dilation, groups
     )
-    if not b.differentiated and not any(o >= s for o, s in zip(output_padding, stride, strict=True)):
-        # Without a backward pass weights are constant, which is what the runtime's own convolution wants.
+    constant = not b.differentiated or weight.name in b.constants
+    if constant and not any(o >= s for o, s in zip(output_padding, stride, strict=True)):
+        # Constant weights, as all are without a backward pass, are what the runtime's own convolution wants.
         return convolution(b, out, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
     result = (found.toward_input if transposed else found.convolve)(b, x.name, weight.name)
     if bias is None:

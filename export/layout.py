@@ -117,6 +117,7 @@ def postpone_expands(graph: Graph) -> bool:
             small, result = expand.outputs[0], node.outputs[0]
             node.inputs[wide[0]] = expand.inputs[0]
             node.outputs, expand.inputs[0], expand.outputs = [small], small, [result]
+            # Behind it, not in each other's place: what else the node reads may come after the Expand.
             graph.nodes.remove(expand)
             graph.nodes.insert(graph.nodes.index(node) + 1, expand)
             graph.shapes.pop(small, None)

@@ -1,7 +1,7 @@
 """ATen -> ONNX: walk a traced graph and emit default-domain operators through tables of rules."""
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ class Lowering(Builder):
         super().__init__(graph)
         self.choose = choose
         self.differentiated = differentiated
+        self.constants: frozenset[str] = frozenset()
         self.readers: tuple[fx.Node, ...] = ()  # of the value that is being lowered
         self._batch = batch
         self._batch_size: str | None = None
@@ -165,8 +166,10 @@ def operator_name(target: object) -> str:
     return ".".join(str(target).split(".")[:2])
 
 
-def lower(traced: Traced, rules: Mapping[str, Rule], choose: Choose) -> Graph:
+def lower(traced: Traced, rules: Mapping[str, Rule], choose: Choose, constants: Iterable[str] = ()) -> Graph:
     """Lower a traced graph with a table from operator to rule; ``choose`` picks the formulation of a convolution.
+
+    ``constants`` names inputs whose values will be known when the graph is loaded.
 
     Raises:
         ExportError: an operator has no rule; the message names the module it came from.
@@ -175,6 +178,7 @@ def lower(traced: Traced, rules: Mapping[str, Rule], choose: Choose) -> Graph:
     graph = Graph([], [])
     backward = any(operator_name(node.target).endswith("_backward") for node in traced.graph.nodes)
     builder = Lowering(graph, traced.batched[0] if traced.batched else None, choose, backward)
+    builder.constants = frozenset(constants)
     values: dict[fx.Node, Any] = {}
     placeholders = iter(traced.inputs)
     for node in traced.graph.nodes:

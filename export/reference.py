@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from export import modes
+from export.dropout import DropoutMode
 from export.step import Problem
 from export.updates import MAX_NORM, Tensors
 
@@ -43,10 +45,11 @@ def train(problem: Problem, given: Given, steps: int, dtype: torch.dtype = torch
     state = leaves | {n: t.clone() for n, t in buffers.items()} | frozen
     optimizer = make_optimizer(problem.optimizer.name, list(leaves.values()), given.hypers)
     losses = []
-    for _ in range(steps):
+    for step in range(steps):
         optimizer.zero_grad()
-        outputs = problem.forward(state, batch)
-        loss = problem.loss.reference(*problem.arguments(outputs, batch))
+        with modes.reference(), DropoutMode(torch.tensor(given.seed), torch.tensor(step + 1)):
+            outputs = problem.forward(state, batch)
+            loss = problem.loss.reference(*problem.arguments(outputs, batch))
         loss.backward()  # type: ignore[no-untyped-call]
         for name, leaf in leaves.items():
             if leaf.grad is not None and problem.proximal:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from edge_client.errors import ExportError
 from edge_client.manifest import Feature, Hyper, Optimizer
+from export.dropout import DropoutMode
 from export.losses import Loss
 from export.trace import Step
 from export.updates import STEP, UPDATES, Tensors, apply_updates, root
@@ -93,9 +94,10 @@ def train_step(problem: Problem) -> tuple[Step, Tensors]:
         # Copies, because the forward pass writes into them.
         state = leaves | {n: tensors[f"param.{n}"].clone() for n in buffers}
         state |= {n: tensors[f"param.{n}"] for n in frozen}
-        outputs = problem.forward(state, tensors)
-        given = problem.arguments(outputs, tensors)
-        loss = problem.loss.traced(*given)
+        with DropoutMode(tensors[SEED], tensors[STEP]):
+            outputs = problem.forward(state, tensors)
+            given = problem.arguments(outputs, tensors)
+            loss = problem.loss.traced(*given)
         if loss.dim() != 0:
             raise ExportError(f"loss {problem.loss.name!r} returns {list(loss.shape)}; return the scalar mean instead")
         begin = root(tensors, loss, problem.optimizer)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from edge_client import runtime
 from edge_client.errors import ExportError
 from edge_client.manifest import Feature, Parity
-from export import reference
+from export import modes, reference
 from export.step import SEED, Problem
 from export.updates import MAX_NORM, STEP, Tensors
 
@@ -260,7 +260,7 @@ def _compare_evaluation(
     problem: Problem, state: Tensors, evaluate: Run, infer: Run, data: Arrays, case: str, worst: _Worst
 ) -> None:
     problem.module.eval()
-    with torch.no_grad():
+    with torch.no_grad(), modes.reference():
         batch = {n: torch.from_numpy(a) for n, a in data.items()}
         outputs = problem.forward(dict(state), batch)
         given, count = problem.arguments(outputs, batch), problem.rows(batch, outputs)

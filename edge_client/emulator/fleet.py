@@ -20,8 +20,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from edge_client.codec.lattice import State
 from edge_client.codec.layout import Layout
+from edge_client.codec.model import Model
 from edge_client.data import Arrays, ArraySource, DataSource, check, load_arrays, split
 from edge_client.device import Device, Workshop
 from edge_client.emulator.link import RadioLink
@@ -83,26 +83,26 @@ class FleetReport(msgspec.Struct, frozen=True):
 class SharedCopies:
     """The global model's versions that some phone of this process holds; each is kept once."""
 
-    _states: dict[bytes, State] = field(default_factory=dict)
+    _models: dict[bytes, Model] = field(default_factory=dict)
     _holders: dict[bytes, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def load(self, digest: bytes, layout: Layout) -> State | None:
+    def load(self, digest: bytes, layout: Layout) -> Model | None:
         """The copy with that digest."""
         del layout
-        return self._states.get(digest)
+        return self._models.get(digest)
 
-    def save(self, digest: bytes, state: State, replaces: bytes) -> None:
-        """One phone more holds ``state``, one less what it replaces."""
+    def save(self, digest: bytes, model: Model, replaces: bytes) -> None:
+        """One phone more holds ``model``, one less what it replaces."""
         with self._lock:
-            self._states.setdefault(digest, state)
+            self._models.setdefault(digest, model)
             self._holders[digest] = self._holders.get(digest, 0) + 1
             left = self._holders.get(replaces, 0) - 1
             if left > 0:
                 self._holders[replaces] = left
             elif replaces in self._holders:
                 del self._holders[replaces]
-                self._states.pop(replaces, None)
+                self._models.pop(replaces, None)
 
 
 @dataclass

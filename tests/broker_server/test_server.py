@@ -159,7 +159,7 @@ async def test_what_earlier_runs_left_on_the_broker_is_cleared_and_forgotten(tmp
 async def test_a_crash_before_the_evaluation_is_mended_by_the_next_start(tmp_path, monkeypatch):
     config, seen = settings(tmp_path, stop={"rounds": 2}), []
 
-    def dies(*arguments: object) -> None:
+    def dies(*arguments: object, **named: object) -> None:
         raise ZeroDivisionError
 
     async with Hall(tmp_path) as hall:

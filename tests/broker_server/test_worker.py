@@ -3,6 +3,7 @@ import math
 import msgspec
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from broker_server import events as e
 from broker_server.config import Federation
@@ -10,6 +11,7 @@ from broker_server.ledger import Ledger, Round, Task
 from broker_server.worker import Worker
 from edge_client.bundle import Bundle
 from edge_client.codec.lattice import apply_delta, origin
+from edge_client.codec.model import apply_model_delta, untrained
 from edge_client.codec.update import CodecSettings, encode_update
 from edge_client.errors import BundleError, DataError, LedgerError
 from edge_client.wire import transfer
@@ -269,3 +271,69 @@ def test_bad_starts(make, tmp_path):
     make().close()
     with pytest.raises(LedgerError, match="belongs to bundle"):
         make(toy_bundle(seed=9))
+
+
+BUFFERED = toy_bundle(buffer=True)
+
+
+def with_buffers(seed: int, mean: float, seen: float, samples: int) -> bytes:
+    vectors = {"delta": delta(seed), "buffers": np.array([mean] * 4 + [seen], np.float32)}
+    layouts = {"delta": BUNDLE.layout, "buffers": Bundle.from_bytes(BUFFERED).manifest.layout("buffer")}
+    return encode_update(vectors, layouts, {"samples": samples}, NONE).data
+
+
+def test_buffers_are_published_with_the_model(make, tmp_path):
+    np.savez(tmp_path / "test.npz", **toy_data(50))
+    worker = make(BUFFERED, evaluation={"data": str(tmp_path / "test.npz")})
+    worker.start()
+    worker.perform(e.OpenTask(task()))
+    worker.perform(e.Record(1, 1, "a", with_buffers(1, 2.0, 40, 10)))
+    worker.perform(e.Record(1, 1, "b", with_buffers(2, 4.0, 30, 30)))
+    answer = worker.perform(aggregate())
+    ref = worker.perform(e.Prepare(0, 1)).ref
+    first = untrained(BUNDLE.layout.size, Bundle.from_bytes(BUFFERED).initial_buffers())
+    reached = apply_model_delta(first, ref.inline, BUNDLE.layout)
+    assert reached.digest() == answer.digest
+    np.testing.assert_array_equal(reached.buffers, np.array([3.5] * 4 + [40], np.float32))
+    assert set(worker.perform(e.Evaluate(1)).metrics) >= {"loss", "accuracy"}
+    worker.perform(e.FinishRound(aggregate().result, best=True))
+    worker.write_models()
+    tensors = safetensors.numpy.load_file(tmp_path / "state" / "models" / "best" / "global.safetensors")
+    np.testing.assert_array_equal(tensors["mean"], np.full(4, 3.5, np.float32))
+    assert tensors["seen"] == np.int64(40)
+
+
+@pytest.mark.parametrize("crash_after", [0, 1, 2])
+def test_a_replay_gives_the_same_buffers(tmp_path, crash_after):
+    updates = [
+        ("a", with_buffers(1, 0.1, 9, 7)),
+        ("b", with_buffers(2, 0.7, 8, 11)),
+        ("c", with_buffers(3, 1.3, 7, 13)),
+    ]
+    digests = []
+    for name, crash in (("whole", 3), ("torn", crash_after)):
+        worker = Worker(settings(tmp_path / name), BUFFERED)
+        worker.start()
+        worker.perform(e.OpenTask(task()))
+        for client, data in updates[:crash]:
+            worker.perform(e.Record(1, 1, client, data))
+        if crash < 3:
+            worker.close()
+            worker = Worker(settings(tmp_path / name), BUFFERED)
+            list(worker.replay(worker.start()))
+            for client, data in updates[crash:]:
+                worker.perform(e.Record(1, 1, client, data))
+        digests.append(worker.perform(aggregate()).digest)
+        worker.close()
+        again = Worker(settings(tmp_path / name), BUFFERED)
+        assert again.start().digest == digests[-1]
+        again.close()
+    assert digests[0] == digests[1]
+
+
+def test_buffers_that_are_not_numbers_are_refused(make):
+    worker = make(BUFFERED)
+    worker.start()
+    worker.perform(e.OpenTask(task()))
+    assert isinstance(worker.perform(e.Record(1, 1, "a", with_buffers(1, math.nan, 4, 10))), e.Refused)
+    assert isinstance(worker.perform(e.Record(1, 1, "b", encoded(delta(1)))), e.Refused)

@@ -306,6 +306,30 @@ def test_a_model_of_another_size(vector):
         Trainer(bundle).train(bundle.initial(), source, TrainPlan(), seed=SEED, buffers=vector[:1].ravel())
 
 
+def test_control_variates_join_every_gradient():
+    bundle = Bundle.from_bytes(toy_bundle(control=True))
+    trainer, source, plan = Trainer(bundle), ArraySource(toy_data(30)), TrainPlan(steps=3, batch_size=10)
+    control = np.linspace(-1, 1, bundle.layout.size, dtype=np.float32)
+    plain = trainer.train(bundle.initial(), source, plan, seed=SEED).local
+    moved = trainer.train(bundle.initial(), source, plan, seed=SEED, control=control).local
+    # The gradient changes along the way as well, but by little.
+    np.testing.assert_allclose(moved - plain, -0.1 * 3 * control, atol=0.08)
+    np.testing.assert_array_equal(trainer.train(bundle.initial(), source, plan, seed=SEED).local, plain)
+    with pytest.raises(CodecError, match=r"expected float32 \[15\]"):
+        trainer.train(bundle.initial(), source, plan, seed=SEED, control=control[:3])
+    other = Bundle.from_bytes(toy_bundle())
+    with pytest.raises(TrainingError, match="takes no control variates"):
+        Trainer(other).train(other.initial(), source, plan, seed=SEED, control=control)
+
+
+def test_constants_that_the_manifest_does_not_name_are_missed():
+    bundle = rebuilt({"frozen": True}, constants={"train.onnx": (), "eval.onnx": (), "infer.onnx": ()})
+    with pytest.raises(BundleError, match="export the bundle again"):
+        Trainer(bundle).train(bundle.initial(), ArraySource(toy_data(9)), TrainPlan(), seed=SEED)
+    with pytest.raises(BundleError, match="export the bundle again"):
+        Trainer(bundle).evaluate(bundle.initial(), ArraySource(toy_data(9)))
+
+
 def test_a_graph_may_count_its_predictions():
     """A row may hold several, as a sequence does; then losses and metrics go by them, not by rows."""
     bundle = Bundle.from_bytes(toy_bundle())
@@ -333,6 +357,8 @@ def rebuilt(options, **changes):
     [
         ({}, {"proximal": True}, r"train\.onnx lacks input 'anchor\.bias'"),
         ({"proximal": True}, {"proximal": False}, r"train\.onnx has the unknown input 'anchor\.bias'"),
+        ({}, {"control": True}, r"train\.onnx lacks input 'control\.bias'"),
+        ({"control": True}, {"control": False}, r"train\.onnx has the unknown input 'control\.bias'"),
         ({}, {"metrics": ("recall",)}, r"train\.onnx lacks output 'sum\.recall'"),
         ({}, {"metrics": ()}, r"train\.onnx has the unknown output 'sum\.correct'"),
         ({}, {"hypers": ()}, r"train\.onnx has the unknown input 'hyper\.lr'"),

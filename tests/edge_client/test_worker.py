@@ -7,6 +7,7 @@ import pytest
 from edge_client import events as e
 from edge_client.bundle import Bundle
 from edge_client.codec.lattice import LatticeState, encode_delta, origin
+from edge_client.codec.model import Model, encode_model_delta, untrained
 from edge_client.codec.update import decode_scalars, decode_update
 from edge_client.data import ArraySource
 from edge_client.errors import StoreError
@@ -168,3 +169,29 @@ def test_a_store_that_cannot_be_written_fails_the_task_with_what_is_still_held(w
     delta = encode_delta(ZERO, MOVED, BUNDLE.layout)
     answer = worker.perform(invitation(state=MOVED, version=3, delta=delta), trainer, never)
     assert answer == e.Failed(1, 1, "cannot write update-1.bin: No space left on device", 0, NO_HASH)
+
+
+def test_buffers_come_from_the_model_and_go_back_with_the_update(tmp_path, trainer):
+    bundle = Bundle.from_bytes(toy_bundle(buffer=True))
+    layouts = {"delta": bundle.layout, "buffers": bundle.manifest.layout("buffer")}
+    store = Store(tmp_path)
+    store.install(bytes.fromhex(bundle.digest), b"bundle")
+    source = ArraySource(toy_data(40, seed=1))
+    pi = Worker("pi", source, ArraySource(toy_data(10, seed=2)), store, FileCopies(tmp_path))
+    first = untrained(SIZE, bundle.initial_buffers())
+    moved = Model(MOVED, np.array([0.5] * 4 + [100], np.float32))
+    buffered = Trainer(bundle)
+
+    answer = pi.perform(
+        invitation(state=moved, version=1, delta=encode_model_delta(first, moved, bundle.layout)), buffered, never
+    )
+    assert isinstance(answer, e.Finished)
+    assert answer.digest == moved.digest()
+    found = decode_update(answer.update, layouts).vectors["buffers"]
+    assert found[4] == 100 + 2 * 40
+    assert 0 < np.abs(found[:4] - 0.5).max() < 2
+
+    # The same task from the copy at rest.
+    again = pi.perform(invitation(2, state=moved, version=1, held=1), buffered, never)
+    assert isinstance(again, e.Finished)
+    np.testing.assert_array_equal(decode_update(again.update, layouts).vectors["buffers"], found)
