@@ -172,10 +172,8 @@ def tried(measure: Callable[[], Timed]) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def measure_case(
-    parts: Parts, run: Run, pairs: int, gflops: float, extra: dict[str, Callable[[Run], Timed]]
-) -> dict[str, Any]:
-    """All that is measured on one case at one number of threads; ``gflops`` is the runtime's rate at so many.
+def measure_case(parts: Parts, run: Run, pairs: int, extra: dict[str, Callable[[Run], Timed]]) -> dict[str, Any]:
+    """All that is measured on one case at one number of threads.
 
     Raises:
         BenchError: fedge or PyTorch failed.
@@ -192,20 +190,18 @@ def measure_case(
     }
     ours, theirs = ([one[side]["step_ms"] for one in measured] for side in ("fedge", "torch"))
     ratios = [mine / yours for mine, yours in zip(ours, theirs, strict=True)]
-    limit = work["gflop"] / gflops * 1e3
-    step_ms = statistics.median(ours)
+    rate = parts.get(f"{where}, Gemm", partial(gemm_rate, run.threads, run.seconds), say=_rate)
     found: dict[str, Any] = {
         "model": run.name,
         "title": run.case.title,
         "threads": run.threads,
-        "step_ms": step_ms,
+        "step_ms": statistics.median(ours),
         "torch_step_ms": statistics.median(theirs),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": quartiles(ratios),
         "ratios": ratios,
         "gflop": work["gflop"],
-        "limit_ms": limit,
-        "of_limit": limit / step_ms,
+        "gemm_gflops": rate["gflops"],
         "others": max(map(_disturbed, measured)),
     }
     for name, one in others.items():
@@ -245,7 +241,6 @@ def measure_steps(
 ) -> dict[str, Any]:
     """Every case; what fails is reported beside the others."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    rates = {n: parts.get(f"Gemm, {n} threads", partial(gemm_rate, n, seconds), say=_rate)["gflops"] for n in counts}
     cases: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     bundles: dict[str, Any] = {}
@@ -258,10 +253,15 @@ def measure_steps(
             for threads in counts:
                 more = {n: how for n, how in extra.items() if n != "channels_last" or case.convolution}
                 run = Run(name, case, threads, seconds)
-                cases.append(measure_case(parts, run, pairs, rates[threads], more))
+                cases.append(measure_case(parts, run, pairs, more))
         except BenchError as error:
             failed[name] = str(error)
             print(f"{case.title}: {error}", file=sys.stderr, flush=True)
+    # One rate for all, the best of those measured between the cases: it is a limit.
+    rates = {n: max((c["gemm_gflops"] for c in cases if c["threads"] == n), default=0.0) for n in counts}
+    for found in cases:
+        found["limit_ms"] = found["gflop"] / rates[found["threads"]] * 1e3
+        found["of_limit"] = found["limit_ms"] / found["step_ms"]
     return {"cases": cases, "failed": failed, "bundles": bundles, "gemm_gflops": rates} | summary(cases)
 
 
