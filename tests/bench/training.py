@@ -40,7 +40,6 @@ BESIDE = ("compile", "channels_last", *PEERS)
 THREADS = (1, 2)
 BUSY = 0.05
 """Share of the machine that others may take before a pair is measured again, and a result called into doubt."""
-ATTEMPTS = 3
 Timed = dict[str, float]
 
 
@@ -62,6 +61,7 @@ class Run:
     case: Case
     threads: int
     seconds: float
+    attempts: int
 
     @property
     def bundle(self) -> Path:
@@ -150,10 +150,10 @@ def exported(name: str, case: Case) -> dict[str, Any]:
 
 
 def pair(run: Run, number: int) -> dict[str, Timed]:
-    """One pair; who begins alternates. Where others took part of the machine, the least disturbed of three attempts."""
+    """One pair; who begins alternates. Where others took part of the machine, the least disturbed of some attempts."""
     order: list[tuple[str, Callable[[], Timed]]] = [("fedge", run.fedge), ("torch", run.torch)]
     attempts = []
-    for _ in range(ATTEMPTS):
+    for _ in range(run.attempts):
         attempts.append({name: measure() for name, measure in (order if number % 2 else order[::-1])})
         if _disturbed(attempts[-1]) <= BUSY:
             break
@@ -237,6 +237,7 @@ def measure_steps(
     counts: list[int],
     pairs: int,
     seconds: float,
+    attempts: int,
     extra: dict[str, Callable[[Run], Timed]],
 ) -> dict[str, Any]:
     """Every case; what fails is reported beside the others."""
@@ -252,7 +253,7 @@ def measure_steps(
             bundles[name] = parts.get(f"{case.title}, export", partial(exported, name, case), say=_bytes)
             for threads in counts:
                 more = {n: how for n, how in extra.items() if n != "channels_last" or case.convolution}
-                run = Run(name, case, threads, seconds)
+                run = Run(name, case, threads, seconds, attempts)
                 cases.append(measure_case(parts, run, pairs, more))
         except BenchError as error:
             failed[name] = str(error)
@@ -330,6 +331,7 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of {', '.join(CASES)}")
     parser.add_argument("--pairs", type=int, default=int(os.environ.get("FEDGE_PAIRS", "7")))
     parser.add_argument("--seconds", type=float, default=1.5, help="timed seconds of each process")
+    parser.add_argument("--attempts", type=int, default=3, help="at a pair, until others leave the machine alone")
     parser.add_argument("--threads", default=",".join(map(str, THREADS)), help="numbers of threads")
     parser.add_argument("--chapters", default=",".join(CHAPTERS), help="what to measure, separated by commas")
     parser.add_argument("--beside", default=",".join(default), help=f"other contenders, of {', '.join(BESIDE)}")
@@ -346,7 +348,7 @@ def main() -> int:
     parts = Parts(PARTS, key, fresh=given.fresh)
     result: dict[str, Any] = {"machine": here, "pairs": given.pairs, "seconds": given.seconds}
     if "steps" in chapters:
-        result |= measure_steps(parts, names, counts, given.pairs, given.seconds, beside(others))
+        result |= measure_steps(parts, names, counts, given.pairs, given.seconds, given.attempts, beside(others))
     result |= measure_footprint(parts, chapters, given.pairs, result.setdefault("failed", {}))
     write_json(RESULT, result)
     TABLE.write_text(table(result))

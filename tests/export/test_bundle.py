@@ -258,7 +258,11 @@ class FixedBatch(nn.Module):
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        (Unsupported(), {}, r"module 'body.1' uses aten.logcumsumexp, which has no rule; the nearest .* torch.logsumexp"),
+        (
+            Unsupported(),
+            {},
+            r"module 'body.1' uses aten.logcumsumexp, which has no rule; the nearest .* torch.logsumexp",
+        ),
         (FixedBatch(), {}, r"module 'FixedBatch' cannot be traced"),
         (nn.Linear(5, 2), {}, r"Linear does not take inputs float32 \[N, 4\]"),
         (
