@@ -109,9 +109,8 @@ def test_benchmark_commands_run_small(line, tmp_path):
     if line.startswith("make bench-round"):
         line = f"{sys.executable} tests/bench/round.py"
     if line.startswith("make bench-training"):
-        line = (
-            f"{sys.executable} tests/bench/training.py digits --seconds 0.02 --threads 1 --chapters steps,memory,start"
-        )
+        short = "--seconds 0.02 --threads 1 --attempts 1 --chapters steps,memory,start"
+        line = f"{sys.executable} tests/bench/training.py digits {short}"
     prepared = tmp_path / "data" / "fashion-mnist"
     if "build/data" in line:
         run([sys.executable, "tests/datasets.py", "fashion-mnist", str(prepared)], ROOT, small, 60)

@@ -1,6 +1,6 @@
 """Where a step's time goes, by operator and by node: python tests/bench/profiles.py CASE ... [--threads 1]
 
-Profiles the bundles that ``make bench-training`` has left in ``build/bench/training``, set up as on a device; one text
+Profiles the bundles that ``make bench-training`` has left in ``build/bench/training``, as a device trains; one text
 for each case goes to ``build/bench/profiles``. Profiling itself costs a few microseconds a node.
 """
 
@@ -9,8 +9,11 @@ import json
 import statistics
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnxruntime as ort
@@ -18,38 +21,43 @@ from cases import CASES
 from federations import BUILD
 
 from edge_client.bundle import Bundle
+from edge_client.data import ArraySource
+from edge_client.trainer import Trainer
+from edge_client.wire.messages import TrainPlan
 
 FOLDER = BUILD / "bench" / "training"
 BATCH, WARMUP, STEPS = 32, 5, 20
 
 
+@contextmanager
+def profiling(prefix: str, made: list[ort.InferenceSession]) -> Iterator[None]:
+    """Profile the sessions that are made from here on, with the settings that they are made with; collect them."""
+    options, session = ort.SessionOptions, ort.InferenceSession
+
+    def profiled() -> ort.SessionOptions:
+        fresh = options()
+        fresh.enable_profiling = True
+        fresh.profile_file_prefix = prefix
+        return fresh
+
+    def collected(*args: Any, **kwargs: Any) -> ort.InferenceSession:
+        made.append(session(*args, **kwargs))
+        return made[-1]
+
+    with mock.patch.object(ort, "SessionOptions", profiled), mock.patch.object(ort, "InferenceSession", collected):
+        yield
+
+
 def profile(name: str, threads: int) -> list[list[dict[str, Any]]]:
     """The kernels' events of each timed step, in order of their time."""
     bundle = Bundle.open(FOLDER / f"{name}.fedge")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.enable_mem_pattern = False
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    frozen = {
-        f"param.{p.name}": bundle.weights[p.name].copy() for p in bundle.manifest.parameters if p.role == "frozen"
-    }
-    values = {key: ort.OrtValue.ortvalue_from_numpy(array) for key, array in frozen.items()}
-    for key, value in values.items():
-        options.add_initializer(key, value)
-    with tempfile.TemporaryDirectory() as place:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(place) / "profile")
-        session = ort.InferenceSession(bundle.train, options, providers=["CPUExecutionProvider"])
-        with np.load(FOLDER / f"{name}.npz") as arrays:
-            given: dict[str, Any] = {key: arrays[key][:BATCH] for key in ("x", "y")}
-        given |= {f"param.{key}": np.array(value) for key, value in bundle.weights.items()}
-        given |= {f"hyper.{key}": np.array(value, np.float32) for key, value in bundle.manifest.defaults().items()}
-        wanted = {value.name for value in session.get_inputs()}
-        given = {key: value for key, value in given.items() if key in wanted}
-        for _ in range(WARMUP + STEPS):
-            session.run(None, given)
+    with np.load(FOLDER / f"{name}.npz") as arrays:
+        source = ArraySource(dict(arrays))
+    made: list[ort.InferenceSession] = []
+    with tempfile.TemporaryDirectory() as place, profiling(str(Path(place) / "profile"), made):
+        trainer, plan = Trainer(bundle, threads=threads), TrainPlan(steps=WARMUP + STEPS, batch_size=BATCH)
+        trainer.train(bundle.initial(), source, plan, seed=0)
+        (session,) = made
         events = json.loads(Path(session.end_profiling()).read_text())
     steps: list[list[dict[str, Any]]] = []
     current: list[dict[str, Any]] = []

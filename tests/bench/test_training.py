@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parent
-SHORT = ["--seconds", "0.02", "--pairs", "1"]
+SHORT = ["--seconds", "0.02", "--pairs", "1", "--attempts", "1"]
 
 
 def run(folder: Path, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":

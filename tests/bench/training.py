@@ -15,6 +15,7 @@ import resource
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +41,6 @@ BESIDE = ("compile", "channels_last", *PEERS)
 THREADS = (1, 2)
 BUSY = 0.05
 """Share of the machine that others may take before a pair is measured again, and a result called into doubt."""
-ATTEMPTS = 3
 Timed = dict[str, float]
 
 
@@ -55,13 +55,25 @@ def environment(threads: int = 1) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How much to measure."""
+
+    threads: tuple[int, ...]
+    pairs: int
+    seconds: float
+    """Timed seconds of each process."""
+    attempts: int
+    """At a pair, until others leave the machine alone."""
+
+
+@dataclass(frozen=True)
 class Run:
     """How to measure one case at one number of threads; each method starts a process."""
 
     name: str
     case: Case
     threads: int
-    seconds: float
+    plan: Plan
 
     @property
     def bundle(self) -> Path:
@@ -89,7 +101,7 @@ class Run:
     def _timed(
         self, label: str, script: str, *arguments: str, python: str = sys.executable, timeout: float = 120.0
     ) -> Timed:
-        program = [python, str(HERE / script), *arguments, *_settings(self.threads, self.seconds)]
+        program = [python, str(HERE / script), *arguments, *_settings(self.threads, self.plan.seconds)]
         log = FOLDER / "log" / f"{self.name}.{self.threads}.{label}.txt"
         others = Others()
         found = answer(command(program, log, timeout=timeout, variables=environment(self.threads)))
@@ -140,20 +152,21 @@ def gemm_rate(threads: int, seconds: float) -> dict[str, Any]:
 
 
 def exported(name: str, case: Case) -> dict[str, Any]:
-    """Export a case and write its samples; the time is that of the whole command."""
+    """Export a case and write its samples; ``seconds`` are those of the whole command, imports included."""
     bundle = FOLDER / f"{name}.fedge"
     for stale in FOLDER.glob(f"{name}.*"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     write_samples(case, FOLDER / f"{name}.npz")
+    start = time.monotonic()
     export_case(case, bundle, environment())
-    return {"bytes": bundle.stat().st_size}
+    return {"bytes": bundle.stat().st_size, "seconds": time.monotonic() - start}
 
 
 def pair(run: Run, number: int) -> dict[str, Timed]:
-    """One pair; who begins alternates. Where others took part of the machine, the least disturbed of three attempts."""
+    """One pair; who begins alternates. Where others took part of the machine, the least disturbed of some attempts."""
     order: list[tuple[str, Callable[[], Timed]]] = [("fedge", run.fedge), ("torch", run.torch)]
     attempts = []
-    for _ in range(ATTEMPTS):
+    for _ in range(run.plan.attempts):
         attempts.append({name: measure() for name, measure in (order if number % 2 else order[::-1])})
         if _disturbed(attempts[-1]) <= BUSY:
             break
@@ -172,10 +185,8 @@ def tried(measure: Callable[[], Timed]) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def measure_case(
-    parts: Parts, run: Run, pairs: int, gflops: float, extra: dict[str, Callable[[Run], Timed]]
-) -> dict[str, Any]:
-    """All that is measured on one case at one number of threads; ``gflops`` is the runtime's rate at so many.
+def measure_case(parts: Parts, run: Run, extra: dict[str, Callable[[Run], Timed]]) -> dict[str, Any]:
+    """All that is measured on one case at one number of threads.
 
     Raises:
         BenchError: fedge or PyTorch failed.
@@ -185,27 +196,26 @@ def measure_case(
         f"{run.case.title}, work", partial(flop, run.name, run.case), say=lambda w: f"{w['gflop']:.3f} GFLOP"
     )
     measured = [
-        parts.get(f"{where}, pair {number}", partial(pair, run, number), say=_pair) for number in range(1, pairs + 1)
+        parts.get(f"{where}, pair {number}", partial(pair, run, number), say=_pair)
+        for number in range(1, run.plan.pairs + 1)
     ]
     others = {
         name: parts.get(f"{where}, {name}", partial(tried, partial(how, run)), say=str) for name, how in extra.items()
     }
     ours, theirs = ([one[side]["step_ms"] for one in measured] for side in ("fedge", "torch"))
     ratios = [mine / yours for mine, yours in zip(ours, theirs, strict=True)]
-    limit = work["gflop"] / gflops * 1e3
-    step_ms = statistics.median(ours)
+    rate = parts.get(f"{where}, Gemm", partial(gemm_rate, run.threads, run.plan.seconds), say=_rate)
     found: dict[str, Any] = {
         "model": run.name,
         "title": run.case.title,
         "threads": run.threads,
-        "step_ms": step_ms,
+        "step_ms": statistics.median(ours),
         "torch_step_ms": statistics.median(theirs),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": quartiles(ratios),
         "ratios": ratios,
         "gflop": work["gflop"],
-        "limit_ms": limit,
-        "of_limit": limit / step_ms,
+        "gemm_gflops": rate["gflops"],
         "others": max(map(_disturbed, measured)),
     }
     for name, one in others.items():
@@ -236,16 +246,10 @@ def beside(wanted: list[str]) -> dict[str, Callable[[Run], Timed]]:
 
 
 def measure_steps(
-    parts: Parts,
-    names: list[str],
-    counts: list[int],
-    pairs: int,
-    seconds: float,
-    extra: dict[str, Callable[[Run], Timed]],
+    parts: Parts, names: list[str], plan: Plan, extra: dict[str, Callable[[Run], Timed]]
 ) -> dict[str, Any]:
     """Every case; what fails is reported beside the others."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    rates = {n: parts.get(f"Gemm, {n} threads", partial(gemm_rate, n, seconds), say=_rate)["gflops"] for n in counts}
     cases: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     bundles: dict[str, Any] = {}
@@ -255,13 +259,18 @@ def measure_steps(
             if not (FOLDER / f"{name}.fedge").exists():
                 parts.forget(f"{case.title}, export")
             bundles[name] = parts.get(f"{case.title}, export", partial(exported, name, case), say=_bytes)
-            for threads in counts:
+            for threads in plan.threads:
                 more = {n: how for n, how in extra.items() if n != "channels_last" or case.convolution}
-                run = Run(name, case, threads, seconds)
-                cases.append(measure_case(parts, run, pairs, rates[threads], more))
+                run = Run(name, case, threads, plan)
+                cases.append(measure_case(parts, run, more))
         except BenchError as error:
             failed[name] = str(error)
             print(f"{case.title}: {error}", file=sys.stderr, flush=True)
+    # One rate for all, the best of those measured between the cases: it is a limit.
+    rates = {n: max((c["gemm_gflops"] for c in cases if c["threads"] == n), default=0.0) for n in plan.threads}
+    for found in cases:
+        found["limit_ms"] = found["gflop"] / rates[found["threads"]] * 1e3
+        found["of_limit"] = found["limit_ms"] / found["step_ms"]
     return {"cases": cases, "failed": failed, "bundles": bundles, "gemm_gflops": rates} | summary(cases)
 
 
@@ -330,13 +339,14 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of {', '.join(CASES)}")
     parser.add_argument("--pairs", type=int, default=int(os.environ.get("FEDGE_PAIRS", "7")))
     parser.add_argument("--seconds", type=float, default=1.5, help="timed seconds of each process")
+    parser.add_argument("--attempts", type=int, default=3, help="at a pair, until others leave the machine alone")
     parser.add_argument("--threads", default=",".join(map(str, THREADS)), help="numbers of threads")
     parser.add_argument("--chapters", default=",".join(CHAPTERS), help="what to measure, separated by commas")
     parser.add_argument("--beside", default=",".join(default), help=f"other contenders, of {', '.join(BESIDE)}")
     parser.add_argument("--fresh", action="store_true", help="do not resume an interrupted run")
     given = parser.parse_args()
     names, chapters = given.cases or list(CASES), given.chapters.split(",")
-    counts = [int(number) for number in given.threads.split(",")]
+    plan = Plan(tuple(map(int, given.threads.split(","))), given.pairs, given.seconds, given.attempts)
     others = [name for name in given.beside.split(",") if name]
     for what, wanted, known in (("case", names, CASES), ("chapter", chapters, CHAPTERS), ("contender", others, BESIDE)):
         if unknown := set(wanted) - set(known):
@@ -346,7 +356,7 @@ def main() -> int:
     parts = Parts(PARTS, key, fresh=given.fresh)
     result: dict[str, Any] = {"machine": here, "pairs": given.pairs, "seconds": given.seconds}
     if "steps" in chapters:
-        result |= measure_steps(parts, names, counts, given.pairs, given.seconds, beside(others))
+        result |= measure_steps(parts, names, plan, beside(others))
     result |= measure_footprint(parts, chapters, given.pairs, result.setdefault("failed", {}))
     write_json(RESULT, result)
     TABLE.write_text(table(result))
