@@ -19,12 +19,13 @@ def scan(
     inputs: Sequence[Value],
     states: Sequence[str],
     size: int,
-    kept: Sequence[int],
+    kept: Sequence[Value | None],
     reverse: bool,
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[str], list[str | None]]:
     """Emit a loop over ``inputs`` ``[T, features, N]`` from first ``states`` ``[size, N]``.
 
-    ``kept`` are the features of what a step keeps. Returns the last states, and what was kept, ``[T, features, N]``.
+    ``kept`` describe what a step keeps, None for what nothing reads, as in evaluation, where there are no gradients.
+    Returns the last states, and what was kept, ``[T, features, N]`` each.
     """
 
     def ports(names: Sequence[str], features: Sequence[int]) -> list[Port]:
@@ -32,7 +33,8 @@ def scan(
 
     carried, scanned = [b.name() for _ in states], [b.name() for _ in inputs]
     outer, b.graph.nodes = b.graph.nodes, []
-    after, parts = step(carried, scanned)
+    after, every = step(carried, scanned)
+    parts = [name for name, value in zip(every, kept, strict=True) if value is not None]
     made: list[str] = []
     for name in (*after, *parts):
         # Each output of the body is a value of its own that a node of the body makes.
@@ -42,19 +44,20 @@ def scan(
     sizes = [size] * len(states)
     body = Branch(
         inner,
-        ports(made, [*sizes, *kept]),
+        ports(made, [*sizes, *(_features(value) for value in kept if value is not None)]),
         ports([*carried, *scanned], [*sizes, *(_features(value) for value in inputs)]),
     )
     attributes = {
         "num_scan_inputs": len(scanned),
         "scan_input_directions": [int(reverse)] * len(scanned),
-        "scan_output_directions": [int(reverse)] * len(kept),
+        "scan_output_directions": [int(reverse)] * len(parts),
     }
     outputs = [b.name() for _ in made]
     b.graph.nodes.append(
         Node("Scan", [*states, *(value.name for value in inputs)], outputs, attributes, {"body": body})
     )
-    return outputs[: len(states)], outputs[len(states) :]
+    stacked = iter(outputs[len(states) :])
+    return outputs[: len(states)], [next(stacked) if value is not None else None for value in kept]
 
 
 def _features(value: Value) -> int:
@@ -76,20 +79,20 @@ def _turned(b: Lowering, weight: Value) -> str:
 
 
 def _rnn(
-    b: Lowering, out: Sequence[Value], x: Value, first: Value, weight: Value, activation: str, reverse: bool
-) -> tuple[str, ...]:
+    b: Lowering, out: Sequence[Value | None], x: Value, first: Value, weight: Value, activation: str, reverse: bool
+) -> tuple[str | None, ...]:
     size = first.static(0)[0]
 
     def step(states: Sequence[str], inputs: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
         state = b.op(activation.capitalize(), b.op("Gemm", weight.name, states[0], inputs[0]))
         return [state], [state, states[0]]
 
-    return tuple(scan(b, step, [x], [first.name], size, [size, size], reverse)[1])
+    return tuple(scan(b, step, [x], [first.name], size, out, reverse)[1])
 
 
 def _rnn_backward(
-    b: Lowering, out: Sequence[Value], grad: Value, slope: Value, weight: Value, reverse: bool
-) -> tuple[str, ...]:
+    b: Lowering, out: Sequence[Value | None], grad: Value, slope: Value, weight: Value, reverse: bool
+) -> tuple[str | None, ...]:
     size = _features(grad)
     turned = _turned(b, weight)
 
@@ -98,13 +101,13 @@ def _rnn_backward(
         return [b.op("Gemm", turned, through)], [through]
 
     zero = b.zeros([size, grad.shape[2]], "float32")
-    last, stacked = scan(b, step, [grad, slope], [zero], size, [size], not reverse)
+    last, stacked = scan(b, step, [grad, slope], [zero], size, out[:1], not reverse)
     return stacked[0], last[0]
 
 
 def _gru(
     b: Lowering,
-    out: Sequence[Value],
+    out: Sequence[Value | None],
     gates: Value,
     news: Value,
     first: Value,
@@ -112,7 +115,7 @@ def _gru(
     w_new: Value,
     bias: Value,
     reverse: bool,
-) -> tuple[str, ...]:
+) -> tuple[str | None, ...]:
     size = first.static(0)[0]
 
     def step(states: Sequence[str], inputs: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -124,13 +127,12 @@ def _gru(
         after = b.op("Add", new, b.op("Mul", update, b.op("Sub", state, new)))
         return [after], [after, state, gate, new, inner]
 
-    kept = [size, size, 2 * size, size, size]
-    return tuple(scan(b, step, [gates, news], [first.name], size, kept, reverse)[1])
+    return tuple(scan(b, step, [gates, news], [first.name], size, out, reverse)[1])
 
 
 def _gru_backward(
     b: Lowering,
-    out: Sequence[Value],
+    out: Sequence[Value | None],
     grad: Value,
     to_new: Value,
     to_reset: Value,
@@ -139,7 +141,7 @@ def _gru_backward(
     update: Value,
     weight: Value,
     reverse: bool,
-) -> tuple[str, ...]:
+) -> tuple[str | None, ...]:
     size = _features(grad)
     turned = _turned(b, weight)
 
@@ -153,13 +155,13 @@ def _gru_backward(
 
     zero = b.zeros([size, grad.shape[2]], "float32")
     inputs = [grad, to_new, to_reset, to_update, reset, update]
-    last, stacked = scan(b, step, inputs, [zero], size, [3 * size, size], not reverse)
+    last, stacked = scan(b, step, inputs, [zero], size, out[:2], not reverse)
     return (*stacked, last[0])
 
 
 def _lstm(
     b: Lowering,
-    out: Sequence[Value],
+    out: Sequence[Value | None],
     gates: Value,
     news: Value,
     first: Value,
@@ -167,7 +169,7 @@ def _lstm(
     w_gates: Value,
     w_new: Value,
     reverse: bool,
-) -> tuple[str, ...]:
+) -> tuple[str | None, ...]:
     size = first.static(0)[0]
 
     def step(states: Sequence[str], inputs: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -180,14 +182,13 @@ def _lstm(
         after = b.op("Mul", leave, curved)
         return [after, held], [after, state, old, gate, new, curved]
 
-    kept = [size, size, size, 3 * size, size, size]
-    last, stacked = scan(b, step, [gates, news], [first.name, cell.name], size, kept, reverse)
+    last, stacked = scan(b, step, [gates, news], [first.name, cell.name], size, out[:6], reverse)
     return (*stacked, last[1])
 
 
 def _lstm_backward(
     b: Lowering,
-    out: Sequence[Value],
+    out: Sequence[Value | None],
     grad: Value,
     last: Value | None,
     to_cell: Value,
@@ -198,7 +199,7 @@ def _lstm_backward(
     forget: Value,
     weight: Value,
     reverse: bool,
-) -> tuple[str, ...]:
+) -> tuple[str | None, ...]:
     size = _features(grad)
     turned = _turned(b, weight)
 
@@ -214,7 +215,7 @@ def _lstm_backward(
     zero = b.zeros([size, grad.shape[2]], "float32")
     inputs = [grad, to_cell, to_input, to_forget, to_output, to_new, forget]
     start = [zero, last.name if last is not None else zero]
-    ends, stacked = scan(b, step, inputs, start, size, [4 * size], not reverse)
+    ends, stacked = scan(b, step, inputs, start, size, out[:1], not reverse)
     return (stacked[0], *ends)
 
 

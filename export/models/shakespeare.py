@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class CharacterModel(nn.Module):
     """Embedding, one GRU layer, linear read-out: ``[N, T] int64`` -> next-character logits ``[N, T, vocabulary]``.
 
-    The training graph is unrolled for the T that it is exported with.
+    The graphs run the T steps that they are exported for.
     """
 
     def __init__(self, vocabulary: int, embedding: int, hidden: int) -> None:
