@@ -84,6 +84,20 @@ def _batch_norm(
     return tuple(found)
 
 
+def _batch_norm_frozen(
+    b: Lowering,
+    out: Sequence[Value | None],
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    running_mean: Value,
+    running_var: Value,
+    momentum: float,
+    eps: float,
+) -> tuple[str | None, ...]:
+    return _batch_norm(b, out, x, weight, bias, running_mean, running_var, False, momentum, eps)
+
+
 def _batch_norm_backward(
     b: Lowering,
     out: Sequence[Value | None],
@@ -243,6 +257,7 @@ def _group_norm_backward(
 NORMALIZATION: dict[str, Rule] = {
     "aten.native_batch_norm": _batch_norm,
     "aten._native_batch_norm_legit_functional": _batch_norm,
+    "aten._native_batch_norm_legit_no_training": _batch_norm_frozen,
     "aten.native_batch_norm_backward": _batch_norm_backward,
     "aten.native_layer_norm": _layer_norm,
     "aten.native_layer_norm_backward": _layer_norm_backward,
