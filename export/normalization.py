@@ -84,6 +84,14 @@ def _batch_norm(
     return tuple(found)
 
 
+def _batch_norm_stateless(
+    b: Lowering, out: Sequence[Value | None], x: Value, weight: Value | None, bias: Value | None, *rest: object
+) -> tuple[str | None, ...]:
+    # One name for two signatures: with running statistics, and without.
+    given = rest if len(rest) == 5 else (None, None, *rest)
+    return _batch_norm(b, out, x, weight, bias, *given)  # type: ignore[arg-type]
+
+
 def _batch_norm_frozen(
     b: Lowering,
     out: Sequence[Value | None],
@@ -256,6 +264,7 @@ def _group_norm_backward(
 
 NORMALIZATION: dict[str, Rule] = {
     "aten.native_batch_norm": _batch_norm,
+    "aten._native_batch_norm_legit": _batch_norm_stateless,
     "aten._native_batch_norm_legit_functional": _batch_norm,
     "aten._native_batch_norm_legit_no_training": _batch_norm_frozen,
     "aten.native_batch_norm_backward": _batch_norm_backward,
