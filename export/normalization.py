@@ -84,6 +84,28 @@ def _batch_norm(
     return tuple(found)
 
 
+def _batch_norm_stateless(
+    b: Lowering, out: Sequence[Value | None], x: Value, weight: Value | None, bias: Value | None, *rest: object
+) -> tuple[str | None, ...]:
+    # One name for two signatures: with running statistics, and without.
+    given = rest if len(rest) == 5 else (None, None, *rest)
+    return _batch_norm(b, out, x, weight, bias, *given)  # type: ignore[arg-type]
+
+
+def _batch_norm_frozen(
+    b: Lowering,
+    out: Sequence[Value | None],
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    running_mean: Value,
+    running_var: Value,
+    momentum: float,
+    eps: float,
+) -> tuple[str | None, ...]:
+    return _batch_norm(b, out, x, weight, bias, running_mean, running_var, False, momentum, eps)
+
+
 def _batch_norm_backward(
     b: Lowering,
     out: Sequence[Value | None],
@@ -242,7 +264,9 @@ def _group_norm_backward(
 
 NORMALIZATION: dict[str, Rule] = {
     "aten.native_batch_norm": _batch_norm,
+    "aten._native_batch_norm_legit": _batch_norm_stateless,
     "aten._native_batch_norm_legit_functional": _batch_norm,
+    "aten._native_batch_norm_legit_no_training": _batch_norm_frozen,
     "aten.native_batch_norm_backward": _batch_norm_backward,
     "aten.native_layer_norm": _layer_norm,
     "aten.native_layer_norm_backward": _layer_norm_backward,

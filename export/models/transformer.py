@@ -53,14 +53,3 @@ def char_transformer() -> nn.Module:
     425,552 parameters.
     """
     return CharacterTransformer(layers=2, width=128, heads=4, vocabulary=80, length=64)
-
-
-def gpt_frozen() -> nn.Module:
-    """Four layers of width 128, 4 heads: ``[N, 64] int64`` (codes below 80) -> ``[N, 64, 80]`` logits.
-
-    Of 822,096 parameters only the read-out's 10,320 train.
-    """
-    module = CharacterTransformer(layers=4, width=128, heads=4, vocabulary=80, length=64)
-    module.requires_grad_(False)
-    module.head.requires_grad_(True)
-    return module

@@ -34,7 +34,7 @@ CASES = {
     "sensor-cnn": Case("1-D sensor CNN", "export.models.sensors:sensor_cnn", (9, 128), 6),
     "gru": Case("GRU, 40 characters", "export.models.shakespeare:char_gru", (40,), 80, codes=True),
     "transformer": Case("transformer, 2 layers", "export.models.transformer:char_transformer", (64,), 80, codes=True),
-    "lora": Case("LoRA, 4 frozen layers", "export.models.transformer:gpt_frozen", (64,), 80, codes=True),
+    "lora": Case("LoRA, 4 frozen layers", "export.models.lora:gpt_lora", (64,), 80, codes=True),
 }
 
 

@@ -1,14 +1,26 @@
 """The training benchmark with tiny settings: every part runs and yields its fields. No time is held to anything."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 BENCH = Path(__file__).parent
+
+
+def load(name: str) -> ModuleType:
+    """A script's module, found as the scripts find each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCH)
+        return importlib.import_module(name)
+
+
+parts, federations = load("parts"), load("federations")
 SHORT = ["--seconds", "0.02", "--pairs", "1", "--attempts", "1"]
 
 
@@ -52,6 +64,21 @@ def test_a_case_has_its_fields(done):
 def test_finished_parts_are_not_kept_after_the_end(done):
     folder, _ = done
     assert not (folder / "bench" / "training.parts.json").exists()
+
+
+def test_a_run_resumes_from_what_it_has_measured(tmp_path, capsys):
+    path, key = tmp_path / "parts.json", {"machine": "this"}
+
+    def fails() -> None:
+        raise federations.BenchError("no")
+
+    with pytest.raises(federations.BenchError):
+        parts.Parts(path, key, fresh=False).get("a", fails, say=str)
+    assert parts.Parts(path, key, fresh=False).get("a", lambda: 1, say=str) == 1
+    assert parts.Parts(path, key, fresh=False).get("a", lambda: 2, say=str) == 1
+    assert parts.Parts(path, key, fresh=True).get("a", lambda: 2, say=str) == 2
+    assert parts.Parts(path, {"machine": "other"}, fresh=False).get("a", lambda: 3, say=str) == 3
+    assert capsys.readouterr().out.count("a: ") == 3
 
 
 def test_an_unknown_case_is_refused(tmp_path):

@@ -214,6 +214,8 @@ def measure_case(parts: Parts, run: Run, extra: dict[str, Callable[[Run], Timed]
         "ratio": statistics.median(ratios),
         "ratio_quartiles": quartiles(ratios),
         "ratios": ratios,
+        # Of the fastest processes: rough, but little moved by what others do on the machine.
+        "best_ratio": min(ours) / min(theirs),
         "gflop": work["gflop"],
         "gemm_gflops": rate["gflops"],
         "others": max(map(_disturbed, measured)),

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from export.models.digits import digits_cnn
 from export.models.keyword import ds_cnn
 from export.models.logistic import logistic_regression
+from export.models.lora import gpt_lora
 from export.models.mcmahan import mnist_2nn, mnist_cnn
 from export.models.resnet import resnet8
 from export.models.sensors import sensor_cnn, sensor_lstm
-from export.models.transformer import char_transformer, gpt_frozen
+from export.models.transformer import char_transformer
 
 CODES = torch.randint(0, 80, (3, 64), generator=torch.Generator().manual_seed(0))
 
@@ -27,7 +28,7 @@ MODELS: list[tuple[Callable[[], nn.Module], Tensor, tuple[int, ...]]] = [
     (sensor_cnn, torch.zeros(3, 9, 128), (6,)),
     (sensor_lstm, torch.zeros(3, 9, 128), (6,)),
     (char_transformer, CODES, (64, 80)),
-    (gpt_frozen, CODES, (64, 80)),
+    (gpt_lora, CODES, (64, 80)),
 ]
 
 
@@ -56,5 +57,7 @@ def test_the_transformer_does_not_look_ahead() -> None:
     assert (before[:, 40:] - after[:, 40:]).abs().max() > 1e-3
 
 
-def test_of_the_frozen_transformer_only_the_read_out_trains() -> None:
-    assert {n for n, p in gpt_frozen().named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+def test_of_the_small_gpt_only_the_adapters_train() -> None:
+    trained = {n: p.numel() for n, p in gpt_lora().named_parameters() if p.requires_grad}
+    assert all(".lora_" in name for name in trained)
+    assert sum(trained.values()) == 65_536
