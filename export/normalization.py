@@ -85,11 +85,16 @@ def _batch_norm(
 
 
 def _batch_norm_stateless(
-    b: Lowering, out: Sequence[Value | None], x: Value, weight: Value | None, bias: Value | None, *rest: object
+    b: Lowering,
+    out: Sequence[Value | None],
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    training: bool,
+    momentum: float,
+    eps: float,
 ) -> tuple[str | None, ...]:
-    # One name for two signatures: with running statistics, and without.
-    given = rest if len(rest) == 5 else (None, None, *rest)
-    return _batch_norm(b, out, x, weight, bias, *given)  # type: ignore[arg-type]
+    return _batch_norm(b, out, x, weight, bias, None, None, training, momentum, eps)
 
 
 def _batch_norm_frozen(
@@ -145,7 +150,11 @@ def _layer_norm(
 ) -> tuple[str, ...]:
     scale = w.name if w is not None else b.constant(np.ones([int(s) for s in shape], np.float32))
     extra = [bias.name] if bias is not None else []
-    return tuple(b.ops("LayerNormalization", 3, x.name, scale, *extra, axis=-len(shape), epsilon=eps))
+    # Before 1.32 onnxruntime took the variance as E[x^2] - E[x]^2, which is wrong for inputs far from zero.
+    mean = b.reduce("ReduceMean", x.name, range(x.rank - len(shape), x.rank), True)
+    centred = b.op("Sub", x.name, mean)
+    y, _, inverse = b.ops("LayerNormalization", 3, centred, scale, *extra, axis=-len(shape), epsilon=eps)
+    return y, mean, inverse
 
 
 def _rows_gradient(
@@ -263,10 +272,9 @@ def _group_norm_backward(
 
 
 NORMALIZATION: dict[str, Rule] = {
-    "aten.native_batch_norm": _batch_norm,
     "aten._native_batch_norm_legit": _batch_norm_stateless,
-    "aten._native_batch_norm_legit_functional": _batch_norm,
     "aten._native_batch_norm_legit_no_training": _batch_norm_frozen,
+    "aten._native_batch_norm_legit_functional": _batch_norm,
     "aten.native_batch_norm_backward": _batch_norm_backward,
     "aten.native_layer_norm": _layer_norm,
     "aten.native_layer_norm_backward": _layer_norm_backward,

@@ -1,45 +1,12 @@
-"""Running statistics of batch normalisation, as values that a graph returns."""
+"""Running statistics of batch normalisation whose rate depends on how many batches there were."""
 
-import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.modules.batchnorm import _NormBase
-
-from edge_client.errors import ExportError
-
-_WRITES = torch.ops.aten.native_batch_norm.default
-_RETURNS = torch.ops.aten._native_batch_norm_legit_functional.default
-
-
-def expose_statistics(graph: fx.Graph) -> None:
-    """Let training-mode ``native_batch_norm`` return the statistics that it writes into its arguments.
-
-    Its schema says nothing of that, so that no pass over in-place operators finds it.
-
-    Raises:
-        ExportError: it writes into an input of the graph, where nothing can follow.
-    """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        if node.target is not _WRITES or not node.args[5] or node.args[3] is None:
-            continue
-        node.target = _RETURNS
-        node.meta["val"] = (*node.meta["val"], node.args[3].meta["val"], node.args[4].meta["val"])
-        for result, written in enumerate(node.args[3:5], start=3):
-            if written.op == "placeholder":
-                raise ExportError(
-                    "batch normalisation changes its statistics, which are inputs of the graph; clone them"
-                )
-            with graph.inserting_after(node):
-                new = graph.call_function(operator.getitem, (node, result))
-            new.meta = {**node.meta, "val": written.meta["val"]}
-            for user in list(written.users):
-                if user not in (node, new) and order.get(user, -1) > order[node]:
-                    user.replace_input_with(written, new)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from edge_client.errors import ExportError, FedgeError
 from edge_client.manifest import Feature
 from export import modes
 from export.decompositions import DECOMPOSITIONS
-from export.statistics import cumulative_averages, expose_statistics
+from export.statistics import cumulative_averages
 
 Step = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 MODULE = "fedge_module"
@@ -170,7 +170,6 @@ def _attribution(module: nn.Module) -> Any:
 
 def _cleaned(graph: fx.Graph) -> fx.Graph:
     _refuse_partial_writes(graph)
-    expose_statistics(graph)
     _functionalize(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and _base_name(node.target) in ("alias", "detach", "clone", "lift_fresh_copy"):

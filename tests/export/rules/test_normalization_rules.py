@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from edge_client import runtime
 from edge_client.manifest import Feature
 from export.bundle import RULES
-from export.choice import Choices, has_depthwise
+from export.choice import Choices
 from export.lower import lower
 from export.trace import trace
 from tests.export.autograd import assert_gradients
@@ -144,7 +144,7 @@ def test_a_single_value_changes_no_running_variance() -> None:
         return dict(zip(("y", "mean", "var.next", "count"), module(tensors["x"], given), strict=True))
 
     traced = trace(step, {"var": start}, [Feature("x", (3,), "float32")], module)
-    graph = lower(traced, RULES, Choices(has_depthwise(traced)))
+    graph = lower(traced, RULES, Choices())
     session = runtime.session(graph.to_model("single"))
     y, variance = session.run(["y", "var.next"], {"x": np.full((1, 3), 5, np.float32), "var": start.numpy()})
     assert (y == 0).all()
