@@ -1,6 +1,8 @@
 """Large weights in a training step: fewer passes over memory that no cache holds. These passes run last."""
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -12,17 +14,15 @@ LEAST_ELEMENTS = 2**17
 
 def speed_up_large(graph: Graph) -> None:
     """Rewrite ``graph`` in place; results stay the same up to rounding."""
-    nodes, producers = [], graph.producers()
+    nodes, producers, uses = [], graph.producers(), graph.uses()
     constant = {port.name for port in graph.external}
     for node in graph.nodes:
         # Constants are packed once, when the graph is loaded.
         packed = node.op == "Gemm" and node.inputs[1] in constant
         if node.op == "Gemm" and not packed and _large(graph, node.inputs[1]) and _projects(graph, node):
             nodes += _weights_first(graph, node)
-        elif node.op == "Gemm" and len(node.inputs) == 3 and _large(graph, node.inputs[2]):
-            nodes += _decay_if_any(graph, node, producers.get(node.inputs[2]))
         else:
-            nodes.append(node)
+            nodes += _decay_if_any(graph, node, producers, uses)
     graph.nodes = nodes
     graph.prune()
 
@@ -55,21 +55,49 @@ def _weights_first(graph: Graph, node: Node) -> list[Node]:
     ]
 
 
-def _decay_if_any(graph: Graph, node: Node, scaling: Node | None) -> list[Node]:
-    """``W * keep - A B`` without the pass for ``W * keep`` where ``keep`` is one, that is, without weight decay.
+def _decay_if_any(graph: Graph, node: Node, producers: Mapping[str, Node], uses: Counter[str]) -> list[Node]:
+    """An update without the passes for weight decay where there is none.
 
-    512 x 3136: 2.7 ms instead of 3.7. Both branches write straight into the result.
+    ``W * keep - A B`` becomes ``W - A B`` where ``keep`` is one, ``(V + W * decay) + A B`` becomes ``V + A B`` where
+    ``decay`` is zero; 512 x 3136 in the first form: 2.7 ms instead of 3.7. Both branches write straight into the
+    result.
     """
-    if scaling is None or scaling.op != "Mul" or graph.shapes.get(scaling.inputs[1]) != ():
-        return [node]
-    result, scaled = node.outputs[0], node.inputs[2]
-    weight, keep = scaling.inputs
-    one, kept = f"{keep}.one", f"{keep}.is_one"
-    graph.constants[one] = np.array(1, np.float32)
+    for place in (2,) if node.op == "Gemm" else (0, 1) if node.op in ("Add", "Sub") else ():
+        name = node.inputs[place] if place < len(node.inputs) else ""
+        source = producers.get(name)
+        if source is None or uses[name] != 1 or not _large(graph, name):
+            continue
+        if _scales_weight(graph, source):
+            return _either(graph, node, place, [source], source.inputs[0], source.inputs[1], 1.0)
+        for i, part in enumerate(source.inputs if source.op == "Add" else ()):
+            scaling = producers.get(part)
+            if scaling is not None and uses[part] == 1 and _scales_weight(graph, scaling):
+                return _either(graph, node, place, [scaling, source], source.inputs[1 - i], scaling.inputs[1], 0.0)
+    return [node]
+
+
+def _scales_weight(graph: Graph, node: Node) -> bool:
+    return node.op == "Mul" and node.inputs[0].startswith("param.") and graph.shapes.get(node.inputs[1]) == ()
+
+
+def _either(
+    graph: Graph, node: Node, place: int, skipped: list[Node], instead: str, scalar: str, value: float
+) -> list[Node]:
+    """``node``, which reads ``instead`` at ``place`` where ``scalar`` is ``value``, and else what ``skipped`` make."""
+    result = node.outputs[0]
+    wanted, found = f"{scalar}.{value:g}", f"{scalar}.is.{result}"
+    graph.constants[wanted] = np.array(value, np.float32)
+    inner = {output: f"{result}.{output}" for before in skipped for output in before.outputs}
+    copies = [
+        Node(before.op, [inner.get(n, n) for n in before.inputs], [inner[n] for n in before.outputs], before.attributes)
+        for before in skipped
+    ]
     branches = {}
-    for name, before in (("then_branch", []), ("else_branch", [Node("Mul", [weight, keep], [f"{result}.scaled"])])):
-        start = before[0].outputs[0] if before else weight
-        port = Port(f"{result}.{name}", graph.shapes[scaled], "float32")
-        product = Node("Gemm", [*node.inputs[:2], start], [port.name], node.attributes)
-        branches[name] = Branch([*before, product], [port])
-    return [Node("Equal", [keep, one], [f"{kept}.{result}"]), Node("If", [f"{kept}.{result}"], [result], {}, branches)]
+    for name, before, start in (
+        ("then_branch", [], instead),
+        ("else_branch", copies, inner[node.inputs[place]]),
+    ):
+        port = Port(f"{result}.{name}", graph.shapes[node.inputs[place]], "float32")
+        inputs = [start if i == place else other for i, other in enumerate(node.inputs)]
+        branches[name] = Branch([*before, Node(node.op, inputs, [port.name], node.attributes)], [port])
+    return [Node("Equal", [scalar, wanted], [found]), Node("If", [found], [result], {}, branches)]
