@@ -182,23 +182,16 @@ def _log_sigmoid_backward(b: Lowering, out: Value, grad: Value, x: Value, _: obj
     return b.op("Mul", grad.name, b.op("Sigmoid", b.op("Neg", x.name)))
 
 
-def _shrink(soft: bool) -> Rule:
-    def rule(b: Lowering, out: Value, x: Value, width: float = 0.5) -> str:
-        return b.op("Shrink", x.name, lambd=float(width), bias=float(width) if soft else 0.0)
-
-    return rule
-
-
-HIDDEN = -1e4
-"""Where a constant this low is put into scores, it is there to mask them."""
-
-
 def _softmax(b: Lowering, out: Value, x: Value, dim: int, _: object) -> str:
     scores = x.name
     if _masked(b, scores):
         largest = b.reduce("ReduceMax", scores, [dim], True)
         scores = b.op("Max", scores, b.op("Add", largest, _number(b, LOWEST)))
     return b.op("Softmax", scores, axis=dim)
+
+
+HIDDEN = -1e4
+"""Where a constant this low is put into scores, it is there to mask them."""
 
 
 def _masked(b: Lowering, name: str) -> bool:
@@ -242,8 +235,6 @@ ACTIVATIONS: dict[str, Rule] = {
     "aten.softplus_backward": _softplus_backward,
     "aten.log_sigmoid_forward": _log_sigmoid,
     "aten.log_sigmoid_backward": _log_sigmoid_backward,
-    "aten.hardshrink": _shrink(soft=False),
-    "aten.softshrink": _shrink(soft=True),
     "aten._softmax": _softmax,
     "aten._softmax_backward_data": _softmax_backward,
     "aten._log_softmax": lambda b, out, x, dim, _: b.op("LogSoftmax", x.name, axis=dim),

@@ -130,11 +130,6 @@ def _copy(b: Lowering, out: Value, x: Value, *_: object, **__: object) -> str:
     return operand(b, x, out.dtype)
 
 
-def _overwritten(b: Lowering, out: Value, x: Value, source: Value, *_: object) -> str:
-    given = operand(b, source, out.dtype)
-    return given if source.shape == out.shape else b.op("Expand", given, b.sizes(out.shape))
-
-
 def _full(b: Lowering, out: Value, _: object, value: float, **__: object) -> str:
     return b.zeros(out.shape, out.dtype, value)
 
@@ -254,10 +249,8 @@ OPERATORS: dict[str, Rule] = {
     "aten.clamp_min": _clamp,
     "aten.clamp_max": lambda b, out, x, high: _clamp(b, out, x, None, high),
     "aten._to_copy": _copy,
-    "aten.copy": _overwritten,
     "aten.full": _full,
     "aten.full_like": _full,
-    "aten.empty": _empty,
     "aten.empty_permuted": _empty,
     "aten.scalar_tensor": _scalar_tensor,
     "aten.arange": _arange,
