@@ -40,7 +40,11 @@ class _Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] float32`` -> ``[..., out]``."""
-        return super().forward(x) + F.linear(F.linear(x, self.lora_a * self._factor), self.lora_b)
+        # Two dimensions: sums of matrix products, here and in the gradient, then become part of the products.
+        flat = x.reshape(-1, self.in_features)
+        low = F.linear(flat, self.lora_a * self._factor)
+        found = torch.addmm(super().forward(flat), low, self.lora_b.t())
+        return found.reshape(*x.shape[:-1], self.out_features)
 
 
 class _Attention(nn.MultiheadAttention):
