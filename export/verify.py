@@ -232,8 +232,9 @@ def _compare_training(
         worst.see(_relative(loss.numpy(), expected.numpy(), float(wanted.losses[0])), f"loss ({case}, step {step})")
     after = found.weights | found.buffers
     for name, start in (given.weights | given.buffers).items():
-        got, want = after[name].numpy(), (wanted.weights | wanted.buffers)[name].numpy()
-        begin, scale = start.numpy(), float(np.abs(want).max(initial=0))
+        expect = (wanted.weights | wanted.buffers)[name]
+        got, want, begin = (tensor.numpy().astype(np.float64) for tensor in (after[name], expect, start))
+        scale = float(np.abs(want).max(initial=0))
         worst.see(_relative(got, want, 0), f"{name!r} ({case})")
         worst.see(_relative(got - begin, want - begin, LEAST_CHANGE * scale), f"the update of {name!r} ({case})")
     for key, tensor in wanted.slots.items():

@@ -38,12 +38,14 @@ class Statistics(nn.Module):
         for name, value in (("mean", torch.zeros(5)), ("last", torch.zeros(5)), ("scale", torch.full((5,), 2.0))):
             self.register_buffer(name, value)
         self.register_buffer("seen", torch.tensor(0))
+        self.register_buffer("used", torch.tensor(False))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
             self.last.copy_(x.detach().sum(0))
             self.seen = self.seen + x.shape[0]
+            self.used.fill_(True)
         result: Tensor = self.layer((x - self.mean) * self.scale)
         return result
 
@@ -52,7 +54,7 @@ def test_buffers_that_change_are_outputs_and_others_are_frozen(tmp_path: Path) -
     report = export_bundle(Statistics(), tmp_path / "s.fedge", name="s", inputs=[((5,), "float32")])
     roles = {p.name: (p.role, p.dtype) for p in report.manifest.parameters if p.role != "trainable"}
     assert roles == {
-        "mean": ("buffer", "float32"), "last": ("buffer", "float32"), "seen": ("buffer", "int64"),
+        "mean": ("buffer", "float32"), "last": ("buffer", "float32"), "seen": ("buffer", "int64"), "used": ("buffer", "bool"),
         "scale": ("frozen", "float32"),
     }  # fmt: skip
     outputs = {o.name for o in graph_of(report.path, "train").graph.output}
