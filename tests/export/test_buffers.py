@@ -14,7 +14,8 @@ from edge_client.errors import ExportError
 from edge_client.manifest import Feature
 from edge_client.trainer import Trainer, _epoch_seed
 from edge_client.wire.messages import TrainPlan
-from export.bundle import export_bundle
+from export.bundle import RULES, export_bundle
+from export.lower import Lowering
 from export.partial import changing_buffers
 from tests.export.loaded import graph_of
 
@@ -54,8 +55,8 @@ def test_buffers_that_change_are_outputs_and_others_are_frozen(tmp_path: Path) -
     report = export_bundle(Statistics(), tmp_path / "s.fedge", name="s", inputs=[((5,), "float32")])
     roles = {p.name: (p.role, p.dtype) for p in report.manifest.parameters if p.role != "trainable"}
     assert roles == {
-        "mean": ("buffer", "float32"), "last": ("buffer", "float32"), "seen": ("buffer", "int64"), "used": ("buffer", "bool"),
-        "scale": ("frozen", "float32"),
+        "mean": ("buffer", "float32"), "last": ("buffer", "float32"), "seen": ("buffer", "int64"),
+        "used": ("buffer", "bool"), "scale": ("frozen", "float32"),
     }  # fmt: skip
     outputs = {o.name for o in graph_of(report.path, "train").graph.output}
     assert {"next.mean", "next.last", "next.seen"} <= outputs
@@ -125,3 +126,18 @@ class Assigned(nn.Module):
 def test_a_forward_that_changes_a_parameter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="changes a parameter or an input in its forward"):
         export_bundle(Assigned(), tmp_path / "a.fedge", name="a", inputs=[((5,), "float32")])
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_wrong_gradient_of_normalisation_is_caught_though_uniform_inputs_say_nothing(
+    part: int, tmp_path: Path
+) -> None:
+    def wrong(b: Lowering, out: Any, *args: Any) -> Any:
+        found = list(RULES["aten.native_batch_norm_backward"](b, out, *args))  # type: ignore[arg-type]
+        if found[part] is not None:
+            found[part] = b.op("Mul", found[part], b.scalar(1.01, "float32"))
+        return tuple(found)
+
+    rules = {**RULES, "aten.native_batch_norm_backward": wrong}
+    with pytest.raises(ExportError, match="disagrees with PyTorch"):
+        export_bundle(batch_norm_cnn(), tmp_path / "w.fedge", name="w", inputs=IMAGES, rules=rules)
