@@ -1,13 +1,14 @@
 """Low-rank adapters, added at export: ``W x + (alpha / rank) B A x`` with ``W`` frozen (Hu et al. 2021, 2106.09685)."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from edge_client.errors import ExportError
 from export.partial import matching
@@ -29,6 +30,48 @@ class Lora:
     seed: int = 0
 
 
+def adapted(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + (x A^T) B^T + bias``: ``x [N, in]``, ``a [rank, in]``, ``b [out, rank]``."""
+    if has_torch_function((x, weight)):
+        replaced: Tensor = handle_torch_function(adapted, (x, weight), x, weight, a, b, bias)
+        return replaced
+    return F.linear(x, weight, bias) + F.linear(F.linear(x, a), b)
+
+
+class _Product(torch.autograd.Function):
+    """``x (W + B A)^T + bias``: one product over the rows of ``x``, where the sum of two passes twice over them.
+
+    The gradients of ``A`` and ``B`` go by the low rank, as they would there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        whole = torch.addmm(weight, b, a)
+        ctx.save_for_backward(x, whole, a, b)
+        return F.linear(x, whole, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        x, whole, a, b = ctx.saved_tensors
+        toward = torch.mm(grad, whole) if ctx.needs_input_grad[0] else None
+        toward_a = torch.mm(torch.mm(grad, b).t(), x)
+        toward_b = torch.mm(grad.t(), torch.mm(x, a.t()))
+        return toward, None, toward_a, toward_b, grad.sum(0) if ctx.needs_input_grad[4] else None
+
+
+class AdapterMode(TorchFunctionMode):
+    """While active, adapters are merged into the weights once a step."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Replace `adapted`, pass all other functions on."""
+        if func is adapted and not args[1].requires_grad:
+            return _Product.apply(*args)  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
 class _Linear(nn.Linear):
     """A linear layer and its adapter; the names of its own parameters stay."""
 
@@ -40,10 +83,9 @@ class _Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] float32`` -> ``[..., out]``."""
-        # Two dimensions: sums of matrix products, here and in the gradient, then become part of the products.
+        # Two dimensions: sums of matrix products then become part of the products.
         flat = x.reshape(-1, self.in_features)
-        low = F.linear(flat, self.lora_a * self._factor)
-        found = torch.addmm(super().forward(flat), low, self.lora_b.t())
+        found = adapted(flat, self.weight, self.lora_a * self._factor, self.lora_b, self.bias)
         return found.reshape(*x.shape[:-1], self.out_features)
 
 

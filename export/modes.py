@@ -9,6 +9,7 @@ from torch.nn.modules import transformer
 
 from export.attention import AttentionMode
 from export.embedding import EmbeddingMode
+from export.lora import AdapterMode
 from export.recurrent import RecurrentMode
 from export.spatial import SpatialMode
 
@@ -18,7 +19,7 @@ def tracing() -> Iterator[None]:
     """Layers whose steps PyTorch hides are written out; `DropoutMode` comes on top, inside the step."""
     # A transformer looks into a mask for whether it is causal; while tracing, its elements are not known.
     known = mock.patch.object(transformer, "_detect_is_causal_mask", lambda mask, causal, size: bool(causal))
-    with RecurrentMode(), AttentionMode(), EmbeddingMode(), SpatialMode(), known:
+    with RecurrentMode(), AttentionMode(), EmbeddingMode(), SpatialMode(), AdapterMode(), known:
         yield
 
 
