@@ -40,7 +40,7 @@ ATTEMPTS = (1, 1, 2, 4, 8, 8, 16, 16)
 LEAST_CHANGE = 1e-2
 NEGLIGIBLE = 0.1
 ROUNDINGS = 8
-"""Rounding errors of PyTorch's own that a result may be off; Winograd's algorithms have up to five times larger ones."""
+"""Rounding errors of PyTorch's own that a result may be off; Winograd's algorithms have up to five times as much."""
 KINDS = ("random", "zero", "constant", "rounded")
 UNIFORM = ("zero", "constant")
 ROUNDING = 1e-6
