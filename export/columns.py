@@ -47,7 +47,7 @@ class Columns(Direct):
         parts = [rows]
         if taps > 1:
             groups = [taken for taken, _ in self._groups()]
-            parts = [b.op("Gather", rows, b.constant(order[taken].ravel()), axis=0) for taken in groups]
+            parts = [b.op("Gather", rows, b.constant(order[taken].ravel().astype(np.int32)), axis=0) for taken in groups]
         total: list[str] = []
         for column, part in zip(self._gathered(b, x), parts, strict=True):
             total = [b.op("Gemm", column, part, *total)]
@@ -86,7 +86,7 @@ class Columns(Direct):
         n = len(layer.kernel)
         table = table.transpose([*range(0, 2 * n, 2), *range(1, 2 * n, 2)]).reshape(math.prod(layer.results), -1)
         return [
-            b.op("Reshape", b.op("Gather", flat, b.constant(table[:, taps].ravel()), axis=1), b.ints([-1, width]))
+            b.op("Reshape", b.op("Gather", flat, b.constant(table[:, taps].ravel().astype(np.int32)), axis=1), b.ints([-1, width]))
             for taps, width in self._groups()
         ]
 

@@ -154,7 +154,7 @@ class Depthwise:
         starts = np.arange(blocks)[:, None] * found.step + found.offset + before
         table = (starts + np.arange(found.window)).ravel()
         if not np.array_equal(table, np.arange(before + height + after)):
-            rows = b.op("Gather", rows, b.constant(table), axis=1)
+            rows = b.op("Gather", rows, b.constant(table.astype(np.int32)), axis=1)
         return b.op("Reshape", rows, b.ints([self.layer.inputs, blocks, found.window * width, -1]))
 
     def _apply(

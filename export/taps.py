@@ -90,13 +90,13 @@ class Taps:
             last = b.op("Pad", last, b.ints([0, *layer.padding, 0] * 2), b.scalar(0, "float32"))
         padded = [size + 2 * p for size, p in zip(layer.sizes, layer.padding, strict=True)]
         # Where output o and tap t look along each axis; the table adds up the axes of the padded input.
-        table = np.arange(layer.inputs, dtype=np.int64)
+        table = np.arange(layer.inputs)
         for i, (k, count) in enumerate(zip(layer.kernel, layer.results, strict=True)):
             places = np.arange(k)[:, None] * layer.dilation[i] + np.arange(count)[None] * layer.stride[i]
             table = table[..., None, None] * padded[i] + places
         table = table.transpose([0, *range(1, 2 * n, 2), *range(2, 2 * n + 1, 2)]).ravel()
         flat = b.op("Reshape", last, b.ints([layer.inputs * math.prod(padded), -1]))
-        gathered = b.op("Gather", flat, b.constant(table), axis=0)
+        gathered = b.op("Gather", flat, b.constant(table.astype(np.int32)), axis=0)
         return b.op("Reshape", gathered, b.ints([layer.inputs * layer.taps, -1]))
 
     def _placed(self, b: Lowering, part: str, tap: Sequence[int], padded: Sequence[int]) -> str:
