@@ -86,14 +86,18 @@ def shared(array: npt.NDArray[np.generic]) -> ort.OrtValue:
     return value
 
 
-def run(made: ort.InferenceSession, binding: ort.IOBinding) -> None:
-    """Run the session once with everything bound.
+def run(made: ort.InferenceSession, binding: ort.IOBinding, *, last: bool = False) -> None:
+    """Run the session once with everything bound; after the ``last`` of several runs, their memory is given back.
 
     Raises:
         TrainingError: the runtime failed, for instance for want of memory.
     """
+    options = None
+    if last:
+        options = ort.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     try:
-        made.run_with_iobinding(binding)
+        made.run_with_iobinding(binding, options)
     except Exception as error:
         raise TrainingError(
             f"onnxruntime {VERSION} failed while running the graph ({_line(error)}); "
