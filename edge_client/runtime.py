@@ -1,5 +1,6 @@
 """ONNX Runtime, set up for small devices: the one place that imports it."""
 
+import ctypes
 import os
 from collections.abc import Mapping
 
@@ -13,6 +14,10 @@ import onnxruntime as ort
 from edge_client.errors import BundleError, TrainingError
 
 VERSION: str = ort.__version__
+
+_M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
+_LARGE_BLOCK = 1 << 20
 
 
 def session(
@@ -103,6 +108,18 @@ def run(made: ort.InferenceSession, binding: ort.IOBinding, *, last: bool = Fals
             f"onnxruntime {VERSION} failed while running the graph ({_line(error)}); "
             "try a smaller batch, or export the bundle again"
         ) from error
+
+
+def spare_memory() -> None:
+    """Have this process return large blocks to the system as soon as they are free.
+
+    glibc unmaps a block above a threshold when it is freed, and raises the threshold to the size of what was freed: after
+    the first vector of 6 MB, vectors pile up in a heap that only grows. A threshold that is set stays. Other C libraries
+    are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def at_least(required: str) -> bool:
