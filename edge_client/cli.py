@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from edge_client import runtime
 from edge_client.data import ArraySource, DataSource, open_data, split
 from edge_client.device import Device, Workshop
 from edge_client.errors import ConfigError, FedgeError
@@ -154,6 +155,7 @@ def join(
         finally:
             workshop.close()
 
+    runtime.spare_memory()
     with claimed(folder):
         asyncio.run(run())
 

@@ -1,9 +1,8 @@
-"""A bundle's graphs with their memory: what is bound to ONNX Runtime, and how it takes turns.
+"""A bundle's graphs with their memory: what is bound to ONNX Runtime.
 
-One run of ``train.onnx`` is one optimizer step. All its memory is bound once: a step reads one copy of the model and
-writes the other, and the next step the other way round. (Reading and writing one copy works in most cases, but nothing
-in the runtime promises that every reader of a weight runs before its update.) Per step, a batch is copied into bound
-memory and the runtime called; nothing is allocated.
+One run of ``train.onnx`` is one optimizer step. All its memory is bound once for a task, and a step writes the model
+over the one that it read, as the graph allows (its updates wait for all readers). Per step, a batch is copied into bound
+memory and the runtime called; nothing else is allocated than what the runtime needs inside a step.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from edge_client import runtime
 from edge_client.bundle import EVAL, TRAIN, Bundle
 from edge_client.codec.layout import Vector
 from edge_client.data import fill
-from edge_client.errors import BundleError, DataError
+from edge_client.errors import BundleError, CodecError, DataError
 from edge_client.manifest import Feature, Manifest
 
 Array = npt.NDArray[np.generic]
@@ -76,104 +75,110 @@ class _Binding:
             self._kept[name] = value
             self._raw.bind_ortvalue_input(name, value)
 
-    def run(self, feed: Feed, rows: int) -> None:
-        """Run on the first ``rows`` rows of ``feed``."""
+    def run(self, feed: Feed, rows: int, *, last: bool = False) -> None:
+        """Run on the first ``rows`` rows of ``feed``; the ``last`` run gives back the memory that runs need inside."""
         if self._fed != (feed, rows):
             for name, value in feed.values(rows).items():
                 self.bind(name, value)
             self._fed = (feed, rows)
-        runtime.run(self._session, self._raw)
+        runtime.run(self._session, self._raw, last=last)
 
 
 class Step:
-    """``train.onnx`` and its memory: two models that take turns, optimizer state, what else an update takes."""
+    """``train.onnx``, ready to run; the memory of a task is the task's."""
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         manifest, layout = bundle.manifest, bundle.layout
         names = manifest.constants[TRAIN]
-        session = runtime.session(
+        self.session = runtime.session(
             bundle.train, threads=threads, constants={f"param.{n}": aligned(bundle.weights[n]) for n in names}
         )
-        self._layout, self._buffer_layout = layout, manifest.layout("buffer")
-        self._models = [np.zeros(layout.size, np.float32) for _ in range(2)]
-        self._buffers = [_zeros(manifest) for _ in range(2)]
-        self._slots = {slot: np.zeros(layout.size, np.float32) for slot in manifest.optimizer.slots}
-        self._anchor = np.zeros(layout.size if manifest.proximal else 0, np.float32)
-        self._control = np.zeros(layout.size if manifest.control else 0, np.float32)
-        self._count, self._seed = np.zeros((), np.int64), np.zeros((), np.int64)
-        self._hypers = {name: np.zeros((), np.float32) for name in manifest.defaults()}
-        self.loss = np.zeros((), np.float32)
-        self.metrics = {name: np.zeros((), np.float32) for name in ("count", *manifest.metrics)}
+        self.manifest, self.layout = manifest, layout
         # A graph may count its predictions, several of a sequence's row say; else the rows are counted.
-        self._counts = "sum.count" in {value.name for value in session.get_outputs()}
-        self._now = 0
-
-        given: dict[str, Array] = {f"hyper.{name}": value for name, value in self._hypers.items()}
-        slots_out: dict[str, Array] = {}
-        for slot, state in self._slots.items():
-            # One elementwise operator reads the old state and writes the new, so that both may be the same memory.
-            given |= {f"slot.{slot}.{name}": view for name, view in layout.views(state).items()}
-            slots_out |= {f"next.{slot}.{name}": view for name, view in layout.views(state).items()}
-        if manifest.proximal:
-            given |= {f"anchor.{name}": view for name, view in layout.views(self._anchor).items()}
-        if manifest.control:
-            given |= {f"control.{name}": view for name, view in layout.views(self._control).items()}
-        counters: dict[str, Array] = {"step": self._count, "seed": self._seed}
-        results = {"loss": self.loss, **_prefix("sum.", self.metrics)}
-        if not self._counts:
-            del results["sum.count"]
-        models = [layout.views(model) for model in self._models]
+        self.counts = "sum.count" in {value.name for value in self.session.get_outputs()}
+        weights = [tensor.name for tensor in layout.tensors]
+        buffers = [tensor.name for tensor in manifest.layout("buffer").tensors]
+        slots = [f"{slot}.{name}" for slot in manifest.optimizer.slots for name in weights]
+        given = [f"hyper.{name}" for name in manifest.defaults()] + [f"slot.{name}" for name in slots]
+        given += [f"anchor.{name}" for name in weights if manifest.proximal]
+        given += [f"control.{name}" for name in weights if manifest.control]
         _expect(
-            "train.onnx",
-            session,
-            required=[*given, *(f"param.{t.name}" for t in layout.tensors), *_features(manifest)],
-            optional=[*counters, *(f"param.{name}" for name in self._buffers[0])],
-            results=[*results, *slots_out, *(f"next.{n}" for n in (*models[0], *self._buffers[0]))],
+            TRAIN,
+            self.session,
+            required=[*given, *(f"param.{name}" for name in weights), *_features(manifest)],
+            optional=["step", "seed", *(f"param.{name}" for name in buffers)],
+            results=[
+                "loss",
+                *(f"sum.{name}" for name in ("count", *manifest.metrics) if name != "count" or self.counts),
+                *(f"next.{name}" for name in (*slots, *weights, *buffers)),
+            ],
         )
-        self._bindings = [
-            _Binding(
-                session,
-                {**given, **counters, **_prefix("param.", models[old] | self._buffers[old])},
-                {**results, **slots_out, **_prefix("next.", models[1 - old] | self._buffers[1 - old])},
-            )
-            for old in range(2)
-        ]
 
     def begin(
-        self, received: Vector, buffers: Vector, hypers: Mapping[str, float], *, control: Vector | None, seed: int
-    ) -> None:
-        """Start from ``received``, with fresh optimizer state; ``seed`` is from 0 to 2^63 - 1."""
-        self._layout.check(received)
-        self._now = 0
-        self._count[...], self._seed[...] = 0, seed
-        self._control[:] = 0 if control is None else control
-        self._models[0][:] = received
-        if self._anchor.size:
-            self._anchor[:] = received
-        for state in self._slots.values():
-            state.fill(0)
-        for tensor, where in self._buffer_layout.slices():
-            self._buffers[0][tensor.name][...] = buffers[where].reshape(tensor.shape)
-        for name, value in hypers.items():
-            self._hypers[name][...] = value
+        self, model: Vector, buffers: Vector, hypers: Mapping[str, float], *, control: Vector | None, seed: int
+    ) -> "Task":
+        """A task that trains ``model`` in place, with fresh optimizer state; ``seed`` is from 0 to 2^63 - 1.
 
-    def run(self, feed: Feed, rows: int) -> None:
-        """One step; the two models change roles, and ``loss`` and ``metrics`` hold the batch's mean loss and sums."""
+        Raises:
+            CodecError: ``model`` is of another size or dtype, or cannot be written to.
+        """
+        self.layout.check(model)
+        if not model.flags.writeable:
+            raise CodecError("the model to train is read-only memory; give a copy")
+        return Task(self, model, buffers, hypers, control=control, seed=seed)
+
+
+class Task:
+    """The memory of one task: the model, which changes in place, optimizer state, what else an update takes."""
+
+    def __init__(
+        self,
+        step: Step,
+        model: Vector,
+        buffers: Vector,
+        hypers: Mapping[str, float],
+        *,
+        control: Vector | None,
+        seed: int,
+    ) -> None:
+        manifest, layout = step.manifest, step.layout
+        self.loss = np.zeros((), np.float32)
+        self.metrics = {name: np.zeros((), np.float32) for name in ("count", *manifest.metrics)}
+        self._counts = step.counts
+        self._count = np.zeros((), np.int64)
+        self._buffer_layout = manifest.layout("buffer")
+        self._buffers = {p.name: np.zeros(p.shape, p.dtype) for p in manifest.parameters if p.role == "buffer"}
+        for tensor, where in self._buffer_layout.slices():
+            self._buffers[tensor.name][...] = buffers[where].reshape(tensor.shape)
+        inputs: dict[str, Array] = {f"hyper.{name}": np.array(value, np.float32) for name, value in hypers.items()}
+        inputs |= {"step": self._count, "seed": np.array(seed, np.int64)}
+        outputs: dict[str, Array] = {"loss": self.loss, **_prefix("sum.", self.metrics)}
+        if not self._counts:
+            del outputs["sum.count"]
+        changing: dict[str, Array] = layout.views(model) | self._buffers
+        inputs |= _prefix("param.", changing)
+        for slot in manifest.optimizer.slots:
+            state = layout.views(np.zeros(layout.size, np.float32))
+            inputs |= _prefix(f"slot.{slot}.", state)
+            changing |= _prefix(f"{slot}.", state)
+        if manifest.proximal:
+            inputs |= _prefix("anchor.", layout.views(model.copy()))
+        if manifest.control:
+            inputs |= _prefix("control.", layout.views(np.zeros_like(model) if control is None else control))
+        self._binding = _Binding(step.session, inputs, outputs | _prefix("next.", changing))
+
+    def run(self, feed: Feed, rows: int, *, last: bool = False) -> None:
+        """One step; then ``loss`` and ``metrics`` hold the batch's mean loss and sums."""
         if not self._counts:
             self.metrics["count"][...] = rows
         self._count += 1
-        self._bindings[self._now].run(feed, rows)
-        self._now = 1 - self._now
-
-    def model(self) -> Vector:
-        """The model after the last step: memory that the next run overwrites."""
-        return self._models[self._now]
+        self._binding.run(feed, rows, last=last)
 
     def buffers(self) -> Vector:
         """The buffers after the last step, as a new flat float32 vector."""
         vector = np.empty(self._buffer_layout.size, np.float32)
         for tensor, where in self._buffer_layout.slices():
-            vector[where] = self._buffers[self._now][tensor.name].ravel()
+            vector[where] = self._buffers[tensor.name].ravel()
         return vector
 
 
@@ -213,10 +218,6 @@ def aligned(array: Array) -> Array:
 
 def _features(manifest: Manifest) -> list[str]:
     return [feature.name for feature in (*manifest.inputs, *manifest.targets)]
-
-
-def _zeros(manifest: Manifest) -> dict[str, Array]:
-    return {p.name: np.zeros(p.shape, p.dtype) for p in manifest.parameters if p.role == "buffer"}
 
 
 def _prefix(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:

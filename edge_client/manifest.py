@@ -23,6 +23,9 @@ Graph inputs and outputs follow one naming scheme:
                        ``sum.loss`` and ``sum.count`` are always outputs of ``eval.onnx``
 ``<output name>``      the model's outputs, outputs of ``infer.onnx``
 =====================  ==================================================================================
+
+Each ``next.*`` may have the memory of the value that it replaces: in ``train.onnx`` the node that writes it depends on
+all others that read that value.
 """
 
 from typing import Annotated, Literal
@@ -32,7 +35,7 @@ from msgspec import Meta
 
 from edge_client.codec.layout import Layout, TensorSpec
 
-FORMAT = 2
+FORMAT = 3
 
 Role = Literal["trainable", "frozen", "personal", "buffer"]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +23,7 @@ class TrainResult:
     """What came of a training run."""
 
     local: Vector
-    """The trained model: a new ``[layout.size] float32`` vector, not checked for NaN."""
+    """The trained model: the ``[layout.size] float32`` vector that was given, not checked for NaN."""
     buffers: Vector
     """The buffers after training, flat in the manifest's order, as float32 whatever their dtype; may be empty."""
     samples: int
@@ -70,7 +70,7 @@ class Trainer:
 
     def train(
         self,
-        received: Vector,
+        model: Vector,
         source: DataSource,
         plan: TrainPlan,
         *,
@@ -79,10 +79,10 @@ class Trainer:
         buffers: Vector | None = None,
         control: Vector | None = None,
     ) -> TrainResult:
-        """Train a copy of ``received`` as ``plan`` says; the optimizer's state starts at zero.
+        """Train ``model`` in place as ``plan`` says; the optimizer's state starts at zero.
 
         Args:
-            received: ``[layout.size] float32``, never written to; the anchor, where the bundle has a proximal term.
+            model: ``[layout.size] float32``; as received it is also the anchor, where the bundle has a proximal term.
             source: the data; epoch ``e`` is shuffled by ``seed`` and ``e``, so equal seeds see equal batches.
             plan: epochs or steps, batch size, hyperparameters.
             seed: at least 0; it also seeds what is random in the graph, such as dropout.
@@ -92,7 +92,7 @@ class Trainer:
                 of SCAFFOLD); zeros when not given.
 
         Raises:
-            CodecError: ``received``, ``buffers`` or ``control`` is of another size or dtype.
+            CodecError: ``model``, ``buffers`` or ``control`` is of another size or dtype, or ``model`` is read-only.
             DataError: the source is empty, or a batch does not fit the bundle.
             TrainingError: control variates for a bundle without them, an unknown or non-finite hyperparameter, or
                 the runtime failed. A diverged run is no error: its loss or weights are NaN or infinite, and the server
@@ -103,24 +103,24 @@ class Trainer:
             raise DataError("the data source is empty; training needs at least one sample")
         if control is not None:
             self._check_control(control)
-        step, feed = self._step, self._feed(plan.batch_size)
-        step.begin(received, self._buffers(buffers), hypers, control=control, seed=_graph_seed(seed))
+        feed = self._feed(plan.batch_size)
+        task = self._step.begin(model, self._buffers(buffers), hypers, control=control, seed=_graph_seed(seed))
         started = time.perf_counter()
         steps, seen, finished = 0, 0, False
-        sums = dict.fromkeys(("loss", *step.metrics), 0.0)
+        sums = dict.fromkeys(("loss", *task.metrics), 0.0)
         for epoch in itertools.count():
             before = steps
-            for batch in source.batches(plan.batch_size, seed=_epoch_seed(seed, epoch)):
+            final = plan.steps == 0 and epoch + 1 == plan.epochs
+            for rows, more in _taken(feed, source.batches(plan.batch_size, seed=_epoch_seed(seed, epoch))):
                 if stop is not None and stop():
                     break
-                rows = feed.take(batch)
                 if steps == before:
                     sums = dict.fromkeys(sums, 0.0)
-                step.run(feed, rows)
-                for name, value in step.metrics.items():
+                task.run(feed, rows, last=steps + 1 == plan.steps or (final and not more))
+                for name, value in task.metrics.items():
                     sums[name] += value.item()
                 # The graph's loss is a mean, and the last batch may be smaller.
-                sums["loss"] += step.loss.item() * step.metrics["count"].item()
+                sums["loss"] += task.loss.item() * task.metrics["count"].item()
                 steps += 1
                 seen += rows
                 if steps == plan.steps:
@@ -128,13 +128,13 @@ class Trainer:
             else:
                 if steps == before:
                     raise DataError(f"the data source claims {source.samples} samples and gave no batch; repair it")
-                finished = plan.steps == 0 and epoch + 1 == plan.epochs
+                finished = final
                 if not finished:
                     continue
             break
         return TrainResult(
-            local=step.model().copy(),
-            buffers=step.buffers(),
+            local=model,
+            buffers=task.buffers(),
             samples=min(seen, source.samples),
             steps=steps,
             seconds=time.perf_counter() - started,
@@ -197,6 +197,16 @@ class Trainer:
             manifest = self.bundle.manifest
             self._feeds[capacity] = Feed((*manifest.inputs, *manifest.targets), capacity)
         return self._feeds[capacity]
+
+
+def _taken(feed: Feed, batches: Iterable[Mapping[str, object]]) -> Iterator[tuple[int, bool]]:
+    """Copy batch after batch into ``feed``: its number of rows, and whether there are more batches."""
+    left = iter(batches)
+    batch = next(left, None)
+    while batch is not None:
+        rows = feed.take(batch)
+        batch = next(left, None)
+        yield rows, batch is not None
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

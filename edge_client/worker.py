@@ -91,18 +91,19 @@ class Worker:
         self, invitation: Invitation, model: Model, trainer: Trainer, stop: Callable[[], bool]
     ) -> tuple[bytes, bytes | None]:
         bundle, plan = trainer.bundle, invitation.update
-        received = model.parameters(bundle.initial())
         layouts = update_layouts(bundle.manifest)
+        # One vector is the received model, then the trained one, then the difference.
+        vector = model.parameters(bundle.initial())
         if invitation.kind == "evaluate":
-            sums = trainer.evaluate(received, self.test, buffers=model.buffers)
+            sums = trainer.evaluate(vector, self.test, buffers=model.buffers)
             scalars = {f"sum.{name}": value for name, value in sums.items()} | {"samples": float(self.test.samples)}
             return encode_update({}, {}, scalars, CodecSettings()).data, None
         result = trainer.train(
-            received, self.train, invitation.plan, seed=self._seed(invitation), stop=stop, buffers=model.buffers
+            vector, self.train, invitation.plan, seed=self._seed(invitation), stop=stop, buffers=model.buffers
         )
         if stop():
             raise TrainingError("stopped: the server has moved on")
-        delta = result.local - received
+        delta = np.subtract(vector, model.parameters(bundle.initial()), out=vector)
         stored = self.store.residual() if plan.feedback and plan.kind != "none" else None
         if stored is not None:
             # A damaged residual costs a little accuracy once, and must not cost every task from now on.

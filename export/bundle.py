@@ -27,6 +27,7 @@ from export.dropout import DROPOUT
 from export.folding import FOLDING
 from export.graph import OPSET, Graph
 from export.indexing import INDEXING
+from export.inplace import check_in_place, make_in_place
 from export.large import speed_up_large
 from export.loops import RECURRENT
 from export.lora import Lora, add_adapters
@@ -166,6 +167,7 @@ def export_bundle(
         for key, part in module.named_modules():
             part.training = was[key]
     parity = verify(problem, graphs)
+    check_in_place(problem, graphs)
     load_ms = {kind: round(_load_ms(graphs, kind, problem.state), 2) for kind in ("train", "eval", "infer")}
     members = {
         "train.onnx": graphs.train,
@@ -229,6 +231,7 @@ def _graphs(problem: Problem, rules: Mapping[str, Rule]) -> Graphs:
     training = lower(stepped, rules, choices, (f"param.{name}" for name in problem.frozen))
     _fix(training, problem.frozen)
     speed_up_large(optimize(training))
+    make_in_place(training)
     step, fixed = eval_step(problem)
     traced = trace(step, fixed, features, module.eval())
     evaluation, inference = lower(traced, rules, choices), lower(traced, rules, choices)

@@ -87,6 +87,7 @@ def _either(
     result = node.outputs[0]
     wanted, found = f"{scalar}.{value:g}", f"{scalar}.is.{result}"
     graph.constants[wanted] = np.array(value, np.float32)
+    graph.shapes[found] = ()
     inner = {output: f"{result}.{output}" for before in skipped for output in before.outputs}
     copies = [
         Node(before.op, [inner.get(n, n) for n in before.inputs], [inner[n] for n in before.outputs], before.attributes)

@@ -278,7 +278,11 @@ def _train(parameters: tuple[Parameter, ...], deep: bool, momentum: bool, proxim
     }
     if deep:
         active = graph.add("Cast", graph.add("Greater", inner, graph.constant(np.array(0, np.float32))), to_=1)
-        dh = graph.add("Mul", graph.add("MatMul", dz, "param.weight"), active)
+        back = graph.add("MatMul", dz, "param.weight")
+        dh = graph.add("Mul", back, active)
+        # The update of the weight waits for this last reader of it: a shape of zeros keeps every dimension.
+        zeros = graph.add("Mul", graph.add("Size", back), graph.constant(np.zeros(2, np.int64)))
+        gradients["weight"] = graph.add("Reshape", gradients["weight"], zeros)
         gradients["hidden.weight"] = graph.add("Gemm", dh, entry, transA=1)
         gradients["hidden.bias"] = graph.add("ReduceSum", dh, rows, keepdims=0)
     for name in ("lr", "weight_decay", *["momentum"] * momentum, *["mu"] * proximal):

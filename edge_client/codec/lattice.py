@@ -55,33 +55,39 @@ _SHIFT_LIMIT = 2**30
 class LatticeState:
     """One version of the global model.
 
-    ``exponent``: log2 of the step, -100 .. 100; ``k``: ``[n] int32``, each below 2^24 in magnitude. The state sees
-    ``k`` read-only; who made it must not change it either. Two states are the same version when their digests are.
+    ``exponent``: log2 of the step, -100 .. 100; ``k``: ``[n]`` int8, int16 or int32, each below 2^24 in magnitude. The
+    state sees ``k`` read-only, in the smallest of these that holds it; who made it must not change it either. Two
+    states are the same version when their digests are.
 
     Raises:
         CodecError: the exponent or a ``k`` is out of range.
     """
 
     exponent: int
-    k: npt.NDArray[np.int32]
+    k: npt.NDArray[np.signedinteger]
 
     def __post_init__(self) -> None:
         if not -EXPONENT_LIMIT <= self.exponent <= EXPONENT_LIMIT:
             raise CodecError(f"lattice exponent is {self.exponent}; expected -{EXPONENT_LIMIT} to {EXPONENT_LIMIT}")
-        if self.k.dtype != np.int32 or self.k.ndim != 1:
+        if self.k.dtype not in (np.int8, np.int16, np.int32) or self.k.ndim != 1:
             raise CodecError(f"lattice coordinates are {self.k.dtype} {list(self.k.shape)}; expected int32 [n]")
-        view = self.k.view()
-        view.setflags(write=False)
-        object.__setattr__(self, "k", view)
         if self.highest >= K_LIMIT:
             raise CodecError(
                 f"lattice coordinate {self.highest} is out of range; expected below {K_LIMIT}: use a coarser step"
             )
+        view = self.k.astype(f"i{self._width}", copy=False).view()
+        view.setflags(write=False)
+        object.__setattr__(self, "k", view)
 
     @cached_property
     def highest(self) -> int:
         """Largest magnitude of a coordinate."""
         return max(int(self.k.max()), -int(self.k.min())) if self.k.size else 0
+
+    @property
+    def _width(self) -> int:
+        """Bytes that hold a coordinate."""
+        return 1 if self.highest < 2**7 else 2 if self.highest < 2**15 else 4
 
     @property
     def step(self) -> float:
@@ -104,10 +110,10 @@ class LatticeState:
     @cached_property
     def _digest(self) -> bytes:
         # Hashing is what verifying a version costs most, so it reads as few bytes as hold the coordinates.
-        width = 1 if self.highest < 2**7 else 2 if self.highest < 2**15 else 4
         exponent = self.exponent if self.highest else 0
-        blake = hashlib.blake2b(b"L" + exponent.to_bytes(4, "little", signed=True) + bytes([width]), digest_size=32)
-        blake.update(self.k.astype(f"<i{width}").data)
+        head = b"L" + exponent.to_bytes(4, "little", signed=True) + bytes([self._width])
+        blake = hashlib.blake2b(head, digest_size=32)
+        blake.update(np.ascontiguousarray(self.k, f"<i{self._width}").data)
         return blake.digest()
 
 
@@ -146,7 +152,7 @@ State = LatticeState | RawState
 
 def origin(n: int, exponent: int = 0) -> LatticeState:
     """Version 0 of a model with ``n`` parameters: the base itself."""
-    return LatticeState(exponent, np.zeros(n, np.int32))
+    return LatticeState(exponent, np.zeros(n, np.int8))
 
 
 def place(target: npt.NDArray[np.floating], base: Vector, exponent: int) -> tuple[LatticeState, Vector]:
@@ -266,7 +272,7 @@ def pack_state(state: State) -> bytes:
         return _STATE + bytes([VERSION, _RAW]) + digest + state.values.astype("<f4", copy=False).tobytes()
     index = np.flatnonzero(state.k)
     exponent = np.int8(state.exponent).tobytes()
-    levels = encode_levels(index, state.k[index], _flat(state.k.size))
+    levels = encode_levels(index, state.k[index].astype(np.int32), _flat(state.k.size))
     return _STATE + bytes([VERSION, _LATTICE]) + digest + exponent + levels
 
 
@@ -291,7 +297,7 @@ def unpack_state(data: bytes, layout: Layout) -> State:
 def _rescale(state: LatticeState, exponent: int) -> npt.NDArray[np.int32]:
     """A new array: ``k`` in units of ``2^exponent``, which is not above the state's unless all ``k`` are zero."""
     if state.highest == 0 or exponent == state.exponent:
-        return state.k.copy()
+        return state.k.astype(np.int32)
     if exponent > state.exponent:
         raise CodecError(
             f"delta is corrupt: exponent {exponent} is above the version's {state.exponent}; fetch it again"
@@ -301,7 +307,7 @@ def _rescale(state: LatticeState, exponent: int) -> npt.NDArray[np.int32]:
         raise CodecError(
             f"lattice coordinate {state.highest} does not bear {shift} halvings of the step; expected below 2^30 after"
         )
-    return state.k << np.int32(shift)
+    return state.k.astype(np.int32) << np.int32(shift)
 
 
 def _read_kind(reader: Reader, magic: bytes) -> int:

@@ -22,6 +22,7 @@ LR = 0.001
 
 def train(path: str, data: str, threads: int, watch: Stopwatch) -> dict[str, float]:
     """Train until the watch ends it; the trainer asks before each step whether to stop."""
+    runtime.spare_memory()
     bundle = Bundle.open(path)
     with np.load(data) as arrays:
         source = ArraySource(dict(arrays))

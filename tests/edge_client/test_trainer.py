@@ -83,17 +83,19 @@ def test_samples_are_counted_once(plan, samples):
     assert result.samples == samples
 
 
-def test_the_received_model_is_untouched():
+def test_the_model_is_trained_in_place_and_only_read_by_evaluation():
     bundle = Bundle.from_bytes(toy_bundle(momentum=True, proximal=True, hidden=3))
-    received = bundle.initial()
-    before = received.copy()
-    received.flags.writeable = False
+    model = bundle.initial()
     trainer, source = Trainer(bundle), ArraySource(toy_data(50))
-    result = trainer.train(received, source, TrainPlan(epochs=3), seed=SEED)
-    trainer.evaluate(received, source)
-    np.testing.assert_array_equal(received, before)
-    assert not np.shares_memory(result.local, received)
-    assert not np.array_equal(result.local, received)
+    result = trainer.train(model, source, TrainPlan(epochs=3), seed=SEED)
+    assert result.local is model
+    assert not np.array_equal(model, bundle.initial())
+    after = model.copy()
+    model.flags.writeable = False
+    trainer.evaluate(model, source)
+    np.testing.assert_array_equal(model, after)
+    with pytest.raises(CodecError, match="read-only"):
+        trainer.train(model, source, TrainPlan(), seed=SEED)
 
 
 def test_a_result_survives_the_next_run():
@@ -101,7 +103,7 @@ def test_a_result_survives_the_next_run():
     trainer, source = Trainer(bundle), ArraySource(toy_data(50))
     first = trainer.train(bundle.initial(), source, TrainPlan(), seed=SEED)
     kept = first.local.copy()
-    trainer.train(first.local, source, TrainPlan(epochs=2), seed=SEED)
+    trainer.train(first.local.copy(), source, TrainPlan(epochs=2), seed=SEED)
     np.testing.assert_array_equal(first.local, kept)
 
 
@@ -110,9 +112,8 @@ def test_each_run_starts_afresh():
     bundle = Bundle.from_bytes(toy_bundle(momentum=True, proximal=True, buffer=True))
     trainer, source, plan = Trainer(bundle), ArraySource(toy_data(33)), TrainPlan(epochs=1, batch_size=11)
     first = trainer.train(bundle.initial(), source, plan, seed=SEED)
-    trainer.train(
-        first.local, source, TrainPlan(epochs=3, hypers={"lr": 1.0, "mu": 9.0}), seed=1, buffers=first.buffers
-    )
+    other = TrainPlan(epochs=3, hypers={"lr": 1.0, "mu": 9.0})
+    trainer.train(first.local.copy(), source, other, seed=1, buffers=first.buffers)
     again = trainer.train(bundle.initial(), source, plan, seed=SEED)
     np.testing.assert_array_equal(first.local, again.local)
     np.testing.assert_array_equal(first.buffers, again.buffers)

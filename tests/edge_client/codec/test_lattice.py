@@ -45,8 +45,8 @@ def test_composite_equals_chain_and_refinement():
     rng = np.random.default_rng(1)
     versions = [origin(LAYOUT.size, 4)]
     for exponent in (-3, -3, -5):
-        step = refine(versions[-1], exponent).k + random_state(rng, exponent).k
-        versions.append(LatticeState(exponent, step.astype(np.int32)))
+        step = np.add(refine(versions[-1], exponent).k, random_state(rng, exponent).k, dtype=np.int32)
+        versions.append(LatticeState(exponent, step))
     chained = versions[0]
     for old, new in pairwise(versions):
         chained = apply_delta(chained, encode_delta(old, new, LAYOUT), LAYOUT)
@@ -54,6 +54,16 @@ def test_composite_equals_chain_and_refinement():
     assert chained.digest() == composite.digest() == versions[3].digest()
     back = apply_delta(versions[3], encode_delta(versions[3], versions[1], LAYOUT), LAYOUT)
     assert back.digest() == versions[1].digest()
+
+
+@pytest.mark.parametrize(("highest", "width"), [(127, 1), (128, 2), (32767, 2), (32768, 4)])
+def test_coordinates_are_kept_in_the_smallest_integers_that_hold_them(highest, width):
+    wide = np.array([highest, 0, -highest], np.int32)
+    state = LatticeState(0, wide)
+    assert state.k.itemsize == width
+    np.testing.assert_array_equal(state.k, wide)
+    assert LatticeState(0, state.k).digest() == state.digest()
+    np.testing.assert_array_equal(state.parameters(np.zeros(3, np.float32)), wide)
 
 
 def test_origins_are_one_version():
