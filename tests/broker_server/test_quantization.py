@@ -12,30 +12,24 @@ from broker_server.artifacts import Report, write_artifacts
 from edge_client.bundle import Bundle
 from edge_client.data import ArraySource
 from export.bundle import export_bundle
-from export.models.resnet import Residual
 from export.models.shakespeare import CharacterModel
 from export.models.transformer import CharacterTransformer
 
 ROWS = 96
 
 
-class Residuals(nn.Sequential):
+class Residuals(nn.Module):
     """Normalised convolutions, one of them depthwise, a sum, pooling."""
 
     def __init__(self) -> None:
-        super().__init__(
-            nn.Conv2d(3, 16, 3, padding=1, bias=False),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Conv2d(16, 16, 3, groups=16),
-            Residual(16, 32, 2),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(32, 10),
-        )
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16))
+        self.head = nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = super().forward(x)
+        x = self.first(x)
+        result: Tensor = self.head((self.second(x) + x).mean((2, 3)))
         return result
 
 
@@ -47,7 +41,8 @@ class Convolutions(nn.Module):
         self.body = nn.Conv2d(3, 10, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x).mean((2, 3))
+        result: Tensor = self.body(x).mean((2, 3))
+        return result
 
 
 def deployed(module: nn.Module, shape: tuple[int, ...], folder: Path, **options: object) -> Report:
@@ -69,12 +64,12 @@ def deployed(module: nn.Module, shape: tuple[int, ...], folder: Path, **options:
 
 
 @pytest.mark.parametrize(
-    ("name", "dynamic", "static"), [("convolutions", 0.0, 1.0), ("attention", 0.85, 0.85), ("loop", 0.99, 0.99)]
+    ("name", "dynamic", "static"), [("convolutions", 0.1, 1.0), ("attention", 0.95, 0.95), ("loop", 0.99, 0.99)]
 )
 def test_every_kind_of_model_in_8_bits(name: str, dynamic: float, static: float, tmp_path: Path) -> None:
     torch.manual_seed(0)
     if name == "convolutions":
-        report = deployed(Residuals(), (3, 16, 16), tmp_path)
+        report = deployed(Residuals(), (3, 8, 8), tmp_path)
     elif name == "attention":
         model = CharacterTransformer(layers=1, width=32, heads=2, vocabulary=30, length=12)
         report = deployed(model, (12,), tmp_path, codes=True)
@@ -83,15 +78,17 @@ def test_every_kind_of_model_in_8_bits(name: str, dynamic: float, static: float,
     floats, *eight = report.models
     assert [model.problem for model in report.models] == ["", "", ""]
     assert floats.metrics == {"accuracy": 1.0}
+    if name == "loop":
+        # The read-out is one product of all rows, which can be in 8 bits, and not one for each example.
+        assert "Expand" not in {node.op_type for node in onnx.load(tmp_path / "out" / "infer.onnx").graph.node}
     for model, share in zip(eight, (dynamic, static), strict=True):
         assert model.eight_bit >= share
         assert model.metrics["accuracy"] > 0.93
-        assert 0 < model.metrics["difference"] < 0.06
+        assert 0 < model.metrics["difference"] < 0.05
         assert bool(model.worse) == (model.metrics["accuracy"] < 0.99)
         graph = onnx.load(tmp_path / "out" / model.file).graph
         assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
         assert "BatchNormalization" not in {node.op_type for node in graph.node}
-    assert eight[1].bytes < floats.bytes
 
 
 def test_convolutions_alone_have_no_dynamic_model_and_the_report_says_why(tmp_path: Path) -> None:
