@@ -127,5 +127,4 @@ def _scores(loss: str, output: npt.NDArray[np.float32], target: npt.NDArray[np.f
     if loss == "bce_with_logits":
         return np.asarray((output > 0) == (target > 0.5).reshape(output.shape))
     # Padding and the like, which losses ignore, is no class.
-    hits: Array = np.asarray(output.argmax(-1) == target)
-    return hits[(target >= 0) & (target < output.shape[-1])]
+    return np.extract((target >= 0) & (target < output.shape[-1]), output.argmax(-1) == target)
