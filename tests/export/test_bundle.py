@@ -19,13 +19,9 @@ from edge_client.manifest import Feature, Manifest
 from export.bundle import RULES, export_bundle
 from export.lower import Lowering, Value
 from export.models.digits import digits_cnn
-from export.models.logistic import logistic_regression
-from export.models.mcmahan import mnist_2nn, mnist_cnn
 from export.models.shakespeare import char_gru
 from export.report import Report
 from tests.export.loaded import graph_of, session_of
-
-IMAGE = [((1, 28, 28), "float32")]
 
 
 def parameters(module: nn.Module) -> int:
@@ -106,17 +102,6 @@ def test_graphs_are_plain_onnx_under_the_contract_names(digits: Report) -> None:
     assert sizes["x"][0].dim_param == sizes["y"][0].dim_param == "batch"
     outputs = {o.name for o in onnx.load_from_string(members["eval.onnx"]).graph.output}
     assert outputs == {"sum.loss", "sum.count", "sum.correct"}
-
-
-@pytest.mark.parametrize(
-    ("factory", "count"), [(logistic_regression, 7850), (mnist_2nn, 199_210), (mnist_cnn, 1_663_370)]
-)
-def test_image_models(factory: type[nn.Module], count: int, tmp_path: Path) -> None:
-    module = factory()
-    assert parameters(module) == count
-    report = export_bundle(module, tmp_path / "m.fedge", name="m", inputs=IMAGE)
-    assert report.manifest.layout().size == count
-    assert report.seconds < 30
 
 
 def test_character_model(tmp_path: Path) -> None:
