@@ -1,12 +1,15 @@
 """What a federation hands back: the trained model, ready to deploy, in 32-bit floats and in 8-bit integers.
 
-A folder holds ``infer.onnx`` with its weights inside, ``infer.int8.onnx``, ``global.safetensors`` by parameter name,
-and ``report.json``, which tells their sizes and how good they are.
+A folder holds ``infer.onnx`` with its weights inside, ``infer.int8-dynamic.onnx``, ``infer.int8-static.onnx`` where
+there is data to calibrate it, ``global.safetensors`` by parameter name, and ``report.json``, which tells how large,
+how fast and how good each is.
 """
 
 import itertools
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -16,20 +19,20 @@ import onnx
 import safetensors.numpy
 from onnx import numpy_helper
 
-from broker_server.quantization import quantize
+from broker_server.measurement import inputs_of, latency, metrics, shortfall
+from broker_server.quantization import Inputs, eight_bit_share, quantize
 from edge_client import runtime
 from edge_client.bundle import Bundle
 from edge_client.codec.layout import Vector
-from edge_client.data import DataSource, fill
-from edge_client.errors import FedgeError, TrainingError
+from edge_client.data import DataSource
+from edge_client.errors import BundleError, FedgeError, TrainingError
 from edge_client.manifest import Feature, Manifest
 
 FP32 = "infer.onnx"
-INT8 = "infer.int8.onnx"
+DYNAMIC = "infer.int8-dynamic.onnx"
+STATIC = "infer.int8-static.onnx"
 TENSORS = "global.safetensors"
 REPORT = "report.json"
-
-_BATCH = 256
 
 Array = npt.NDArray[np.generic]
 
@@ -39,8 +42,14 @@ class Model(msgspec.Struct, frozen=True, omit_defaults=True):
 
     file: str
     bytes: int = 0
+    milliseconds: dict[str, float] = {}
+    """Median of a run on this machine, by the number of examples: ``1`` and ``32``."""
     metrics: dict[str, float] = {}
-    """``accuracy`` for class scores and logits, ``squared_error`` for others; empty without data."""
+    """See `broker_server.measurement.metrics`; empty without data."""
+    eight_bit: float = 0.0
+    """The share of the values of matrices and kernels that are stored in 8 bits."""
+    worse: str = ""
+    """In what it is worse than ``infer.onnx`` by more than an 8-bit model should be; empty where it is not."""
     problem: str = ""
     """Why there is no such file; empty when there is one."""
 
@@ -58,6 +67,11 @@ class Report(msgspec.Struct, frozen=True):
     """Held-out samples that the metrics were measured on."""
     inputs: tuple[Feature, ...]
     outputs: tuple[Feature, ...]
+    onnxruntime: str
+    """The version that quantized and measured."""
+    machine: str
+    threads: int
+    """Threads that a run was timed with."""
 
 
 def write_artifacts(
@@ -76,8 +90,8 @@ def write_artifacts(
         folder: where the files go, such as ``state/models/best``.
         bundle: the bundle that was trained.
         vector: the trained model, ``[layout.size] float32``.
-        data: held-out data. It calibrates the 8-bit model and measures both; without it the 8-bit model chooses its
-            ranges while it runs, and nothing is measured.
+        data: held-out data. It calibrates the static 8-bit model, which there is none of without it, and says how good
+            each model is.
         buffers: the trained buffers, flat float32; the bundle's own when not given.
         about: facts for the report, such as version and round.
         threads: threads to measure with.
@@ -126,6 +140,45 @@ def named_tensors(bundle: Bundle, vector: Vector, buffers: Vector | None = None)
     return tensors
 
 
+def read_report(folder: Path) -> Report | None:
+    """The report of a folder of models; None where there is none that this version reads."""
+    try:
+        return msgspec.json.decode((folder / REPORT).read_bytes(), type=Report)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def read_tensors(path: Path, bundle: Bundle) -> tuple[Vector, Vector]:
+    """Trained weights for ``bundle`` from a safetensors file, such as ``global.safetensors``: parameters and buffers.
+
+    Both are flat float32; buffers that the file does not have are the bundle's own.
+
+    Raises:
+        BundleError: the file cannot be read, lacks a parameter, or holds one of another shape.
+    """
+    try:
+        given = safetensors.numpy.load_file(path)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise BundleError(
+            f"{path}: no safetensors file ({error}); give the weights that belong to the bundle"
+        ) from error
+    for parameter in bundle.manifest.parameters:
+        found = given.get(parameter.name)
+        if found is None and parameter.role == "trainable":
+            raise BundleError(f"{path} has no {parameter.name!r}, which the bundle trains; is it of another model?")
+        if found is not None and found.shape != parameter.shape:
+            raise BundleError(
+                f"{path}: {parameter.name!r} is {list(found.shape)}, in the bundle {list(parameter.shape)}; "
+                "is it of another model?"
+            )
+    values = {**bundle.weights, **given}
+    vector, buffers = (
+        layout.flatten({t.name: np.asarray(values[t.name], np.float32) for t in layout.tensors})
+        for layout in (bundle.layout, bundle.manifest.layout("buffer"))
+    )
+    return vector, buffers
+
+
 def with_weights(graph: bytes, tensors: Mapping[str, Array]) -> onnx.ModelProto:
     """The graph with the values of its constants inside, for runtimes that know nothing of fedge."""
     model = onnx.load_from_string(graph)
@@ -151,10 +204,13 @@ def _write(
     model = with_weights(bundle.infer, tensors)
     onnx.checker.check_model(model)
     (folder / FP32).write_bytes(model.SerializeToString())
-    inputs = None if data is None else lambda: _calibration(manifest, data)
-    problem = quantize(model, folder / INT8, inputs)
-    models = [_measure(folder / FP32, manifest, data, threads)]
-    models.append(Model(INT8, problem=problem) if problem else _measure(folder / INT8, manifest, data, threads))
+    models = [_described(folder / FP32, manifest, data, threads)]
+    models.append(_quantized(model, folder / DYNAMIC, manifest, None, data, models[0], threads))
+    if data is None:
+        models.append(Model(STATIC, problem="without held-out data there is nothing to calibrate it with"))
+    else:
+        inputs = partial(_calibration, manifest, data)
+        models.append(_quantized(model, folder / STATIC, manifest, inputs, data, models[0], threads))
     report = Report(
         name=manifest.name,
         bundle=bundle.digest,
@@ -164,6 +220,9 @@ def _write(
         samples=0 if data is None else data.samples,
         inputs=manifest.inputs,
         outputs=manifest.outputs,
+        onnxruntime=runtime.VERSION,
+        machine=f"{platform.system()} {platform.machine()}",
+        threads=threads,
     )
     (folder / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     return report
@@ -172,37 +231,32 @@ def _write(
 def _calibration(manifest: Manifest, data: DataSource) -> Iterator[dict[str, Array]]:
     """Inputs of a few hundred samples: the ranges of activations settle with that many."""
     for batch in itertools.islice(data.batches(64, seed=0), 8):
-        yield _inputs(manifest, batch)
+        yield inputs_of(manifest, batch)
 
 
-def _inputs(manifest: Manifest, batch: Mapping[str, Array]) -> dict[str, Array]:
-    """The model's inputs as its graph takes them: integer data is scaled, as on the devices."""
-    rows, inputs = len(batch[manifest.inputs[0].name]), {}
-    for feature in manifest.inputs:
-        inputs[feature.name] = np.empty((rows, *feature.shape), feature.dtype)
-        fill(inputs[feature.name], batch[feature.name], feature)
-    return inputs
+def _quantized(
+    model: onnx.ModelProto,
+    path: Path,
+    manifest: Manifest,
+    inputs: Inputs | None,
+    data: DataSource | None,
+    floats: Model,
+    threads: int,
+) -> Model:
+    problem = quantize(model, path, inputs)
+    if problem:
+        return Model(path.name, problem=problem)
+    found = _described(path, manifest, data, threads, reference=path.with_name(FP32).read_bytes())
+    return msgspec.structs.replace(
+        found,
+        eight_bit=round(eight_bit_share(onnx.load(path).graph), 4),
+        worse=shortfall(found.metrics, floats.metrics),
+    )
 
 
-def _measure(path: Path, manifest: Manifest, data: DataSource | None, threads: int) -> Model:
+def _described(
+    path: Path, manifest: Manifest, data: DataSource | None, threads: int, reference: bytes | None = None
+) -> Model:
     graph = path.read_bytes()
-    if data is None or len(manifest.outputs) != 1 or len(manifest.targets) != 1:
-        return Model(path.name, len(graph))
-    session = runtime.session(graph, threads=threads)
-    target, total, count = manifest.targets[0].name, 0.0, 0
-    for batch in data.batches(_BATCH, seed=None):
-        (output,) = session.run([manifest.outputs[0].name], _inputs(manifest, batch))
-        scores = _scores(manifest.loss, output, batch[target].astype(np.float64))
-        total += float(scores.sum(dtype=np.float64))
-        count += scores.size
-    metric = "accuracy" if manifest.loss in ("cross_entropy", "bce_with_logits") else "squared_error"
-    return Model(path.name, len(graph), {metric: total / count})
-
-
-def _scores(loss: str, output: npt.NDArray[np.float32], target: npt.NDArray[np.float64]) -> Array:
-    """What the metric is the mean of: hits, or squared errors."""
-    if loss == "cross_entropy":
-        return np.asarray(output.argmax(-1) == target)
-    if loss == "bce_with_logits":
-        return np.asarray((output > 0) == (target > 0.5))
-    return np.square(output.astype(np.float64) - target.reshape(output.shape))
+    reached = {} if data is None else metrics(graph, manifest, data, reference=reference, threads=threads)
+    return Model(path.name, len(graph), latency(graph, manifest, threads=threads), reached)

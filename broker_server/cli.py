@@ -1,4 +1,4 @@
-"""The sub-commands of the server: serve, simulate, status, models, demo."""
+"""The sub-commands of the server: serve, simulate, status, models, deploy, demo."""
 
 import asyncio
 import signal
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from broker_server.artifacts import Report, read_report, read_tensors, write_artifacts
 from broker_server.config import Federation, load
 from broker_server.ledger import BEST, Ledger, Round
 from broker_server.report import human_bytes, table
@@ -19,6 +20,8 @@ from broker_server.server import Outcome, Server, broker, locked, server_link
 from broker_server.simulation import Simulated
 from broker_server.simulation import simulate as run_simulation
 from broker_server.worker import ledger_path
+from edge_client.bundle import Bundle
+from edge_client.data import open_data
 from edge_client.errors import ConfigError, LedgerError
 
 _FILE = click.argument("file", type=click.Path(path_type=Path))
@@ -125,6 +128,28 @@ def models(file: Path) -> None:
     console.print(shown)
     for folder in sorted(Path(settings.federation.state, "models").glob("*")):
         _logger(console)(f"{folder.name}: {', '.join(sorted(entry.name for entry in folder.iterdir()))} in {folder}")
+        _show(console, read_report(folder), folder.name)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--weights", type=click.Path(path_type=Path), default=None, help="Trained weights; the bundle's unless given."
+)
+@click.option("--data", default=None, help="Held-out data: an .npz file, a folder of .csv files, or module:function.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, help="Threads to measure with.", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the models.")
+def deploy(bundle: Path, weights: Path | None, data: str | None, threads: int, output: Path) -> None:
+    """Make deployable models of a bundle and trained weights.
+
+    BUNDLE is a file that `fedge export` made; --weights names a safetensors file, such as a federation's
+    global.safetensors. Held-out data calibrates the static 8-bit model and tells how good each model is.
+    """
+    console, opened = Console(highlight=False), Bundle.open(bundle)
+    vector, buffers = (opened.initial(), opened.initial_buffers()) if weights is None else read_tensors(weights, opened)
+    source = None if data is None else open_data(data, opened.manifest)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _show(console, write_artifacts(output, opened, vector, data=source, buffers=buffers, threads=threads), str(output))
 
 
 @click.command()
@@ -221,6 +246,29 @@ def _ledger(settings: Federation) -> Iterator[Ledger]:
         raise LedgerError(f"{path} does not exist: this federation has not been served yet; run `fedge serve` first")
     with Ledger.read(path) as ledger:
         yield ledger
+
+
+def _show(console: Console, report: Report | None, title: str) -> None:
+    """A table of deployable models: size, time and worth of each, and why one is missing."""
+    if report is None:
+        return
+    names = list(dict.fromkeys(name for model in report.models for name in model.metrics))
+    head = ("model", "size", *(f"ms, {rows} at once" for rows in report.models[0].milliseconds), *names)
+    shown = Table(*head, title=title, header_style="bold")
+    for model in report.models:
+        times = [
+            f"{model.milliseconds[rows]:.3f}" if model.milliseconds else "" for rows in report.models[0].milliseconds
+        ]
+        values = [f"{model.metrics[name]:.4f}" if name in model.metrics else "" for name in names]
+        shown.add_row(model.file, human_bytes(model.bytes) if model.bytes else "", *times, *values)
+    console.print(shown)
+    log = _logger(console)
+    for model in report.models:
+        for text in (model.problem, model.worse):
+            if text:
+                log(f"{model.file}: {text}")
+    samples = f"{report.samples} held-out samples, " if report.samples else ""
+    log(f"{samples}onnxruntime {report.onnxruntime}, {report.machine}, {report.threads} thread(s)")
 
 
 def _override(text: str) -> tuple[str, object]:

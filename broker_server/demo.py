@@ -136,7 +136,17 @@ def _write_digits(output: Path) -> None:
 def _export(path: Path) -> None:
     """Through the command, as a user would: the server's room does not import the export's."""
     command = [sys.executable, "-m", "edge_client.cli", "export", "export.models.digits:digits_cnn"]
-    command += ["--input", "1,8,8", "--scale", str(1 / 16), "--loss", "cross_entropy", "--optimizer", "sgd"]
+    command += [
+        "--input",
+        "1,8,8",
+        "--scale",
+        str(1 / 16),
+        "--loss",
+        "cross_entropy",
+        "--optimizer",
+        "sgd",
+        "--no-tune",
+    ]
     done = subprocess.run([*command, "-o", str(path)], capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode != 0:
         words = done.stderr.strip().splitlines() or ["no word"]

@@ -86,14 +86,6 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     onnxruntime: str
 
 
-class Made(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the export took, and what the bundle takes to load, on the machine that made it."""
-
-    seconds: float
-    load_ms: dict[str, float]
-    """Milliseconds to make a session of each graph."""
-
-
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a bundle holds and how its graphs are fed."""
 
@@ -118,7 +110,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     least_runtime: str
     files: dict[str, Digest]
     parity: Parity | None = None
-    made: Made | None = None
 
     def layout(self, *roles: Role) -> Layout:
         """The layout of all parameters of the given roles, in the manifest's order; by default trainable ones."""

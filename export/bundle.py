@@ -7,7 +7,6 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from edge_client import runtime
 from edge_client.errors import ExportError
-from edge_client.manifest import FORMAT, Feature, Made, Manifest, Parameter, Parity, Role
+from edge_client.manifest import FORMAT, Feature, Manifest, Parameter, Role
 from export.activations import ACTIVATIONS
 from export.average import AVERAGE
 from export.backward import GRADIENTS
@@ -40,6 +39,7 @@ from export.padding import PADDING
 from export.partial import TrainOnly, changing_buffers, choose_trainable
 from export.pooling import POOLING
 from export.reductions import REDUCTIONS
+from export.report import Convolution, Report
 from export.resize import RESIZE
 from export.step import SEED, Problem, eval_step, train_step
 from export.trace import trace
@@ -63,23 +63,6 @@ RULES: Mapping[str, Rule] = (
     | RECURRENT
 )
 LEAST_RUNTIME = "1.24"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an export made: the manifest, where it is, bytes of each member, seconds it took, and to load the graphs."""
-
-    manifest: Manifest
-    path: Path
-    sizes: dict[str, int]
-    seconds: float
-    load_ms: dict[str, float]
-
-    @property
-    def parity(self) -> Parity:
-        """How far PyTorch and ONNX Runtime were apart."""
-        assert self.manifest.parity is not None
-        return self.manifest.parity
 
 
 def export_bundle(
@@ -107,6 +90,7 @@ def export_bundle(
     lora: Lora | None = None,
     labels: Sequence[str] = (),
     scale: float = 1.0,
+    tune: bool = False,
     rules: Mapping[str, Rule] = RULES,
 ) -> Report:
     """Export ``module`` as a bundle that trains, evaluates and infers on stock ONNX Runtime.
@@ -137,6 +121,8 @@ def export_bundle(
         lora: adds low-rank adapters to a copy of the module and trains those; not with the three above.
         labels: names of the classes.
         scale: what integer data given for a float32 input is multiplied by.
+        tune: measures the ways to compute each convolution where several suit, and takes the fastest on this machine.
+            Without it equal models give equal bytes.
         rules: table from operator to ONNX; for adding operators.
 
     Raises:
@@ -162,7 +148,7 @@ def export_bundle(
     )  # fmt: skip
     was = {key: part.training for key, part in module.named_modules()}
     try:
-        graphs = _graphs(problem, rules)
+        graphs, choices = _graphs(problem, rules, tune)
     finally:
         for key, part in module.named_modules():
             part.training = was[key]
@@ -196,11 +182,13 @@ def export_bundle(
         least_runtime=LEAST_RUNTIME,
         files={member: hashlib.sha256(data).hexdigest() for member, data in members.items()},
         parity=parity,
-        made=Made(round(time.perf_counter() - started, 2), load_ms),
     )
     _write(target, {"manifest.json": msgspec.json.format(msgspec.json.encode(manifest), indent=1)} | members)
     sizes = {member: len(data) for member, data in members.items()}
-    return Report(manifest, target, sizes, time.perf_counter() - started, load_ms)
+    found = [
+        Convolution(str(layer), choice.formulation.name, choice.milliseconds) for layer, choice in choices.made.items()
+    ]
+    return Report(manifest, target, sizes, time.perf_counter() - started, load_ms, tune, found)
 
 
 def _parameters(problem: Problem) -> tuple[Parameter, ...]:
@@ -222,12 +210,12 @@ def _parameters(problem: Problem) -> tuple[Parameter, ...]:
     return tuple(listed)
 
 
-def _graphs(problem: Problem, rules: Mapping[str, Rule]) -> Graphs:
+def _graphs(problem: Problem, rules: Mapping[str, Rule], tune: bool) -> tuple[Graphs, Choices]:
     features = (*problem.inputs, *problem.targets)
     module, outputs = problem.module, {feature.name for feature in problem.outputs}
     step, fixed = train_step(problem)
     stepped = trace(step, fixed, features, module.train())
-    choices = Choices(has_depthwise(stepped))
+    choices = Choices(has_depthwise(stepped), timed=tune)
     training = lower(stepped, rules, choices, (f"param.{name}" for name in problem.frozen))
     _fix(training, problem.frozen)
     speed_up_large(optimize(training))
@@ -243,10 +231,11 @@ def _graphs(problem: Problem, rules: Mapping[str, Rule]) -> Graphs:
         _fix(graph, problem.state)
         optimize(graph)
     made = {"train": training, "eval": evaluation, "infer": inference}
-    return Graphs(
+    graphs = Graphs(
         **{kind: graph.to_model(kind) for kind, graph in made.items()},
         constants={kind: tuple(port.name for port in graph.external) for kind, graph in made.items()},
     )
+    return graphs, choices
 
 
 def _fix(graph: Graph, tensors: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -127,6 +128,20 @@ def _lora(rank: int | None, alpha: float | None, targets: Sequence[str], train: 
 @click.option("--seed", default=0, show_default=True, help="Seed of the initial weights.")
 @click.option("--name", default=None, help="Name of the model; the function's unless given.")
 @click.option(
+    "--tune/--no-tune",
+    default=True,
+    show_default=True,
+    help="Measure which way to compute each convolution is fastest here; without, equal models give equal bytes.",
+)
+@click.option(
+    "--report",
+    "report_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="Write sizes, times, parity and the choices for convolutions here, as JSON.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Show how each convolution is computed.")
+@click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Default: NAME.fedge."
 )
 def export(
@@ -156,6 +171,9 @@ def export(
     labels: str,
     seed: int,
     name: str | None,
+    tune: bool,
+    report_path: Path | None,
+    verbose: bool,
     output: Path | None,
 ) -> None:
     """Export the PyTorch model that FACTORY makes (package.module:function or file.py:function) as a bundle."""
@@ -189,7 +207,10 @@ def export(
         lora=_lora(lora_rank, lora_alpha, lora_targets, lora_train),
         labels=[label.strip() for label in labels.split(",") if label.strip()],
         scale=scale,
+        tune=tune,
     )
+    if report_path is not None:
+        report.write(report_path)
     sizes = ", ".join(f"{member} {size / 1024:.1f} KiB" for member, size in report.sizes.items())
     trainable = report.manifest.layout().size
     fixed = sum(math.prod(p.shape) for p in report.manifest.parameters if p.role == "frozen")
@@ -204,3 +225,10 @@ def export(
         f"{report.parity.worst_relative_error:.1e} over {report.parity.cases} cases "
         f"(allowed {report.parity.tolerance:.0e})"
     )
+    if report.convolutions:
+        names = Counter(one.formulation for one in report.convolutions)
+        ways = ", ".join(f"{count} {way}" for way, count in names.most_common())
+        click.echo(f"  convolutions, by kind of layer: {ways}")
+    if verbose:
+        for convolution in report.convolutions:
+            click.echo(f"    {convolution}")

@@ -1,7 +1,7 @@
 """Graph passes: fewer passes over memory, fewer nodes."""
 
 from export.graph import Graph, Node
-from export.layout import postpone_expands, push_transposes
+from export.layout import infer_shapes, postpone_expands, push_transposes
 
 
 def optimize(graph: Graph) -> Graph:
@@ -10,6 +10,7 @@ def optimize(graph: Graph) -> Graph:
     while (
         merge_equal(graph) | fold_transposes(graph) | fuse_updates(graph) | bypass(graph)
         or postpone_expands(graph)
+        or broadcast_products(graph)
         or push_transposes(graph)
     ):
         graph.prune()
@@ -85,6 +86,27 @@ def fuse_updates(graph: Graph) -> bool:
             node.op, node.inputs, node.attributes = "Gemm", [*product.inputs[:2], other], attributes
             changed = True
             break
+    return changed
+
+
+def broadcast_products(graph: Graph) -> bool:
+    """A matrix repeated for each example of a `MatMul` is read where it is: one product of all rows, not many."""
+    producers = graph.producers()
+    repeated = [
+        (node, i, producers[node.inputs[i]].inputs[0])
+        for node in graph.nodes
+        if node.op == "MatMul"
+        for i in (0, 1)
+        if node.inputs[i] in producers and producers[node.inputs[i]].op == "Expand"
+    ]
+    shapes = infer_shapes(graph) if repeated else {}
+    changed = False
+    for node, i, source in repeated:
+        shape, other, small = (shapes.get(name, ()) for name in (node.inputs[i], node.inputs[1 - i], source))
+        # The other matrix gives the result its dimensions then, which it must have itself.
+        if len(shape) > 1 and shape[-2:] == small[-2:] and shape[:-2] == other[:-2]:
+            node.inputs[i] = source
+            changed = True
     return changed
 
 

@@ -32,4 +32,10 @@ def test_the_demo_does_what_it_stands_for(tmp_path):
     assert (output / "run.png").read_bytes().startswith(b"\x89PNG")
     for name in ("best", "last"):
         kept = {entry.name for entry in (output / "models" / name).iterdir()}
-        assert {"infer.onnx", "infer.int8.onnx", "global.safetensors", "report.json"} <= kept
+        assert {
+            "infer.onnx",
+            "infer.int8-dynamic.onnx",
+            "infer.int8-static.onnx",
+            "global.safetensors",
+            "report.json",
+        } <= kept

@@ -4,20 +4,23 @@ import numpy as np
 import onnx
 import pytest
 import safetensors.numpy
+from click.testing import CliRunner
 
 from broker_server import artifacts
-from broker_server.artifacts import write_artifacts
+from broker_server.artifacts import read_report, read_tensors, write_artifacts
+from broker_server.cli import deploy
 from broker_server.evaluation import HeldOut
 from edge_client import runtime
 from edge_client.bundle import Bundle
 from edge_client.data import ArraySource
-from edge_client.errors import CodecError, FedgeError, TrainingError
+from edge_client.errors import BundleError, CodecError, FedgeError, TrainingError
 from edge_client.graphs import aligned
 from edge_client.trainer import Trainer
 from edge_client.wire.messages import TrainPlan
 from tests.toy import toy_bundle, toy_data
 
-FILES = {"infer.onnx", "infer.int8.onnx", "global.safetensors", "report.json"}
+MODELS = ["infer.onnx", "infer.int8-dynamic.onnx", "infer.int8-static.onnx"]
+FILES = {*MODELS, "global.safetensors", "report.json"}
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +48,19 @@ def test_what_is_written(bundle, held_out, vector, tmp_path):
     written = json.loads((folder / "report.json").read_text())
     assert written["about"] == {"version": 7, "round": 3}
     assert written["samples"] == 400
-    assert [model["file"] for model in written["models"]] == ["infer.onnx", "infer.int8.onnx"]
+    assert [model["file"] for model in written["models"]] == MODELS
     assert all(model["bytes"] == (folder / model["file"]).stat().st_size for model in written["models"])
 
-    fp32, int8 = (model.metrics["accuracy"] for model in report.models)
+    assert all(model["milliseconds"]["32"] > 0 < model["milliseconds"]["1"] for model in written["models"])
+    assert written["onnxruntime"] == runtime.VERSION
+    assert read_report(folder) == report
+
+    fp32, dynamic, static = (model.metrics["accuracy"] for model in report.models)
     assert fp32 == pytest.approx(HeldOut(bundle, held_out).evaluate(vector)["accuracy"])
     assert fp32 > 0.9
-    assert int8 > fp32 - 0.03
+    assert dynamic > fp32 - 0.03
+    assert static > fp32 - 0.03
+    assert 0 < report.models[1].metrics["difference"] < 0.05
 
 
 def test_the_model_stands_alone(bundle, held_out, vector, tmp_path):
@@ -66,17 +75,23 @@ def test_the_model_stands_alone(bundle, held_out, vector, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("calibrated", [True, False])
-def test_the_8_bit_model_is_8_bit_and_standard(bundle, held_out, vector, tmp_path, calibrated):
-    report = write_artifacts(tmp_path / "last", bundle, vector, data=held_out if calibrated else None)
-    assert [model.problem for model in report.models] == ["", ""]
-    assert bool(report.models[1].metrics) == calibrated
-    graph = onnx.load(tmp_path / "last" / "infer.int8.onnx").graph
+@pytest.mark.parametrize("file", MODELS[1:])
+def test_the_8_bit_models_are_8_bit_and_standard(bundle, held_out, vector, tmp_path, file):
+    report = write_artifacts(tmp_path / "last", bundle, vector, data=held_out)
+    assert [(model.problem, model.eight_bit) for model in report.models] == [("", 0.0), ("", 1.0), ("", 1.0)]
+    graph = onnx.load(tmp_path / "last" / file).graph
     assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
     weights = [
         value for value in graph.initializer if value.data_type == onnx.TensorProto.INT8 and len(value.dims) == 2
     ]
     assert len(weights) == 2
+
+
+def test_without_data_nothing_is_calibrated_and_times_are_measured(bundle, vector, tmp_path):
+    report = write_artifacts(tmp_path / "last", bundle, vector)
+    assert {path.name for path in (tmp_path / "last").iterdir()} == FILES - {MODELS[2]}
+    assert report.models[2].problem == "without held-out data there is nothing to calibrate it with"
+    assert all(model.milliseconds and not model.metrics for model in report.models[:2])
 
 
 def test_tensors_by_name(bundle, vector, tmp_path):
@@ -112,7 +127,7 @@ def test_a_new_folder_replaces_the_old_one_and_leftovers(bundle, vector, tmp_pat
     write_artifacts(tmp_path / "best", bundle, bundle.initial(), about={"version": 1})
     write_artifacts(tmp_path / "best", bundle, vector, about={"version": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
-    assert {path.name for path in (tmp_path / "best").iterdir()} == FILES
+    assert {path.name for path in (tmp_path / "best").iterdir()} == FILES - {MODELS[2]}
     assert json.loads((tmp_path / "best" / "report.json").read_text())["about"] == {"version": 2}
 
 
@@ -145,17 +160,34 @@ def test_a_failed_quantization_does_not_cost_the_model(bundle, vector, tmp_path,
     monkeypatch.setattr(quantization, "quantize_dynamic", fail)
     report = write_artifacts(tmp_path / "best", bundle, vector)
     assert report.models[1].problem.endswith("cannot quantize it: operator unknown")
-    assert {path.name for path in (tmp_path / "best").iterdir()} == FILES - {"infer.int8.onnx"}
+    assert {path.name for path in (tmp_path / "best").iterdir()} == {"infer.onnx", "global.safetensors", "report.json"}
 
 
-@pytest.mark.parametrize(
-    ("loss", "output", "target", "mean"),
-    [
-        ("cross_entropy", [[0.0, 1.0], [2.0, 1.0]], [1, 1], 0.5),
-        ("cross_entropy", [[[0.0, 1.0], [2.0, 1.0]]], [[1, 0]], 1.0),
-        ("bce_with_logits", [[-1.0], [3.0]], [[0.0], [0.0]], 0.5),
-        ("mse", [[1.0], [3.0]], [1.0, 1.0], 2.0),
-    ],
-)
-def test_scores(loss, output, target, mean):
-    assert artifacts._scores(loss, np.float32(output), np.asarray(target)).mean() == mean
+def test_trained_weights_by_file(bundle, held_out, vector, tmp_path):
+    write_artifacts(tmp_path / "last", bundle, vector, data=held_out)
+    found, buffers = read_tensors(tmp_path / "last" / "global.safetensors", bundle)
+    np.testing.assert_array_equal(found, vector)
+    assert buffers.size == 0
+    file = tmp_path / "w.safetensors"
+    safetensors.numpy.save_file({"weight": np.zeros((3, 16), np.float32)}, file)
+    with pytest.raises(BundleError, match="which the bundle trains; is it of another model"):
+        read_tensors(file, bundle)
+    safetensors.numpy.save_file({"hidden.weight": np.zeros((3, 3), np.float32)}, file)
+    with pytest.raises(BundleError, match=r"'hidden.weight' is \[3, 3\], in the bundle"):
+        read_tensors(file, bundle)
+    file.write_text("no weights")
+    with pytest.raises(BundleError, match="no safetensors file"):
+        read_tensors(file, bundle)
+
+
+def test_deploy_command(bundle, held_out, vector, tmp_path):
+    file, data = tmp_path / "toy.fedge", tmp_path / "test.npz"
+    file.write_bytes(toy_bundle(hidden=16, frozen=True))
+    np.savez(data, **held_out.arrays)
+    write_artifacts(tmp_path / "trained", bundle, vector)
+    words = [str(file), "--weights", str(tmp_path / "trained" / "global.safetensors"), "--data", str(data)]
+    output = CliRunner().invoke(deploy, [*words, "-o", str(tmp_path / "to" / "pi")], catch_exceptions=False).output
+    assert {path.name for path in (tmp_path / "to" / "pi").iterdir()} == FILES
+    assert f"400 held-out samples, onnxruntime {runtime.VERSION}" in output
+    assert read_report(tmp_path / "to" / "pi").models[0].metrics["accuracy"] > 0.9
+    assert read_report(tmp_path) is None

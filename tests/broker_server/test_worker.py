@@ -244,7 +244,7 @@ def test_the_server_evaluates_and_writes_models(make, tmp_path):
     for folder in ("best", "last"):
         assert {entry.name for entry in (tmp_path / "state" / "models" / folder).iterdir()} >= {
             "infer.onnx",
-            "infer.int8.onnx",
+            "infer.int8-dynamic.onnx",
             "global.safetensors",
         }
 

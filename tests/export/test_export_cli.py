@@ -1,5 +1,6 @@
 """``fedge export`` and its factories."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,13 +43,35 @@ def test_options_of_the_optimizer_and_of_partial_training(tmp_path: Path) -> Non
         "lr": 0.05, "weight_decay": 0.0, "beta1": 0.8, "beta2": 0.999, "eps": 1e-8, "max_norm": 1.5
     }  # fmt: skip
     assert manifest.control
-    assert manifest.made is not None
-    assert set(manifest.made.load_ms) == {"train", "eval", "infer"}
 
     words = f"{file}:make --input 4 --lora-rank 2 --lora-target 0 -o {path}".split()
     assert "16 trainable parameters and 30 frozen" in CliRunner().invoke(export, words, catch_exceptions=False).output
     with pytest.raises(ExportError, match="need --lora-rank"):
         CliRunner().invoke(export, [*words[:3], "--lora-alpha", "2"], catch_exceptions=False)
+
+
+def test_the_report_says_what_was_measured(tmp_path: Path) -> None:
+    path, written = tmp_path / "d.fedge", tmp_path / "d.json"
+    words = f"export.models.digits:digits_cnn --input 1,8,8 -v --report {written} -o {path}".split()
+    output = CliRunner().invoke(export, words, catch_exceptions=False).output
+    report = json.loads(written.read_text())
+    assert set(report["load_ms"]) == {"train", "eval", "infer"}
+    assert report["sizes"].keys() == {"train.onnx", "eval.onnx", "infer.onnx", "weights.safetensors"}
+    assert 0 < report["seconds"] < 60
+    assert report["parity"]["worst_relative_error"] < report["parity"]["tolerance"]
+    assert report["parameters"] == {"trainable": 38_282}
+    assert report["tuned"]
+    first, second = report["convolutions"]
+    assert first == {"layer": "1->16 3x3 on 8x8", "formulation": "taps", "milliseconds": {}}
+    assert second["layer"] == "16->32 3x3 on 8x8"
+    assert second["formulation"] in second["milliseconds"]
+    assert min(second["milliseconds"].values()) > 0
+    assert f"16->32 3x3 on 8x8: {second['formulation']} (" in output
+
+    with pytest.raises(ExportError, match="name a file that can be written"):
+        CliRunner().invoke(
+            export, [*words[:-2], "--report", str(tmp_path / "no" / "d.json"), "-o", str(path)], catch_exceptions=False
+        )
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from edge_client.data import ArraySource
 from edge_client.errors import ExportError
 from edge_client.trainer import Trainer
 from edge_client.wire.messages import TrainPlan
-from export.bundle import Report, export_bundle
+from export.bundle import export_bundle
 from export.lora import Lora, add_adapters
 from export.partial import choose_trainable
+from export.report import Report
 from tests.export.loaded import graph_of, session_of
 
 
