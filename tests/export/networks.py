@@ -339,8 +339,12 @@ def recipes(draw: st.DrawFn) -> Recipe:
             ("huber", {"delta": 0.5}), ("bce_with_logits", {}),
         ))
     )  # fmt: skip
+    layers = (*layers, *_head(draw, state, loss))
+    owners = dict.fromkeys(name.split(".")[0] for name, _ in build(layers).named_parameters())
+    # A pattern that matches everything, or nothing, is refused.
+    first = next(iter(owners)) if len(owners) > 1 else None
     return Recipe(
-        begin, shape, (*layers, *_head(draw, state, loss)), loss, options, draw(trainings()),
+        begin, shape, layers, loss, options, draw(trainings(first)),
         draw(st.sampled_from((2, 3, 5, 9))),
     )  # fmt: skip
 
@@ -360,11 +364,11 @@ def _head(draw: st.DrawFn, state: tuple[str, tuple[int, ...]], loss: str) -> tup
 
 
 @st.composite
-def trainings(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of `export_bundle`."""
+def trainings(draw: st.DrawFn, first: str | None) -> dict[str, Any]:
+    """Arguments of `export_bundle`; ``first`` is a layer that may be frozen."""
     optimizer = draw(st.sampled_from(("sgd", "momentum", "nesterov", "adam", "adamw")))
     parts: dict[str, Any] = draw(
-        st.sampled_from(({}, {}, {}, {"train_only": "bias"}, {"last": 1}, {"freeze": ("0.*",)}))
+        st.sampled_from(({}, {}, {}, {"train_only": "bias"}, {"last": 1}, {"freeze": (f"{first}.*",)} if first else {}))
     )
     return parts | {
         "optimizer": optimizer, "lr": 0.01 if optimizer.startswith("adam") else 0.05, "eps": 1e-2,
