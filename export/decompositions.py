@@ -48,10 +48,20 @@ def _constant_pad(x: Tensor, pads: Sequence[int], value: float = 0) -> Tensor:
     return x
 
 
+def _weight_norm_backward(
+    grad: Tensor, direction: Tensor, length: Tensor, norms: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Of ``length * direction / |direction|``, the norm over all axes but ``dim`` (Salimans and Kingma 2016)."""
+    axes = [axis for axis in range(direction.dim()) if axis != dim]
+    along = (grad * direction).sum(axes, keepdim=True) / norms
+    return length / norms * (grad - direction * (along / norms)), along
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.constant_pad_nd.default: _constant_pad,
     torch.ops.aten.hardshrink_backward.default: _shrink_backward,
     torch.ops.aten.softshrink_backward.default: _shrink_backward,
+    torch.ops.aten._weight_norm_interface_backward.default: _weight_norm_backward,
     torch.ops.aten.multi_margin_loss_backward.default: _multi_margin_backward,
 }
 """ATen operator -> function; beside PyTorch's own table."""

@@ -1,13 +1,14 @@
 """What is active while a step is traced, and what while PyTorch computes the reference."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
 from torch.nn.modules import transformer
 
 from export.attention import AttentionMode
+from export.composites import CompositeMode
 from export.embedding import EmbeddingMode
 from export.lora import AdapterMode
 from export.recurrent import RecurrentMode
@@ -19,7 +20,11 @@ def tracing() -> Iterator[None]:
     """Layers whose steps PyTorch hides are written out; `DropoutMode` comes on top, inside the step."""
     # A transformer looks into a mask for whether it is causal; while tracing, its elements are not known.
     known = mock.patch.object(transformer, "_detect_is_causal_mask", lambda mask, causal, size: bool(causal))
-    with RecurrentMode(), AttentionMode(), EmbeddingMode(), SpatialMode(), AdapterMode(), known:
+    modes = (RecurrentMode, AttentionMode, EmbeddingMode, SpatialMode, CompositeMode, AdapterMode)
+    with ExitStack() as active:
+        for mode in modes:
+            active.enter_context(mode())
+        active.enter_context(known)
         yield
 
 

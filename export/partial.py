@@ -78,9 +78,15 @@ def changing_buffers(module: nn.Module, inputs: Sequence[Feature]) -> frozenset[
     A module that refuses the batch changes nothing; tracing will say what is wrong.
     """
     saved = module.state_dict()
-    given = {n: b.detach().clone() for n, b in module.named_buffers() if n in saved}
-    state: dict[str, Tensor] = {n: p.detach() for n, p in module.named_parameters()} | given
     generator = torch.Generator().manual_seed(0)
+    # Random, because a running mean that is zero may stay so on this batch.
+    before = {
+        n: b + torch.rand(b.shape, generator=generator, dtype=b.dtype) if b.is_floating_point() else b
+        for n, b in module.named_buffers()
+        if n in saved
+    }
+    given = {n: b.detach().clone() for n, b in before.items()}
+    state: dict[str, Tensor] = {n: p.detach() for n, p in module.named_parameters()} | given
     floats = {f.name: torch.randn((2, *f.shape), generator=generator) for f in inputs}
     batch = tuple(
         floats[f.name] if f.dtype == "float32" else torch.zeros((2, *f.shape), dtype=torch.int64) for f in inputs
@@ -95,5 +101,4 @@ def changing_buffers(module: nn.Module, inputs: Sequence[Feature]) -> frozenset[
         for part, training in modes.items():
             part.training = training
     # Values, because PyTorch does not count versions of running statistics.
-    before = dict(module.named_buffers())
     return frozenset(n for n in given if not torch.equal(state[n], before[n]))

@@ -245,9 +245,9 @@ def _refuse_partial_writes(graph: fx.Graph) -> None:
     """Writing into a slice or another view changes the tensor that it shows, which no later pass follows."""
     for node in graph.nodes:
         target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable or not node.args:
+        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
             continue
-        if isinstance(node.args[0], fx.Node) and _is_view(node.args[0]):
+        if any(isinstance(a, fx.Node) and _is_view(a) for i, a in enumerate(node.args) if _writes(target, i)):
             raise ExportError(
                 f"module {node.meta.get(MODULE) or 'the model'!r} writes into a part of a tensor "
                 f"({_base_name(target)}), which is not supported; use torch.cat, torch.where or an out-of-place scatter"

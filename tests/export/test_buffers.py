@@ -112,6 +112,19 @@ def test_a_batch_norm_network_trains_and_evaluates_as_in_pytorch(optimizer: str,
     assert trainer.evaluate(result.local, ArraySource(data))["loss"] != pytest.approx(wanted.item(), rel=1e-3)
 
 
+def test_normalisation_of_another_shape_of_a_value(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.BatchNorm1d(9), nn.Linear(9, 2))
+    report = export_bundle(module, tmp_path / "v.fedge", name="v", inputs=[((2, 4), "float32")])
+    assert "next.2.running_mean" in {o.name for o in graph_of(report.path, "train").graph.output}
+
+
+def test_a_running_mean_changes_though_its_input_is_zero() -> None:
+    module = nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU(), nn.BatchNorm1d(3))
+    for parameter in module[0].parameters():
+        nn.init.zeros_(parameter)
+    assert "2.running_mean" in changing_buffers(module, [Feature("x", (2, 4), "float32")])
+
+
 class Assigned(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -101,6 +101,16 @@ def test_normalize(p: float) -> None:
     assert_gradients(lambda x: F.normalize(x, p=p, dim=1), [torch.randn(4, 5, 3)])
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_weight_norm(dim: int) -> None:
+    lengths = torch.ones([3 if axis == dim else 1 for axis in range(3)]) * 1.5
+
+    def function(x: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return x @ torch._weight_norm(v, g, dim).flatten(1)
+
+    assert_gradients(function, [torch.randn(4, 3)], {"v": torch.randn(3, 3, 3), "g": lengths})
+
+
 def test_a_constant_input_has_no_infinite_gradient() -> None:
     assert_gradients(lambda x: F.batch_norm(x, None, None, training=True), [torch.full((4, 2, 3), 0.25)])
     assert_gradients(lambda x: F.layer_norm(x, [3]), [torch.full((4, 2, 3), 0.25)])
