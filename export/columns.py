@@ -47,7 +47,7 @@ class Columns(Direct):
         parts = [rows]
         if taps > 1:
             groups = [taken for taken, _ in self._groups()]
-            parts = [b.op("Gather", rows, b.constant(order[taken].ravel().astype(np.int32)), axis=0) for taken in groups]
+            parts = [b.op("Gather", rows, _places(b, order[taken]), axis=0) for taken in groups]
         total: list[str] = []
         for column, part in zip(self._gathered(b, x), parts, strict=True):
             total = [b.op("Gemm", column, part, *total)]
@@ -62,7 +62,7 @@ class Columns(Direct):
         products = [b.op("Gemm", column, right, transA=1) for column in self._gathered(b, x)]
         rows = b.op("Concat", *products, axis=0) if len(products) > 1 else products[0]
         if taps > 1:
-            rows = b.op("Gather", rows, b.constant(np.arange(taps * inputs).reshape(taps, inputs).T.ravel()), axis=0)
+            rows = b.op("Gather", rows, _places(b, np.arange(taps * inputs).reshape(taps, inputs).T), axis=0)
         return b.op("Reshape", b.transpose(rows, [1, 0]), b.ints(self.layer.weight_shape))
 
     def _channels_last(self, b: Lowering, name: str) -> str:
@@ -86,7 +86,7 @@ class Columns(Direct):
         n = len(layer.kernel)
         table = table.transpose([*range(0, 2 * n, 2), *range(1, 2 * n, 2)]).reshape(math.prod(layer.results), -1)
         return [
-            b.op("Reshape", b.op("Gather", flat, b.constant(table[:, taps].ravel().astype(np.int32)), axis=1), b.ints([-1, width]))
+            b.op("Reshape", b.op("Gather", flat, _places(b, table[:, taps]), axis=1), b.ints([-1, width]))
             for taps, width in self._groups()
         ]
 
@@ -96,3 +96,7 @@ class Columns(Direct):
         count = -(-taps * channels // max(GROUP_WIDTH, channels))
         bounds = [round(i * taps / count) for i in range(count + 1)]
         return [(slice(i, j), (j - i) * channels) for i, j in itertools.pairwise(bounds)]
+
+
+def _places(b: Lowering, table: npt.NDArray[np.int64]) -> str:
+    return b.constant(table.ravel().astype(np.int32))
