@@ -148,7 +148,6 @@ def deploy(bundle: Path, weights: Path | None, data: str | None, threads: int, o
     console, opened = Console(highlight=False), Bundle.open(bundle)
     vector, buffers = (opened.initial(), opened.initial_buffers()) if weights is None else read_tensors(weights, opened)
     source = None if data is None else open_data(data, opened.manifest)
-    output.parent.mkdir(parents=True, exist_ok=True)
     _show(console, write_artifacts(output, opened, vector, data=source, buffers=buffers, threads=threads), str(output))
 
 
@@ -253,7 +252,7 @@ def _show(console: Console, report: Report | None, title: str) -> None:
     if report is None:
         return
     names = list(dict.fromkeys(name for model in report.models for name in model.metrics))
-    head = ("model", "size", *(f"ms, {rows} at once" for rows in report.models[0].milliseconds), *names)
+    head = ("model", "size", *(f"ms for {rows}" for rows in report.models[0].milliseconds), *names)
     shown = Table(*head, title=title, header_style="bold")
     for model in report.models:
         times = [
