@@ -45,7 +45,7 @@ class Model(msgspec.Struct, frozen=True, omit_defaults=True):
     milliseconds: dict[str, float] = {}
     """Median of a run on this machine, by the number of examples: ``1`` and ``32``."""
     metrics: dict[str, float] = {}
-    """See `broker_server.measurement.metrics`; empty without data."""
+    """See `broker_server.measurement.metrics`."""
     eight_bit: float = 0.0
     """The share of the values of matrices and kernels that are stored in 8 bits."""
     worse: str = ""
@@ -258,5 +258,5 @@ def _described(
     path: Path, manifest: Manifest, data: DataSource | None, threads: int, reference: bytes | None = None
 ) -> Model:
     graph = path.read_bytes()
-    reached = {} if data is None else metrics(graph, manifest, data, reference=reference, threads=threads)
+    reached = metrics(graph, manifest, data, reference=reference, threads=threads)
     return Model(path.name, len(graph), latency(graph, manifest, threads=threads), reached)

@@ -44,9 +44,9 @@ def inputs_of(manifest: Manifest, batch: Mapping[str, Array]) -> dict[str, Array
 
 
 def metrics(
-    graph: bytes, manifest: Manifest, data: DataSource, *, reference: bytes | None = None, threads: int = 1
+    graph: bytes, manifest: Manifest, data: DataSource | None, *, reference: bytes | None = None, threads: int = 1
 ) -> dict[str, float]:
-    """What a graph reaches on ``data``.
+    """What a graph reaches on ``data``; without any, only ``difference``, on a batch of random numbers.
 
     Where the bundle's loss is a named one: ``accuracy`` for class scores and logits (each target that is a class counts
     once: in sequences, each place), ``squared_error`` or ``absolute_error`` for values. With the graph ``reference``
@@ -60,10 +60,10 @@ def metrics(
     names = [output.name for output in manifest.outputs]
     metric = _METRICS.get(manifest.loss) if len(names) == len(manifest.targets) == 1 else None
     total, count, moved, size = 0.0, 0, 0.0, 0.0
-    for batch in data.batches(_ROWS, seed=None):
-        inputs = inputs_of(manifest, batch)
+    for batch in (None,) if data is None else data.batches(_ROWS, seed=None):
+        inputs = _random(manifest, BATCH) if batch is None else inputs_of(manifest, batch)
         outputs = session.run(names, inputs)
-        if metric is not None:
+        if metric is not None and batch is not None:
             scores = _scores(manifest.loss, outputs[0], batch[manifest.targets[0].name].astype(np.float64))
             total += float(scores.sum(dtype=np.float64))
             count += scores.size
@@ -84,14 +84,7 @@ def latency(graph: bytes, manifest: Manifest, *, threads: int) -> dict[str, floa
     session = runtime.session(graph, threads=threads)
     found = {}
     for rows in (1, BATCH):
-        rng = np.random.default_rng(0)
-        inputs = {
-            feature.name: rng.standard_normal((rows, *feature.shape), np.float32)
-            if feature.dtype == "float32"
-            else np.zeros((rows, *feature.shape), feature.dtype)
-            for feature in manifest.inputs
-        }
-        found[str(rows)] = round(_median(partial(session.run, None, inputs)), 4)
+        found[str(rows)] = round(_median(partial(session.run, None, _random(manifest, rows))), 4)
     return found
 
 
@@ -106,6 +99,17 @@ def shortfall(found: Mapping[str, float], floats: Mapping[str, float]) -> str:
     if not floats and moved > DIFFERENCE:
         return f"outputs are {moved:.3f} of their size away from those in floats: more than {DIFFERENCE}"
     return ""
+
+
+def _random(manifest: Manifest, rows: int) -> dict[str, Array]:
+    """Inputs that any model takes: random floats, and of integers zeros, as their range is not known."""
+    rng = np.random.default_rng(0)
+    return {
+        feature.name: rng.standard_normal((rows, *feature.shape), np.float32)
+        if feature.dtype == "float32"
+        else np.zeros((rows, *feature.shape), feature.dtype)
+        for feature in manifest.inputs
+    }
 
 
 def _median(run: Callable[[], object]) -> float:

@@ -91,7 +91,11 @@ def test_without_data_nothing_is_calibrated_and_times_are_measured(bundle, vecto
     report = write_artifacts(tmp_path / "last", bundle, vector)
     assert {path.name for path in (tmp_path / "last").iterdir()} == FILES - {MODELS[2]}
     assert report.models[2].problem == "without held-out data there is nothing to calibrate it with"
-    assert all(model.milliseconds and not model.metrics for model in report.models[:2])
+    assert all(model.milliseconds for model in report.models[:2])
+    assert report.models[0].metrics == {}
+    assert report.models[1].metrics.keys() == {"difference"}
+    assert 0 < report.models[1].metrics["difference"] < 0.05
+    assert not report.models[1].worse
 
 
 def test_tensors_by_name(bundle, vector, tmp_path):
