@@ -59,9 +59,10 @@ class Workshop:
     Parameters and runtime sessions live here, so memory grows with the number of slots and not with that of clients.
     """
 
-    def __init__(self, slots: int = 1, *, threads: int = 1) -> None:
+    def __init__(self, slots: int = 1, *, threads: int = 1, spin: bool = False) -> None:
         self._pool = ThreadPoolExecutor(slots, thread_name_prefix="slot")
         self._threads = threads
+        self._spin = spin
         self._local = threading.local()
         self._bundles: dict[bytes, Bundle] = {}
         self._lock = threading.Lock()
@@ -87,7 +88,7 @@ class Workshop:
         """This slot's trainer for a bundle; called from within a job."""
         trainer: Trainer | None = getattr(self._local, "trainer", None)
         if trainer is None or trainer.bundle.digest != bundle.digest:
-            trainer = Trainer(bundle, threads=self._threads)
+            trainer = Trainer(bundle, threads=self._threads, spin=self._spin)
             self._local.trainer = trainer
         return trainer
 

@@ -87,12 +87,10 @@ class _Binding:
 class Step:
     """``train.onnx``, ready to run; the memory of a task is the task's."""
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int, spin: bool) -> None:
         manifest, layout = bundle.manifest, bundle.layout
-        names = manifest.constants[TRAIN]
-        self.session = runtime.session(
-            bundle.train, threads=threads, constants={f"param.{n}": aligned(bundle.weights[n]) for n in names}
-        )
+        constants = {f"param.{name}": aligned(bundle.weights[name]) for name in manifest.constants[TRAIN]}
+        self.session = runtime.session(bundle.train, threads=threads, spin=spin, constants=constants)
         self.manifest, self.layout = manifest, layout
         # A graph may count its predictions, several of a sequence's row say; else the rows are counted.
         self.counts = "sum.count" in {value.name for value in self.session.get_outputs()}

@@ -27,6 +27,7 @@ def session(
     model: bytes,
     *,
     threads: int = 1,
+    spin: bool = False,
     constants: Mapping[str, npt.NDArray[np.generic]] | None = None,
     by_priority: bool = False,
 ) -> ort.InferenceSession:
@@ -35,6 +36,8 @@ def session(
     Args:
         model: the graph; tensors stored in files beside it are refused, whatever the working directory holds.
         threads: threads inside one operator, at least 1; operators run one after the other.
+        spin: whether threads of one operator stay awake, between operators too, until the run ends. Waking a thread
+            takes longer than a small operator; what it costs is the other cores' time, and power.
         constants: the values of all constants that the graph declares without them (as external data), by name, of
             their shapes and dtypes. Their memory (C-contiguous) is shared, not copied, for as long as the session
             lives; what the runtime makes of constants when it loads them does not follow later changes.
@@ -54,7 +57,8 @@ def session(
     # Fatal only: what goes wrong arrives as an exception, and a user's mistake deserves one line, not two.
     options.log_severity_level = 4
     # A spinning pool takes the other cores from the broker, from other sessions and from the battery.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     # One arena for all sessions, where `spare_memory` has made one.
     options.add_session_config_entry("session.use_env_allocators", "1")
     # A graph that names external data would read files of the device, and training would send what it read.

@@ -42,13 +42,13 @@ class Trainer:
     """Trains and evaluates one bundle. One thread at a time may use it; trainers in different threads run in parallel.
 
     The session that trains is made when first needed, one that evaluates for each model. ``threads`` is the number of
-    threads inside one operator.
+    threads inside one operator; with ``spin`` they stay awake for the length of a step.
 
     Raises:
         BundleError: the bundle asks for a newer onnxruntime, or its graphs do not fit its manifest (on first use).
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 1) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 1, spin: bool = False) -> None:
         manifest = bundle.manifest
         if not runtime.at_least(manifest.least_runtime):
             raise BundleError(
@@ -62,11 +62,12 @@ class Trainer:
             )
         self.bundle = bundle
         self._threads = threads
+        self._spin = spin
         self._feeds: dict[int, Feed] = {}
 
     @cached_property
     def _step(self) -> Step:
-        return Step(self.bundle, self._threads)
+        return Step(self.bundle, self._threads, self._spin)
 
     def train(
         self,

@@ -1,6 +1,6 @@
 """A process that trains a bundle as ``fedge join`` does and prints its step time; or the runtime's Gemm rate.
 
-python step_fedge.py BUNDLE DATA.npz --threads 1 [--seconds 1.5 | --steps 1]
+python step_fedge.py BUNDLE DATA.npz --threads 1 [--spin] [--seconds 1.5 | --steps 1]
 python step_fedge.py --gemm MODEL.onnx --threads 1 [--seconds 1.5]
 """
 
@@ -20,14 +20,14 @@ from edge_client.wire.messages import TrainPlan
 LR = 0.001
 
 
-def train(path: str, data: str, threads: int, watch: Stopwatch) -> dict[str, float]:
+def train(path: str, data: str, threads: int, spin: bool, watch: Stopwatch) -> dict[str, float]:
     """Train until the watch ends it; the trainer asks before each step whether to stop."""
     runtime.spare_memory()
     bundle = Bundle.open(path)
     with np.load(data) as arrays:
         source = ArraySource(dict(arrays))
     plan = TrainPlan(steps=10_000_000, batch_size=32, hypers={"lr": LR})
-    result = Trainer(bundle, threads=threads).train(bundle.initial(), source, plan, seed=0, stop=watch.over)
+    result = Trainer(bundle, threads=threads, spin=spin).train(bundle.initial(), source, plan, seed=0, stop=watch.over)
     return watch.report() | {"loss": result.loss}
 
 
@@ -52,13 +52,15 @@ def main() -> None:
     parser.add_argument("data", nargs="?")
     parser.add_argument("--gemm")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--spin", action="store_true")
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--steps", type=int, default=0)
     given = parser.parse_args()
     if given.gemm:
         print(json.dumps(gemm(given.gemm, given.threads, given.seconds)))
     else:
-        print(json.dumps(train(given.bundle, given.data, given.threads, Stopwatch(given.seconds, given.steps))))
+        watch = Stopwatch(given.seconds, given.steps)
+        print(json.dumps(train(given.bundle, given.data, given.threads, given.spin, watch)))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ def _steps(result: dict[str, Any]) -> str:
     if not cases:
         return ""
     beside = {
+        "spin": "fedge --spin",
         "compile": "torch.compile",
         "channels_last": "channels-last",
         "executorch": "ExecuTorch",
@@ -36,6 +37,7 @@ def _summary(result: dict[str, Any]) -> str:
         for key, title in (
             ("geomean_ratio_1", "step time, 1 thread, geometric mean"),
             ("geomean_ratio_2", "step time, 2 threads, geometric mean"),
+            ("geomean_ratio_2_spin", "step time, 2 threads, `--spin`, geometric mean"),
             ("max_ratio", "step time, worst case"),
         )
         if result.get(key)

@@ -1,8 +1,8 @@
 """One training step, and what it takes to get there, beside PyTorch: ``make bench-training``.
 
 Per case and number of threads, pairs of processes alternate: fedge as ``fedge join`` trains, and PyTorch eager by the
-usual loop. Once beside them, where they run: `torch.compile`, channels-last memory, the peers (``PEERS=1``). Then peak
-memory, cold start and installed size (footprint.py). Results go to ``build/bench/training.json`` and, as a table for
+usual loop; at two threads also as ``fedge join --spin`` trains. Once beside them, where they run: `torch.compile`,
+channels-last memory, the peers (``PEERS=1``). Then peak memory, cold start and installed size (footprint.py). Results go to ``build/bench/training.json`` and, as a table for
 the README, ``training.md``. What is finished is kept in ``training.parts.json``, from where an interrupted run resumes.
 """
 
@@ -83,9 +83,10 @@ class Run:
     def samples(self) -> Path:
         return FOLDER / f"{self.name}.npz"
 
-    def fedge(self) -> Timed:
+    def fedge(self, *options: str) -> Timed:
         """fedge's step, as ``fedge join`` trains."""
-        return self._timed("fedge", "step_fedge.py", str(self.bundle), str(self.samples))
+        label = "".join(["fedge", *options])
+        return self._timed(label, "step_fedge.py", str(self.bundle), str(self.samples), *options)
 
     def torch(self, *options: str, timeout: float = 120.0) -> Timed:
         """PyTorch's step, by the usual loop."""
@@ -165,6 +166,8 @@ def exported(name: str, case: Case) -> dict[str, Any]:
 def pair(run: Run, number: int) -> dict[str, Timed]:
     """One pair; who begins alternates. Where others took part of the machine, the least disturbed of some attempts."""
     order: list[tuple[str, Callable[[], Timed]]] = [("fedge", run.fedge), ("torch", run.torch)]
+    if run.threads > 1:
+        order.append(("spin", lambda: run.fedge("--spin")))
     attempts = []
     for _ in range(run.plan.attempts):
         attempts.append({name: measure() for name, measure in (order if number % 2 else order[::-1])})
@@ -214,6 +217,7 @@ def measure_case(parts: Parts, run: Run, extra: dict[str, Callable[[Run], Timed]
         "ratio": statistics.median(ratios),
         "ratio_quartiles": quartiles(ratios),
         "ratios": ratios,
+        **_spinning(measured),
         # Of the fastest processes: rough, but little moved by what others do on the machine.
         "best_ratio": min(ours) / min(theirs),
         "gflop": work["gflop"],
@@ -223,6 +227,15 @@ def measure_case(parts: Parts, run: Run, extra: dict[str, Callable[[Run], Timed]
     for name, one in others.items():
         found |= {f"{name}_step_ms": one.get("step_ms")} | ({f"{name}_error": one["error"]} if "error" in one else {})
     return found
+
+
+def _spinning(measured: list[dict[str, Timed]]) -> dict[str, float]:
+    """The same with threads that stay awake within a step, as ``fedge join --spin`` trains."""
+    if "spin" not in measured[0]:
+        return {}
+    ratios = [one["spin"]["step_ms"] / one["torch"]["step_ms"] for one in measured]
+    times = [one["spin"]["step_ms"] for one in measured]
+    return {"spin_step_ms": statistics.median(times), "spin_ratio": statistics.median(ratios)}
 
 
 def _peer(environment: Environment, run: Run) -> Timed:
@@ -299,11 +312,13 @@ def measure_footprint(parts: Parts, chapters: list[str], pairs: int, failed: dic
 
 
 def summary(cases: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Geometric means of the ratios at one and two threads, and the worst ratio of all."""
+    """Geometric means of the ratios at one and two threads, awake ones too, and the worst ratio but for those."""
     found: dict[str, float | None] = {}
     for threads in THREADS:
         ratios = [case["ratio"] for case in cases if case["threads"] == threads]
         found[f"geomean_ratio_{threads}"] = statistics.geometric_mean(ratios) if ratios else None
+    spinning = [case["spin_ratio"] for case in cases if "spin_ratio" in case]
+    found["geomean_ratio_2_spin"] = statistics.geometric_mean(spinning) if spinning else None
     found["max_ratio"] = max((case["ratio"] for case in cases), default=None)
     return found
 
