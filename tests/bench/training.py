@@ -2,8 +2,10 @@
 
 Per case and number of threads, pairs of processes alternate: fedge as ``fedge join`` trains, and PyTorch eager by the
 usual loop; at two threads also as ``fedge join --spin`` trains. Once beside them, where they run: `torch.compile`,
-channels-last memory, the peers (``PEERS=1``). Then peak memory, cold start and installed size (footprint.py). Results go to ``build/bench/training.json`` and, as a table for
-the README, ``training.md``. What is finished is kept in ``training.parts.json``, from where an interrupted run resumes.
+channels-last memory, the peers (``PEERS=1``). Then peak memory, cold start and installed size (footprint.py).
+
+Results go to ``build/bench/training.json`` and, as a table for the README, ``training.md``. What is finished is kept
+in ``training.parts.json``, from where an interrupted run resumes.
 """
 
 import argparse
