@@ -19,8 +19,12 @@ _PLAIN_ROWS, _ROWS = (16, 8, 4), (16, 8, 4, 2, 1)
 _PRECISION = 1e-4
 
 
-def training_graph(problem: Problem, rules: Mapping[str, Rule], budget: int | None = None) -> Training:
+def training_graph(
+    problem: Problem, rules: Mapping[str, Rule], budget: int | None = None, tune: bool = False
+) -> Training:
     """The training graph of a problem; with a ``budget`` in bytes, one that is planned to need no more.
+
+    ``tune``: formulations of convolutions are measured.
 
     Where a slice of the batch gives what it gives within the whole batch, slices come first, because they cost no time:
     what is smaller stays in the cache. Elsewhere, as with batch normalisation, recomputation does.
@@ -29,11 +33,11 @@ def training_graph(problem: Problem, rules: Mapping[str, Rule], budget: int | No
         ExportError: nothing fits; the message says the least budget that something does.
     """
     if problem.micro_batch is not None:
-        attempts = iter([Sliced(problem, rules).training(problem.micro_batch, budget)])
+        attempts = iter([Sliced(problem, rules, tune).training(problem.micro_batch, budget)])
     elif budget is None:
-        attempts = iter([Whole(problem, rules).training()])
+        attempts = iter([Whole(problem, rules, tune).training()])
     else:
-        attempts = _attempts(problem, rules, budget)
+        attempts = _attempts(problem, rules, budget, tune)
     least: int | None = None
     for training in attempts:
         if budget is None or training.memory.peak <= budget:
@@ -45,13 +49,13 @@ def training_graph(problem: Problem, rules: Mapping[str, Rule], budget: int | No
     )
 
 
-def _attempts(problem: Problem, rules: Mapping[str, Rule], budget: int) -> Iterator[Training]:
-    whole = Whole(problem, rules)
+def _attempts(problem: Problem, rules: Mapping[str, Rule], budget: int, tune: bool) -> Iterator[Training]:
+    whole = Whole(problem, rules, tune)
     yield whole.training()
     separate = rows_are_separate(problem)
     if not separate:
         yield whole.training(budget)
-    sliced = Sliced(problem, rules)
+    sliced = Sliced(problem, rules, tune)
     for rows in _PLAIN_ROWS if separate else ():
         yield sliced.training(rows)
     # Statistics of a single row are none.

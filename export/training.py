@@ -10,6 +10,7 @@ from torch import Tensor
 from export.accumulate import accumulate
 from export.choice import Choices, has_depthwise
 from export.graph import Graph
+from export.inplace import make_in_place
 from export.large import speed_up_large
 from export.lower import Rule, lower
 from export.memory import measure, plan
@@ -49,28 +50,28 @@ class Training:
 class Whole:
     """A step that passes the whole batch at once."""
 
-    def __init__(self, problem: Problem, rules: Mapping[str, Rule]) -> None:
+    def __init__(self, problem: Problem, rules: Mapping[str, Rule], tune: bool) -> None:
         self._problem = problem
         step, fixed = train_step(problem)
         traced = trace(step, fixed, (*problem.inputs, *problem.targets), problem.module.train())
-        self._choices = Choices(has_depthwise(traced))
+        self._choices = Choices(has_depthwise(traced), timed=tune)
         self._graph = _lowered(problem, traced, rules, self._choices)
 
     def training(self, budget: int | None = None) -> Training:
         """The step, as near to ``budget`` bytes as recomputation brings it."""
-        graph, peak, copies = _fitted(self._graph, PLANNED_BATCH, budget, bound=True)
+        graph, peak, copies = _fitted(self._graph, PLANNED_BATCH, budget)
         return Training(self._problem, graph, self._choices, Memory(peak, None, copies))
 
 
 class Sliced:
     """A step that passes the batch in slices: traced once, for slices of any size."""
 
-    def __init__(self, problem: Problem, rules: Mapping[str, Rule]) -> None:
+    def __init__(self, problem: Problem, rules: Mapping[str, Rule], tune: bool) -> None:
         self._problem = problem
         features, module = (*problem.inputs, *problem.targets), problem.module.train()
         step, fixed = slice_step(problem)
         traced = trace(step, fixed, features, module)
-        self._choices = Choices(has_depthwise(traced))
+        self._choices = Choices(has_depthwise(traced), timed=tune)
         self._part = _lowered(problem, traced, rules, self._choices)
         prefix = f"next.{TOTAL}grad."
         reached = {name.removeprefix(prefix) for name in traced.outputs if name.startswith(prefix)}
@@ -87,31 +88,39 @@ class Sliced:
         cut = sum(sizes.get(name, 0) for name in self._batched)
         around = carried + cut
         inner = None if budget is None else max(0, budget - around)
-        part, peak, copies = _fitted(self._part, rows_at_once, inner, bound=False)
-        update = _peak(self._update, 1, bound=True) + carried
-        graph = accumulate(part, copy.deepcopy(self._update), self._batched, rows)
-        memory = Memory(max(peak + around, update), rows, copies)
+        part, peak, copies = _fitted(self._part, rows_at_once, inner, replaces=False)
+        graph = accumulate(part, self._update, self._batched, rows)
+        make_in_place(graph)
+        memory = Memory(max(peak + around, _peak(graph, PLANNED_BATCH)), rows, copies)
         return Training(replace(self._problem, micro_batch=rows), graph, self._choices, memory)
 
 
-def _peak(graph: Graph, batch: int, *, bound: bool) -> int:
+def _peak(graph: Graph, batch: int, *, bound: bool = True) -> int:
     results = [port.name for port in graph.outputs]
     return plan(graph.nodes, measure(graph, batch)[0], results if bound else (), () if bound else results).peak
 
 
-def _fitted(graph: Graph, batch: int, budget: int | None, *, bound: bool) -> tuple[Graph, int, int]:
-    """A copy of ``graph`` that fits, if that can be, with its peak and the number of nodes that this took."""
-    fitted = copy.deepcopy(graph)
-    peak = _peak(fitted, batch, bound=bound)
-    # The way to a budget is greedy; where it ends too early, the way to zero may lead further.
-    for target in (budget, 0) if budget is not None else ():
-        if budget is None or peak <= budget:
+def _fitted(graph: Graph, batch: int, budget: int | None, *, replaces: bool = True) -> tuple[Graph, int, int]:
+    """A copy of ``graph`` that fits, if that can be, with its peak and the number of nodes that recomputation took.
+
+    ``replaces``: results have the memory of what they replace; else they are values among others.
+    """
+    best: tuple[Graph, int, int] | None = None
+    # The way to a budget is greedy, and ordering updates may lengthen lives: another way may lead further.
+    for target in (None,) if budget is None else (None, budget, budget * 9 // 10, 0):
+        fitted = copy.deepcopy(graph)
+        if target is not None:
+            recompute(fitted, batch, target, bound=replaces)
+        copies = len(fitted.nodes) - len(graph.nodes)
+        if replaces:
+            make_in_place(fitted)
+        peak = _peak(fitted, batch, bound=replaces)
+        if best is None or peak < best[1]:
+            best = fitted, peak, copies
+        if budget is not None and best[1] <= budget:
             break
-        other = copy.deepcopy(graph)
-        reached = recompute(other, batch, target or 0, bound=bound).peak
-        if reached < peak:
-            fitted, peak = other, reached
-    return fitted, peak, len(fitted.nodes) - len(graph.nodes)
+    assert best is not None
+    return best
 
 
 def _lowered(problem: Problem, traced: Traced, rules: Mapping[str, Rule], choices: Choices) -> Graph:
