@@ -33,6 +33,7 @@ NEEDS = re.compile(r"a step needs (?P<size>\S+) at batch 32 beside the model(?P<
 
 def measure(path: str, data: str, seconds: float) -> dict[str, float]:
     """Bytes by which resident memory grows when the first steps are taken, and the median time of a step."""
+    runtime.spare_memory()
     bundle = Bundle.open(path)
     constants = {f"param.{name}": aligned(bundle.weights[name]) for name in bundle.manifest.constants[TRAIN]}
     session = runtime.session(bundle.train, constants=constants)
