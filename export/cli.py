@@ -16,7 +16,9 @@ from edge_client.errors import ExportError
 from export.bundle import export_bundle
 from export.lora import Lora
 from export.losses import LOSSES, parse_options
+from export.memory import format_size, parse_size
 from export.partial import TrainOnly
+from export.training import PLANNED_BATCH
 from export.updates import UPDATES
 
 
@@ -125,6 +127,10 @@ def _lora(rank: int | None, alpha: float | None, targets: Sequence[str], train: 
 @click.option("--lora-train", multiple=True, help="Pattern of parameters that train beside the adapters.")
 @click.option("--scale", default=1.0, show_default=True, help="Integer data is multiplied by this on the device.")
 @click.option("--labels", default="", help="Class names, separated by commas.")
+@click.option("--micro-batch", type=int, default=None, help="Rows that pass at once; a step adds up their gradients.")
+@click.option(
+    "--memory-budget", default=None, help="What a step at batch 32 may need beside the model and the batch, as 64MiB."
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of the initial weights.")
 @click.option("--name", default=None, help="Name of the model; the function's unless given.")
 @click.option(
@@ -169,6 +175,8 @@ def export(
     lora_train: Sequence[str],
     scale: float,
     labels: str,
+    micro_batch: int | None,
+    memory_budget: str | None,
     seed: int,
     name: str | None,
     tune: bool,
@@ -208,6 +216,8 @@ def export(
         labels=[label.strip() for label in labels.split(",") if label.strip()],
         scale=scale,
         tune=tune,
+        micro_batch=micro_batch,
+        memory_budget=None if memory_budget is None else parse_size(memory_budget),
     )
     if report_path is not None:
         report.write(report_path)
@@ -220,6 +230,12 @@ def export(
     )
     click.echo(f"  {sizes}")
     click.echo(f"  loads in {', '.join(f'{ms:.1f} ms ({kind})' for kind, ms in report.load_ms.items())}")
+    memory = report.memory
+    click.echo(
+        f"  a step needs {format_size(memory.peak)} at batch {PLANNED_BATCH} beside the model"
+        f"{f', in slices of {memory.rows} rows' if memory.rows else ''}"
+        f"{f', with {memory.copies} nodes that compute values again' if memory.copies else ''}"
+    )
     click.echo(
         f"  parity with PyTorch {report.parity.torch}: worst relative error "
         f"{report.parity.worst_relative_error:.1e} over {report.parity.cases} cases "

@@ -54,7 +54,14 @@ class Node:
 
     def nested(self) -> "list[Node]":
         """The node and those of its branches, which may read any value before the node."""
-        return [self, *(node for branch in self.branches.values() for node in branch.nodes)]
+        inner = (node for branch in self.branches.values() for node in branch.nodes)
+        return [self, *(deeper for node in inner for deeper in node.nested())]
+
+    def renamed(self, names: Mapping[str, str]) -> "Node":
+        """The node with other names for values."""
+        inputs, outputs = ([names.get(name, name) for name in given] for given in (self.inputs, self.outputs))
+        branches = {key: branch.renamed(names) for key, branch in self.branches.items()}
+        return Node(self.op, inputs, outputs, dict(self.attributes), branches)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -75,6 +82,14 @@ class Branch:
     nodes: list[Node]
     outputs: list[Port]
     inputs: list[Port] = field(default_factory=list)
+
+    def renamed(self, names: Mapping[str, str]) -> "Branch":
+        """The branch with other names for values, its own included."""
+        ports = [
+            [Port(names.get(port.name, port.name), port.shape, port.dtype) for port in given]
+            for given in (self.outputs, self.inputs)
+        ]
+        return Branch([node.renamed(names) for node in self.nodes], *ports)
 
 
 @dataclass

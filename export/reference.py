@@ -8,7 +8,7 @@ from torch import Tensor
 
 from export import modes
 from export.dropout import DropoutMode
-from export.step import Problem
+from export.step import Problem, slice_number
 from export.updates import MAX_NORM, Tensors
 
 
@@ -47,10 +47,7 @@ def train(problem: Problem, given: Given, steps: int, dtype: torch.dtype = torch
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
-        with modes.reference(), DropoutMode(torch.tensor(given.seed), torch.tensor(step + 1)):
-            outputs = problem.forward(state, batch)
-            loss = problem.loss.reference(*problem.arguments(outputs, batch))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = _backward(problem, state, batch, given.seed, step + 1)
         for name, leaf in leaves.items():
             if leaf.grad is not None and problem.proximal:
                 leaf.grad += given.hypers["mu"] * (leaf.detach() - anchors[name])
@@ -69,6 +66,23 @@ def train(problem: Problem, given: Given, steps: int, dtype: torch.dtype = torch
     return Trained(
         losses, {n: leaf.detach() for n, leaf in leaves.items()}, {n: state[n] for n in given.buffers}, slots
     )
+
+
+def _backward(problem: Problem, state: Tensors, batch: Tensors, seed: int, number: int) -> Tensor:
+    """Add the gradients of a batch's mean loss to those of the leaves in ``state``; returns that loss."""
+    size = len(next(iter(batch.values())))
+    rows = problem.micro_batch or size
+    parts = []
+    for part, start in enumerate(range(0, size, rows)):
+        cut = {n: t[start : start + rows] for n, t in batch.items()}
+        with modes.reference(), DropoutMode(torch.tensor(seed), slice_number(torch.tensor(number), torch.tensor(part))):
+            outputs = problem.forward(state, cut)
+            loss = problem.loss.reference(*problem.arguments(outputs, cut))
+        parts.append((loss, problem.rows(cut, outputs)))
+    total = torch.stack([count for _, count in parts]).sum().clamp_min(torch.finfo(torch.float32).tiny)
+    mean = torch.stack([loss * (count / total) for loss, count in parts]).sum()
+    mean.backward()  # type: ignore[no-untyped-call]
+    return mean
 
 
 def _in_dtype(tensors: Tensors, dtype: torch.dtype) -> Tensors:

@@ -9,6 +9,7 @@ import msgspec
 
 from edge_client.errors import ExportError
 from edge_client.manifest import Manifest, Parity
+from export.training import Memory
 
 
 class Convolution(msgspec.Struct, frozen=True):
@@ -40,6 +41,8 @@ class Report:
     tuned: bool
     """Whether formulations of convolutions were measured where several suit."""
     convolutions: Sequence[Convolution]
+    memory: Memory
+    """What a training step is planned to need."""
 
     @property
     def parity(self) -> Parity:
@@ -62,6 +65,7 @@ class Report:
             "machine": f"{platform.system()} {platform.machine()}",
             "tuned": self.tuned,
             "convolutions": self.convolutions,
+            "memory": self.memory,
         }
         return msgspec.json.format(msgspec.json.encode(fields), indent=2) + b"\n"
 
