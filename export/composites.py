@@ -68,7 +68,9 @@ def _lp_pool(average: Callable[..., Tensor], rank: int) -> Callable[..., Tensor]
     return pool
 
 
-def _rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Tensor:
+def _rrelu(
+    x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> Tensor:
     if training:
         raise ExportError("RReLU draws its slopes at random, which is not covered; use nn.LeakyReLU or nn.PReLU")
     return F.leaky_relu(x, (lower + upper) / 2)

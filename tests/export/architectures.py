@@ -68,7 +68,9 @@ def resnet18(classes: int = 10) -> nn.Module:
 class VisionTransformer(nn.Module):
     """Dosovitskiy et al. 2020, arXiv 2010.11929; by default as DeiT-tiny (Touvron et al. 2020, arXiv 2012.12877)."""
 
-    def __init__(self, image: int = 224, classes: int = 1000, *, patch: int = 16, d: int = 192, depth: int = 12) -> None:
+    def __init__(
+        self, image: int = 224, classes: int = 1000, *, patch: int = 16, d: int = 192, depth: int = 12
+    ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, d, patch, patch)
         self.token = nn.Parameter(torch.randn(1, 1, d) * 0.02)
@@ -186,7 +188,9 @@ class UNet(nn.Module):
         widths = [width, 2 * width, 4 * width]
         self.down = nn.ModuleList(double(i, o) for i, o in zip([1, *widths], widths, strict=False))
         self.bottom = double(4 * width, 4 * width)
-        self.up = nn.ModuleList(double(i, o) for i, o in ((8 * width, 2 * width), (4 * width, width), (2 * width, width)))
+        self.up = nn.ModuleList(
+            double(i, o) for i, o in ((8 * width, 2 * width), (4 * width, width), (2 * width, width))
+        )
         self.grow = nn.Upsample(scale_factor=2, mode="bilinear")
         self.head = nn.Conv2d(width, classes, 1)
 

@@ -98,7 +98,7 @@ class Attention(nn.Module):
         self.layer, self.causal = nn.MultiheadAttention(features, heads, batch_first=True), causal
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1]) if self.causal else None
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype) if self.causal else None
         result: Tensor = self.layer(x, x, x, attn_mask=mask, need_weights=False)[0]
         return result
 
@@ -111,9 +111,12 @@ class Reduced(nn.Module):
         self.how = how
 
     def forward(self, x: Tensor) -> Tensor:
-        return {"last": lambda: x[:, -1], "first": lambda: x[:, 0], "mean": lambda: x.mean(1), "max": lambda: x.amax(1)}[
-            self.how
-        ]()
+        return {
+            "last": lambda: x[:, -1],
+            "first": lambda: x[:, 0],
+            "mean": lambda: x.mean(1),
+            "max": lambda: x.amax(1),
+        }[self.how]()
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,9 @@ def poolings(draw: st.DrawFn, n: int) -> Layer:
 def spatial(draw: st.DrawFn, kind: str, shape: tuple[int, ...]) -> Layer:
     """A layer for channels with 1 to 3 axes."""
     n, channels = DIMENSIONS[kind], shape[0]
-    family = draw(st.sampled_from(("conv", "conv", "conv", "pool", "norm", "act", "residual", "concatenation", "other")))
+    family = draw(
+        st.sampled_from(("conv", "conv", "conv", "pool", "norm", "act", "residual", "concatenation", "other"))
+    )
     if family == "conv":
         return draw(convolutions(n, channels))
     if family == "pool":
@@ -319,7 +324,11 @@ def recipes(draw: st.DrawFn) -> Recipe:
     state: tuple[str, tuple[int, ...]] = (kind, shape)
     if kind == "tokens":
         padding = draw(st.sampled_from((None, 0, 3)))
-        layers = (Layer("Embedding", {"num_embeddings": 11, "embedding_dim": draw(st.integers(2, 6)), "padding_idx": padding}),)
+        layers = (
+            Layer(
+                "Embedding", {"num_embeddings": 11, "embedding_dim": draw(st.integers(2, 6)), "padding_idx": padding}
+            ),
+        )
         state = ("sequence", (*shape, layers[0].options["embedding_dim"]))
     wanted = draw(st.integers(2, 6))
     for _ in range(wanted):

@@ -164,7 +164,10 @@ class Vae(nn.Module):
 
     def __init__(self, d: int = 20, code: int = 4) -> None:
         super().__init__()
-        self.encode, self.decode = nn.Linear(d, 2 * code), nn.Sequential(nn.Linear(code, 32), nn.ELU(), nn.Linear(32, d))
+        self.encode, self.decode = (
+            nn.Linear(d, 2 * code),
+            nn.Sequential(nn.Linear(code, 32), nn.ELU(), nn.Linear(32, d)),
+        )
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, log_variance = self.encode(x).chunk(2, -1)

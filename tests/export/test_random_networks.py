@@ -16,7 +16,6 @@ from tests.export.networks import Recipe, recipes
 from tests.export.training import assert_trains_as_pytorch, gathered
 
 EXAMPLES = int(os.environ.get("FEDGE_EXAMPLES", "0"))
-ATTEMPTS = 3
 
 
 def loss_of(recipe: Recipe) -> Any:
@@ -56,15 +55,7 @@ def check(recipe: Recipe) -> None:
             recipe.make(), path, name="r", inputs=[(recipe.shape, kind)], loss=recipe.loss,
             loss_options=recipe.loss_options, **recipe.training,
         )  # fmt: skip
-        for attempt in range(ATTEMPTS):
-            try:
-                assert_trains_as_pytorch(recipe.make(), path, drawn(recipe, attempt), loss_of(recipe))
-            except AssertionError:
-                # Rounding may move one value over a kink of ReLU; a wrong gradient is wrong for any data.
-                if attempt + 1 == ATTEMPTS:
-                    raise
-            else:
-                break
+        assert_trains_as_pytorch(recipe.make, path, lambda seed: drawn(recipe, seed), loss_of(recipe))
 
 
 @settings(
