@@ -13,7 +13,7 @@ from export.graph import Graph
 from export.inplace import make_in_place
 from export.large import speed_up_large
 from export.lower import Rule, lower
-from export.memory import measure, plan
+from export.memory import early_results_first, measure, plan
 from export.optimize import optimize
 from export.recompute import recompute
 from export.step import SEED, TOTAL, Problem, slice_step, train_step, update_step
@@ -91,6 +91,7 @@ class Sliced:
         part, peak, copies = _fitted(self._part, rows_at_once, inner, replaces=False)
         graph = accumulate(part, self._update, self._batched, rows)
         make_in_place(graph)
+        early_results_first(graph)
         memory = Memory(max(peak + around, _peak(graph, PLANNED_BATCH)), rows, copies)
         return Training(replace(self._problem, micro_batch=rows), graph, self._choices, memory)
 
@@ -114,6 +115,7 @@ def _fitted(graph: Graph, batch: int, budget: int | None, *, replaces: bool = Tr
         copies = len(fitted.nodes) - len(graph.nodes)
         if replaces:
             make_in_place(fitted)
+        early_results_first(fitted)
         peak = _peak(fitted, batch, bound=replaces)
         if best is None or peak < best[1]:
             best = fitted, peak, copies
@@ -127,6 +129,7 @@ def _lowered(problem: Problem, traced: Traced, rules: Mapping[str, Rule], choice
     graph = lower(traced, rules, choices, (f"param.{name}" for name in problem.frozen))
     fix(graph, problem.frozen)
     speed_up_large(optimize(graph))
+    early_results_first(graph)
     return graph
 
 
