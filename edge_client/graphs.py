@@ -153,7 +153,7 @@ class Task:
         outputs: dict[str, Array] = {"loss": self.loss, **_prefix("sum.", self.metrics)}
         if not self._counts:
             del outputs["sum.count"]
-        changing: dict[str, Array] = layout.views(model) | self._buffers
+        changing: dict[str, Array] = {**layout.views(model), **self._buffers}
         inputs |= _prefix("param.", changing)
         for slot in manifest.optimizer.slots:
             state = layout.views(np.zeros(layout.size, np.float32))

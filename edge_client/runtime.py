@@ -126,9 +126,9 @@ def spare_memory() -> None:
     Sessions made from then on share one arena. It takes memory as operators ask for it and splits free blocks wherever
     a large piece would stay unused, so that a step of the McMahan CNN needs 28 MiB instead of 33, at the same speed.
 
-    glibc unmaps a block above a threshold when it is freed, and raises the threshold to the size of what was freed: after
-    the first vector of 6 MB, vectors pile up in a heap that only grows. A threshold that is set stays. Other C libraries
-    are left as they are.
+    glibc unmaps a block above a threshold when it is freed, and raises the threshold to the size of what was freed:
+    after the first vector of 6 MB, vectors pile up in a heap that only grows. A threshold that is set stays. Other C
+    libraries are left as they are.
     """
     settings = {
         "max_mem": 0,

@@ -35,15 +35,10 @@ _STEPS, _ROWS = 3, 5
 Arrays = dict[str, npt.NDArray[np.generic]]
 
 
-def replaced(graph_outputs: list[str], graph_inputs: list[str]) -> dict[str, str]:
+def replaced(outputs: list[str], inputs: list[str]) -> dict[str, str]:
     """For each result that replaces a value: the result's name, and the value's (``param.*`` or ``slot.*``)."""
-    known = set(graph_inputs)
-    found = {}
-    for new in graph_outputs:
-        if new.startswith("next."):
-            olds = [kind + new.removeprefix("next.") for kind in ("param.", "slot.")]
-            found |= {new: old for old in olds if old in known}
-    return found
+    values = {"next." + name.split(".", 1)[1]: name for name in inputs if name.startswith(("param.", "slot."))}
+    return {name: values[name] for name in outputs if name in values}
 
 
 def make_in_place(graph: Graph) -> None:
@@ -51,7 +46,7 @@ def make_in_place(graph: Graph) -> None:
     ports = {port.name: port for port in graph.outputs}
     for new, old in replaced(list(ports), [port.name for port in graph.inputs]).items():
         _order(graph, ports[new], old)
-    _sort(graph)
+        _sort(graph)
 
 
 def _order(graph: Graph, port: Port, old: str) -> None:
@@ -70,6 +65,12 @@ def _order(graph: Graph, port: Port, old: str) -> None:
             for inner in node.nested():
                 inner.inputs = [unordered if name == port.name else name for name in inner.inputs]
         writer.outputs = [unordered if name == port.name else name for name in writer.outputs]
+        if writer.op in _VIEWS:
+            # Another name of memory that may be written to: here Tile, which repeats it once, is a copy that stays one.
+            ones, writer.outputs = f"{unordered}.ones", [f"{unordered}.view"]
+            graph.constants[ones] = np.ones(len(port.shape), np.int64)
+            writer = Node("Tile", [*writer.outputs, ones], [unordered])
+            graph.nodes.append(writer)
         graph.nodes += _held(graph, port, unordered, port.name, len(port.shape), [writer, *waits])
     elif waits and place is not None:
         operand, held = writer.inputs[place], f"{port.name}.held"
