@@ -192,11 +192,11 @@ def test_dropout_has_another_mask_in_every_slice(tmp_path: Path) -> None:
 def test_values_are_computed_again_to_fit_a_budget(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     plain = exported(case, tmp_path)
-    budget = plain.memory.peak * 6 // 10
+    budget = plain.memory.peak * 3 // 4
     # A micro batch as large as the batch leaves nothing but recomputation; a normalised batch is not cut unasked.
     again = exported(case, tmp_path, memory_budget=budget, micro_batch=None if name == "normalised" else 32)
     assert again.memory.copies > 0
-    assert again.memory.peak <= budget + (0 if name == "normalised" else 2**16)
+    assert again.memory.peak <= budget
     assert again.memory.rows == (None if name == "normalised" else 32)
     for rows in (2, 7, 32):
         assert_same_steps(plain, again, batch_for(plain, case, rows))
