@@ -1,8 +1,8 @@
 """A bundle's graphs with their memory: what is bound to ONNX Runtime.
 
 One run of ``train.onnx`` is one optimizer step. All its memory is bound once for a task, and a step writes the model
-over the one that it read, as the graph allows (its updates wait for all readers). Per step, a batch is copied into bound
-memory and the runtime called; nothing else is allocated than what the runtime needs inside a step.
+over the one that it read, as the graph allows (its updates wait for all readers). Per step, a batch is copied into
+bound memory and the runtime called; nothing else is allocated than what the runtime needs inside a step.
 """
 
 from collections.abc import Iterable, Mapping
