@@ -204,9 +204,9 @@ class Evaluation:
         _expect(EVAL, session, required=[], optional=_features(manifest), results=[f"sum.{name}" for name in self.sums])
         self._binding = _Binding(session, {}, _prefix("sum.", self.sums))
 
-    def run(self, feed: Feed, rows: int) -> None:
-        """Put the sums of the first ``rows`` rows of ``feed`` into ``sums``."""
-        self._binding.run(feed, rows)
+    def run(self, feed: Feed, rows: int, *, last: bool = False) -> None:
+        """Put the sums of the first ``rows`` rows of ``feed`` into ``sums``; the ``last`` run gives memory back."""
+        self._binding.run(feed, rows, last=last)
 
 
 def aligned(array: Array) -> Array:

@@ -145,7 +145,7 @@ class Trainer:
         )
 
     def evaluate(
-        self, vector: Vector, source: DataSource, *, batch_size: int = 256, buffers: Vector | None = None
+        self, vector: Vector, source: DataSource, *, batch_size: int = 64, buffers: Vector | None = None
     ) -> dict[str, float]:
         """Sums over all samples of ``source``: ``loss``, ``count`` and the manifest's metrics, added in float64.
 
@@ -159,8 +159,8 @@ class Trainer:
         evaluation = Evaluation(self.bundle, vector, self._buffers(buffers), self._threads)
         feed = self._feed(batch_size)
         sums = dict.fromkeys(evaluation.sums, 0.0)
-        for batch in source.batches(batch_size, seed=None):
-            evaluation.run(feed, feed.take(batch))
+        for rows, more in _taken(feed, source.batches(batch_size, seed=None)):
+            evaluation.run(feed, rows, last=not more)
             for name, value in evaluation.sums.items():
                 sums[name] += value.item()
         return sums
