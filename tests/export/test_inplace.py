@@ -10,8 +10,7 @@ from torch import nn
 from edge_client import runtime
 from edge_client.bundle import Bundle
 from edge_client.errors import ExportError
-from export import bundle as exporter
-from export import inplace
+from export import inplace, training
 from export.bundle import export_bundle
 from export.graph import Branch, Graph, Node, Port
 from export.inplace import make_in_place, replaced
@@ -135,7 +134,7 @@ def test_an_update_that_nothing_overtakes_is_left_alone() -> None:
 
 
 def test_an_export_whose_updates_are_not_ordered_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter, "make_in_place", backwards)
+    monkeypatch.setattr(training, "make_in_place", backwards)
     with pytest.raises(ExportError, match=r"cannot update 'param\.[01]\.weight' in place"):
         export_bundle(
             nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), tmp_path / "m.fedge", name="m", inputs=[((5,), "float32")]
@@ -162,14 +161,14 @@ def backwards(step: Graph) -> None:
 def test_every_reader_of_a_weight_comes_before_its_update(optimizer: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     kept: list[Graph] = []
-    made = exporter.make_in_place
+    made = training.make_in_place
 
     def keep(step: Graph) -> None:
         made(step)
         kept.append(step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "make_in_place", keep)
+        patch.setattr(training, "make_in_place", keep)
         export_bundle(
             char_gru(vocabulary=5, hidden=8),
             tmp_path / "m.fedge",
