@@ -151,7 +151,8 @@ def sizes(layers: tuple[Layer, ...], kind: str, shape: tuple[int, ...]) -> tuple
 
 ACTIVATIONS = (
     "ReLU", "LeakyReLU", "ReLU6", "ELU", "SELU", "CELU", "GELU", "SiLU", "Mish", "Sigmoid", "Tanh", "Softplus",
-    "Softsign",    "Hardswish", "Hardsigmoid", "Hardtanh", "LogSigmoid", "Tanhshrink", "Softshrink", "Hardshrink", "PReLU",
+    "Softsign",    "Hardswish", "Hardsigmoid", "Hardtanh", "LogSigmoid", "Tanhshrink", "Softshrink",
+    "Hardshrink", "PReLU",
 )  # fmt: skip
 DIMENSIONS = {"signal": 1, "image": 2, "volume": 3}
 few = st.integers(1, 3)
