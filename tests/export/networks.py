@@ -233,7 +233,8 @@ def spatial(draw: st.DrawFn, kind: str, shape: tuple[int, ...]) -> Layer:
             st.sampled_from((
                 Layer(f"BatchNorm{n}d", {"num_features": channels, "affine": affine}),
                 Layer(f"BatchNorm{n}d", {"num_features": channels, "momentum": None}),
-                Layer(f"InstanceNorm{n}d", {"num_features": channels, "affine": affine}),
+                # Without a scale: where that is frozen and axes are permuted later, PyTorch 2.13 errs on the shift.
+                    Layer(f"InstanceNorm{n}d", {"num_features": channels}),
                 Layer("GroupNorm", {"num_groups": 1, "num_channels": channels}),
                 Layer("LayerNorm", {"normalized_shape": shape[-1], "elementwise_affine": affine}),
                 Layer("LocalResponseNorm", {"size": 2}),
