@@ -1,4 +1,4 @@
-"""Functions of torch as tracing sees them, whose own way fixes the batch size, hides in a kernel, or divides by zero."""
+"""Functions of torch as tracing sees them: their own way fixes the batch size, hides in a kernel or divides by zero."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +19,8 @@ class CompositeMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Replace those, pass all other functions on."""
-        return WRITTEN_OUT.get(func, func)(*args, **(kwargs or {}))
+        instead: Callable[..., Any] = WRITTEN_OUT.get(func, func)
+        return instead(*args, **(kwargs or {}))
 
 
 def _take_along_dim(x: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
@@ -42,16 +43,17 @@ def _is_one(size: Any) -> bool:
 def _bilinear(first: Tensor, second: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     outputs, rows, columns = weight.shape
     half = first @ weight.permute(1, 0, 2).reshape(rows, outputs * columns)
-    result = (half.unflatten(-1, (outputs, columns)) * second.unsqueeze(-2)).sum(-1)
+    result: Tensor = (half.view(*half.shape[:-1], outputs, columns) * second.unsqueeze(-2)).sum(-1)
     return result if bias is None else result + bias
 
 
 def _cdist(first: Tensor, second: Tensor, p: float = 2.0, compute_mode: str = "") -> Tensor:
-    return torch.linalg.vector_norm(first.unsqueeze(-2) - second.unsqueeze(-3), p, -1)
+    result: Tensor = torch.linalg.vector_norm(first.unsqueeze(-2) - second.unsqueeze(-3), p, -1)
+    return result
 
 
 def _lp_pool(average: Callable[..., Tensor], rank: int) -> Callable[..., Tensor]:
-    """Where a window is zero its root has no slope: PyTorch selects a zero, here infinity would be multiplied by one."""
+    """The root of an empty window has no slope: PyTorch selects zero, a mask would multiply infinity by zero."""
 
     def pool(
         x: Tensor,

@@ -261,7 +261,7 @@ def mobilevit(classes: int = 10) -> nn.Module:
 
 
 def autoencoder() -> nn.Module:
-    """Strided convolutions to a code of 16 numbers and transposed ones back (as the generator of Radford et al. 2015)."""
+    """Strided convolutions to a code of 16 numbers and transposed ones back (Radford et al. 2015, DCGAN)."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(16, 32, 4, 2, 1), nn.LeakyReLU(0.2),
         nn.Flatten(), nn.Linear(32 * 49, 16), nn.Linear(16, 32 * 49), nn.Unflatten(1, (32, 7, 7)),

@@ -86,7 +86,7 @@ class Encoder(nn.Module):
 
 
 class Gpt(nn.Module):
-    """A decoder with rotary positions (Su et al. 2021, arXiv 2104.09864), RMSNorm and SwiGLU, as in Llama; tied head."""
+    """A decoder with rotary positions (Su et al. 2021, arXiv 2104.09864), RMSNorm and SwiGLU, as Llama; tied head."""
 
     class Block(nn.Module):
         def __init__(self, d: int, heads: int) -> None:

@@ -31,9 +31,9 @@ def assert_trains_as_pytorch(
     """Three steps on a batch give PyTorch's loss, weights and buffers; so does evaluation behind them.
 
     ``make`` gives what was exported to ``path``; ``draw`` a batch from a seed: with other data it is tried again, since
-    rounding may move one value over a kink of ReLU, while a wrong gradient is wrong for any data. Allowed is `TOLERANCE`
-    of how far a tensor moved (or of a hundredth of its magnitude, where it moved less), and `ROUNDINGS` times as much as
-    PyTorch's float32 is off its own float64, which in deep networks is more.
+    rounding may move one value over a kink of ReLU, while a wrong gradient is wrong for any data. Allowed is
+    `TOLERANCE` of how far a tensor moved (or of a hundredth of its magnitude, where it moved less), and `ROUNDINGS`
+    times as much as PyTorch's float32 is off its own float64, which in deep networks is more.
     """
     bundle = Bundle.open(path)
     for attempt in range(ATTEMPTS):

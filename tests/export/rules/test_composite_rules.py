@@ -51,7 +51,8 @@ def test_distances(p: float) -> None:
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
-        (nn.LPPool1d(2, 2), (2, 7)), (nn.LPPool1d(1, 3, 2, ceil_mode=True), (2, 8)), (nn.LPPool2d(2, (2, 3)), (2, 6, 7)),
+        (nn.LPPool1d(2, 2), (2, 7)), (nn.LPPool1d(1, 3, 2, ceil_mode=True), (2, 8)),
+        (nn.LPPool2d(2, (2, 3)), (2, 6, 7)),
         (nn.LPPool2d(3, 2, 1), (2, 5, 5)), (nn.LPPool3d(2, 2), (1, 4, 5, 4)),
     ],
 )  # fmt: skip
