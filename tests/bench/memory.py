@@ -81,12 +81,13 @@ def run(names: list[str], seconds: float) -> list[dict[str, Any]]:
         whole = exported(case, name)
         peak = whole[1]["planned_bytes"]
         half, quarter = str(peak // 2), str(peak // 4)
-        variants = [
-            ("none", "", whole),
-            ("half", half, exported(case, f"{name}.half", "--memory-budget", half)),
-            ("quarter", quarter, exported(case, f"{name}.quarter", "--memory-budget", quarter)),
-        ]
-        if "slices" in variants[1][2][1]["how"]:
+        variants = [("none", "", whole)]
+        for budget, size in (("half", half), ("quarter", quarter)):
+            try:
+                variants.append((budget, size, exported(case, f"{name}.{budget}", "--memory-budget", size)))
+            except BenchError as error:
+                print(f"{case.title}, budget {budget}: {error}", file=sys.stderr)
+        if any(budget == "half" and "slices" in plan["how"] for budget, _, (_, plan) in variants):
             # A slice as large as the batch leaves nothing but recomputation.
             alone = exported(case, f"{name}.again", "--micro-batch", str(BATCH), "--memory-budget", half)
             variants.append(("half, recomputation alone", half, alone))
