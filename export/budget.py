@@ -27,8 +27,8 @@ def training_graph(
     ``tune``: formulations of convolutions are measured.
 
     Where a slice of the batch gives what it gives within the whole batch, slices come first: what is smaller stays in
-    the cache, and where activations are what takes memory, a step takes 0.8 to 1.0 times as long (slices of 8 and 16
-    rows; 1.1 to 1.3 in the McMahan CNN, which has 6.6 MB of gradients to add up). Elsewhere, as with batch
+    the cache, and where activations are what takes memory, a step takes about as long (0.85 to 1.05 times in slices of
+    8 and 16 rows; 1.1 to 1.3 in the McMahan CNN, which has 6.6 MB of gradients to add up). Elsewhere, as with batch
     normalisation, recomputation does.
 
     Raises:
