@@ -38,7 +38,7 @@ class Trained:
 def train(problem: Problem, given: Given, steps: int, dtype: torch.dtype = torch.float32) -> Trained:
     """Make the steps on one batch, in ``dtype``; the module is in training mode and stays as it is."""
     weights, buffers, frozen, batch, anchors, controls = (
-        _in_dtype(tensors, dtype)
+        in_dtype(tensors, dtype)
         for tensors in (given.weights, given.buffers, problem.frozen, given.batch, given.anchors, given.controls)
     )
     leaves = {n: t.clone().requires_grad_() for n, t in weights.items()}
@@ -85,7 +85,8 @@ def _backward(problem: Problem, state: Tensors, batch: Tensors, seed: int, numbe
     return mean
 
 
-def _in_dtype(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
+    """Tensors of floats in ``dtype``, others as they are."""
     return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
 
 
