@@ -124,6 +124,20 @@ def write_artifacts(
     return report
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a place for artifacts where something else is: what is there is replaced.
+
+    Raises:
+        FedgeError: it is a file, or a folder with other files.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FedgeError(f"{folder} is a file; name a folder with -o")
+    known = {FP32, DYNAMIC, STATIC, TENSORS, REPORT}
+    others = sorted({entry.name for entry in folder.iterdir()} - known) if folder.is_dir() else []
+    if others:
+        raise FedgeError(f"{folder} holds {others[0]!r}, which is no model of ours; name a new folder with -o")
+
+
 def named_tensors(bundle: Bundle, vector: Vector, buffers: Vector | None = None) -> dict[str, Array]:
     """All parameters by name, each of its own shape and dtype, with the trainable ones taken from ``vector``.
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from broker_server.artifacts import Report, read_report, read_tensors, write_artifacts
+from broker_server.artifacts import Report, check_folder, read_report, read_tensors, write_artifacts
 from broker_server.config import Federation, load
 from broker_server.ledger import BEST, Ledger, Round
 from broker_server.report import human_bytes, table
@@ -145,6 +145,8 @@ def deploy(bundle: Path, weights: Path | None, data: str | None, threads: int, o
     BUNDLE is a file that `fedge export` made; --weights names a safetensors file, such as a federation's
     global.safetensors. Held-out data calibrates the static 8-bit model and tells how good each model is.
     """
+    output = output.resolve()
+    check_folder(output)
     console, opened = Console(highlight=False), Bundle.open(bundle)
     vector, buffers = (opened.initial(), opened.initial_buffers()) if weights is None else read_tensors(weights, opened)
     source = None if data is None else open_data(data, opened.manifest)

@@ -78,6 +78,27 @@ def _rrelu(
     return F.leaky_relu(x, (lower + upper) / 2)
 
 
+def _multi_margin(
+    x: Tensor,
+    target: Tensor,
+    p: int = 1,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    size_average: object = None,
+    reduce: object = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """PyTorch's kernel gives no gradient where a margin is just kept; its decomposition does."""
+    places = target.unsqueeze(-1)
+    excess = torch.relu(margin - x.gather(-1, places) + x)
+    others = torch.arange(x.shape[-1]) != places
+    losses = torch.where(others, excess if p == 1 else excess * excess, 0.0)
+    losses = (losses if weight is None else losses * weight[places]).sum(-1) / x.shape[-1]
+    if reduction == "none":
+        return losses
+    return losses.mean() if reduction == "mean" else losses.sum()
+
+
 WRITTEN_OUT: Mapping[Any, Callable[..., Tensor]] = {
     torch.take_along_dim: _take_along_dim,
     Tensor.take_along_dim: _take_along_dim,
@@ -90,5 +111,6 @@ WRITTEN_OUT: Mapping[Any, Callable[..., Tensor]] = {
     F.lp_pool2d: _lp_pool(F.avg_pool2d, 2),
     F.lp_pool3d: _lp_pool(F.avg_pool3d, 3),
     F.rrelu: _rrelu,
+    F.multi_margin_loss: _multi_margin,
 }
 """Function of torch -> what is traced instead."""

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edge_client.errors import ExportError
+
 HANDED_OVER = "fedge"
 """Where external data of a graph is said to be: nowhere, values of that name are handed over when it is loaded."""
 
@@ -168,7 +170,10 @@ class Graph:
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=least_ir, producer_name="fedge"
         )
         # The checker looks for files of external data, so it sees inputs instead.
-        onnx.checker.check_model(model)
+        try:
+            onnx.checker.check_model(model)
+        except onnx.checker.ValidationError as error:
+            raise ExportError(f"the {name} graph is not valid ONNX: {' '.join(str(error).split())[:200]}") from error
         del model.graph.input[len(self.inputs) :]
         model.graph.initializer.extend(_without_value(port) for port in self.external)
         data: bytes = model.SerializeToString()

@@ -6,8 +6,6 @@ count as often as they were read.
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from edge_client.errors import ExportError
 from export.lower import Lowering, Rule, Size, Value
 from export.operators import Operand, operand
@@ -120,22 +118,6 @@ def _diagonal_backward(b: Lowering, out: Value, grad: Value, sizes: object, offs
     spread = _spread(b, flat, grad.name, grad.shape, flat.rank - 1, start, width + 1)
     square = b.reshape(spread, [out.shape[axis] for axis in order])
     return b.transpose(square, [order.index(axis) for axis in range(out.rank)])
-
-
-def _unfold(b: Lowering, out: Value, x: Value, dim: int, size: int, step: int) -> str:
-    if x.rank == 0:
-        raise ExportError("a scalar cannot be unfolded")
-    axis = dim % x.rank
-    count = out.static(axis)[0]
-    places = np.arange(count)[:, None] * step + np.arange(size)
-    windows = b.op("Gather", x.name, b.constant(places.astype(np.int64)), axis=axis)
-    return b.transpose(windows, [a for a in range(out.rank) if a != axis + 1] + [axis + 1])
-
-
-def _flip(b: Lowering, out: Value, x: Value, dims: Sequence[int]) -> str:
-    count = len(dims)
-    ends = b.ints([-(2**62)] * count)
-    return b.op("Slice", x.name, b.ints([-1] * count), ends, b.ints(dims), b.ints([-1] * count))
 
 
 def _repeat(b: Lowering, out: Value, x: Value, times: Sequence[Size]) -> str:
@@ -305,8 +287,6 @@ INDEXING: dict[str, Rule] = {
     "aten.select_backward": _select_backward,
     "aten.diagonal": _diagonal,
     "aten.diagonal_backward": _diagonal_backward,
-    "aten.unfold": _unfold,
-    "aten.flip": _flip,
     "aten.repeat": _repeat,
     "aten.gather": _gather,
     "aten.index_select": _index_select,

@@ -79,10 +79,18 @@ def push_transposes(graph: Graph) -> bool:
 
 def infer_shapes(graph: Graph) -> dict[str, Shape]:
     """Sizes of every value that ONNX can tell; sizes that depend on the batch are names."""
+    return _inferred(graph)[0]
+
+
+def _inferred(graph: Graph) -> tuple[dict[str, Shape], set[str]]:
+    """Sizes, and the names of float32 values."""
     model = onnx.load_from_string(graph.to_model("shapes"))
     model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     found: dict[str, Shape] = {name: value.shape for name, value in graph.constants.items()}
+    floats = {name for name, value in graph.constants.items() if value.dtype == np.float32}
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            floats.add(value.name)
         if value.type.tensor_type.HasField("shape"):
             # Symbolic sizes meet in one operator only where they are equal, whatever names ONNX gives them.
             dims = value.type.tensor_type.shape.dim
@@ -93,7 +101,7 @@ def infer_shapes(graph: Graph) -> dict[str, Shape]:
         if node.op == "Transpose" and node.outputs[0] in found:
             shape = found[node.outputs[0]]
             found[node.inputs[0]] = tuple(shape[i] for i in np.argsort(node.attributes["perm"]))
-    return found
+    return found, floats
 
 
 def postpone_expands(graph: Graph) -> bool:
@@ -130,7 +138,7 @@ class _Pusher:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._shapes = infer_shapes(graph)
+        self._shapes, self._floats = _inferred(graph)
         self._inner: dict[str, tuple[str, list[int]]] = {}
         self._made = Builder(Graph([], [], constants=graph.constants), prefix=_fresh_prefix(graph))
         self._moved = False
@@ -217,7 +225,8 @@ class _Pusher:
             return False
         rank = len(perm)
         axes = [int(a) % rank for a in constant]
-        if node.op in ("ReduceSum", "ReduceMean") and sorted(perm[a] for a in axes) == list(range(rank - 1)):
+        summed = node.op in ("ReduceSum", "ReduceMean") and node.outputs[0] in self._floats
+        if summed and sorted(perm[a] for a in axes) == list(range(rank - 1)):
             total = self._over_channels(source, node.op)
             if total is not None:
                 self._keep(Node("Reshape", [total, self._made.ints([int(size) for size in shape])], node.outputs))

@@ -205,9 +205,13 @@ def _tensor(name: str, value: object) -> Tensor | None:
     return tensor
 
 
+def _range(low: float) -> str:
+    return "above 0" if 0 < low < 1e-30 else f"of at least {low:g}"
+
+
 def _real(name: str, value: object, low: float, high: float) -> float:
     if not isinstance(value, int | float) or not (low <= value <= high) or not math.isfinite(value):
-        raise ExportError(f"loss option {name} is {value!r}; expected a finite number of at least {low:g}")
+        raise ExportError(f"loss option {name} is {value!r}; expected a finite number {_range(low)}")
     return float(value)
 
 

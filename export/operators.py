@@ -108,6 +108,15 @@ def _logical(kind: str) -> Rule:
     return lambda b, out, x, y: b.op(kind, operand(b, x, "bool"), operand(b, y, "bool"))
 
 
+def _bitwise(kind: str) -> Rule:
+    def rule(b: Lowering, out: Value, *operands: Operand) -> str:
+        if out.dtype != "bool":
+            raise ExportError(f"bitwise operators are covered on booleans; this one is on {out.dtype}")
+        return b.op(kind, *(operand(b, x, "bool") for x in operands))
+
+    return rule
+
+
 def _where(b: Lowering, out: Value, condition: Value, x: Operand, y: Operand) -> str:
     return b.op("Where", condition.name, operand(b, x, out.dtype), operand(b, y, out.dtype))
 
@@ -219,12 +228,12 @@ OPERATORS: dict[str, Rule] = {
     "aten.ge": _compared("GreaterOrEqual"),
     "aten.logical_and": _logical("And"),
     "aten.logical_or": _logical("Or"),
-    "aten.bitwise_and": _logical("And"),
-    "aten.bitwise_or": _logical("Or"),
+    "aten.bitwise_and": _bitwise("And"),
+    "aten.bitwise_or": _bitwise("Or"),
     "aten.logical_xor": _logical("Xor"),
-    "aten.bitwise_xor": _logical("Xor"),
+    "aten.bitwise_xor": _bitwise("Xor"),
     "aten.logical_not": _unary("Not"),
-    "aten.bitwise_not": _unary("Not"),
+    "aten.bitwise_not": _bitwise("Not"),
     **{
         f"aten.{name}": _unary(name.capitalize())
         for name in ("neg", "exp", "log", "sqrt", "abs", "sign", "reciprocal", "sigmoid", "tanh", "erf")

@@ -26,7 +26,8 @@ def merge_equal(graph: Graph) -> bool:
     outputs = {port.name for port in graph.outputs}
     kept = []
     for node in graph.nodes:
-        node.inputs = [names.get(name, name) for name in node.inputs]
+        for inner in node.nested():
+            inner.inputs = [names.get(name, name) for name in inner.inputs]
         first = seen.setdefault(node.key, node)
         if first is node or outputs.intersection(node.outputs):
             kept.append(node)

@@ -52,7 +52,7 @@ class Axis:
     @property
     def plain(self) -> bool:
         """Whether the axis stays as it is."""
-        return self.points == 1 and self.into.shape[0] == self.into.shape[1]
+        return self.points == 1 and np.array_equal(self.into, np.eye(len(self.into)))
 
 
 def correlation(outputs: int, taps: int) -> tuple[Matrix, Matrix, Matrix]:

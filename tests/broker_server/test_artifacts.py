@@ -7,7 +7,7 @@ import safetensors.numpy
 from click.testing import CliRunner
 
 from broker_server import artifacts
-from broker_server.artifacts import read_report, read_tensors, write_artifacts
+from broker_server.artifacts import check_folder, read_report, read_tensors, write_artifacts
 from broker_server.cli import deploy
 from broker_server.evaluation import HeldOut
 from edge_client import runtime
@@ -195,3 +195,22 @@ def test_deploy_command(bundle, held_out, vector, tmp_path):
     assert f"400 held-out samples, onnxruntime {runtime.VERSION}" in output
     assert read_report(tmp_path / "to" / "pi").models[0].metrics["accuracy"] > 0.9
     assert read_report(tmp_path) is None
+
+
+@pytest.mark.parametrize(("make", "message"), [("folder", "notes.txt"), ("file", "is a file")])
+def test_deploy_replaces_nothing_of_others(make, message, tmp_path):
+    place = tmp_path / "place"
+    if make == "folder":
+        place.mkdir()
+        (place / "notes.txt").write_text("mine")
+    else:
+        place.write_text("mine")
+    with pytest.raises(FedgeError, match=message):
+        check_folder(place)
+    assert (place / "notes.txt" if make == "folder" else place).read_text() == "mine"
+
+
+def test_deploy_may_replace_its_own(tmp_path):
+    check_folder(tmp_path / "none")
+    (tmp_path / "infer.onnx").write_bytes(b"")
+    check_folder(tmp_path)

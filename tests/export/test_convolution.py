@@ -43,6 +43,8 @@ LAYERS = [
     layer(16, 5, (11, 10), (5, 5), stride=3, padding=2),
     layer(16, 20, (7, 5), (1, 1)),
     layer(16, 5, (9, 8), (1, 1), stride=2),
+    layer(8, 8, (3, 3), (1, 1), stride=2, padding=1),
+    layer(6, 4, (2, 5), (3, 3), stride=4, padding=3),
     layer(20, 6, (13, 12), (5, 5), padding=2),
     layer(16, 4, (14, 9), (7, 7), stride=2, padding=3),
     layer(16, 4, (9, 9), (3, 3), padding=2, dilation=2),
