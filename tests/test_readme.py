@@ -111,6 +111,8 @@ def test_benchmark_commands_run_small(line, tmp_path):
     if line.startswith("make bench-training"):
         short = "--seconds 0.02 --threads 1 --attempts 1 --chapters steps,memory,start"
         line = f"{sys.executable} tests/bench/training.py digits {short}"
+    if line.startswith("make bench-memory"):
+        line = f"{sys.executable} tests/bench/memory.py digits --seconds 0.05"
     prepared = tmp_path / "data" / "fashion-mnist"
     if "build/data" in line:
         run([sys.executable, "tests/datasets.py", "fashion-mnist", str(prepared)], ROOT, small, 60)
