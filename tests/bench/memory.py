@@ -70,6 +70,25 @@ def exported(case: Case, title: str, *options: str) -> tuple[Path, dict[str, Any
     return bundle, {"planned_bytes": parse_size(said["size"]), "how": said["how"].strip(", ")}
 
 
+def exports(name: str, case: Case) -> list[tuple[str, str, tuple[Path, dict[str, Any]]]]:
+    """Budget, its bytes and the bundle, for every budget that can be kept."""
+    found = [("none", "", exported(case, name))]
+    peak = found[0][2][1]["planned_bytes"]
+
+    def attempt(budget: str, size: int, title: str, *options: str) -> None:
+        try:
+            found.append((budget, str(size), exported(case, title, *options, "--memory-budget", str(size))))
+        except BenchError as error:
+            print(f"{case.title}, budget {budget}: {error}", file=sys.stderr)
+
+    attempt("half", peak // 2, f"{name}.half")
+    attempt("quarter", peak // 4, f"{name}.quarter")
+    if any(budget == "half" and "slices" in plan["how"] for budget, _, (_, plan) in found):
+        # A slice as large as the batch leaves nothing but recomputation.
+        attempt("half, recomputation alone", peak // 2, f"{name}.again", "--micro-batch", str(BATCH))
+    return found
+
+
 def run(names: list[str], seconds: float) -> list[dict[str, Any]]:
     """A row for each case and budget."""
     rows: list[dict[str, Any]] = []
@@ -78,19 +97,7 @@ def run(names: list[str], seconds: float) -> list[dict[str, Any]]:
         FOLDER.mkdir(parents=True, exist_ok=True)
         data = FOLDER / f"{name}.npz"
         write_samples(case, data)
-        whole = exported(case, name)
-        peak = whole[1]["planned_bytes"]
-        half, quarter = str(peak // 2), str(peak // 4)
-        variants = [("none", "", whole)]
-        for budget, size in (("half", half), ("quarter", quarter)):
-            try:
-                variants.append((budget, size, exported(case, f"{name}.{budget}", "--memory-budget", size)))
-            except BenchError as error:
-                print(f"{case.title}, budget {budget}: {error}", file=sys.stderr)
-        if any(budget == "half" and "slices" in plan["how"] for budget, _, (_, plan) in variants):
-            # A slice as large as the batch leaves nothing but recomputation.
-            alone = exported(case, f"{name}.again", "--micro-batch", str(BATCH), "--memory-budget", half)
-            variants.append(("half, recomputation alone", half, alone))
+        variants = exports(name, case)
         for budget, size, (bundle, plan) in variants:
             program = [sys.executable, str(Path(__file__)), "--measure", str(bundle), str(data)]
             log = FOLDER / f"{bundle.stem}.steps.txt"
