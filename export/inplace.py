@@ -23,11 +23,11 @@ import numpy.typing as npt
 from edge_client import runtime
 from edge_client.errors import ExportError
 from export.graph import Graph, Node, Port
+from export.memory import VIEWS
 from export.step import SEED, Problem
 from export.updates import STEP
 from export.verify import Graphs
 
-_VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Identity"}
 _PRODUCTS = {"MatMul", "Gemm", "Conv"}
 _STEPS, _ROWS = 3, 5
@@ -65,7 +65,7 @@ def _order(graph: Graph, port: Port, old: str) -> None:
             for inner in node.nested():
                 inner.inputs = [unordered if name == port.name else name for name in inner.inputs]
         writer.outputs = [unordered if name == port.name else name for name in writer.outputs]
-        if writer.op in _VIEWS:
+        if writer.op in VIEWS:
             # Another name of memory that may be written to: here Tile, which repeats it once, is a copy that stays one.
             ones, writer.outputs = f"{unordered}.ones", [f"{unordered}.view"]
             graph.constants[ones] = np.ones(len(port.shape), np.int64)
@@ -84,7 +84,7 @@ def _readers(graph: Graph, old: str) -> tuple[set[str], list[Node]]:
     views, readers = {old}, []
     for node in graph.nodes:
         if not views.isdisjoint(name for inner in node.nested() for name in inner.inputs):
-            if node.op in _VIEWS and outputs.isdisjoint(node.outputs):
+            if node.op in VIEWS and outputs.isdisjoint(node.outputs):
                 views.update(node.outputs)
             else:
                 readers.append(node)

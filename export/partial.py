@@ -96,6 +96,7 @@ def changing_buffers(module: nn.Module, inputs: Sequence[Feature]) -> frozenset[
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.func.functional_call(module.train(), state, batch)
     except Exception:
+        # Tracing the step fails for the same reason, and names the module.
         return frozenset()
     finally:
         for part, training in modes.items():
