@@ -43,6 +43,7 @@ from edge_client.errors import CodecError
 
 Indices = npt.NDArray[np.int64]
 Levels = npt.NDArray[np.int32]
+Magnitudes = npt.NDArray[np.float64]
 
 ROWS, COLUMNS = 1, 2
 CLASSES = 64
@@ -55,9 +56,9 @@ LIST_BITS = 160
 _FLOORS = np.array([math.isqrt(2 ** (k - 1) - 1) + 1 if k > 1 else 1 for k in range(1, CLASSES)], np.int64)
 
 
-def activity(counts: npt.NDArray[np.int64] | int) -> Indices:
-    """``cls`` of each count (``int64``, any shape)."""
-    return np.searchsorted(_FLOORS, counts, side="right")
+def activity(sums: npt.NDArray[np.number] | float) -> Indices:
+    """``cls`` of each sum of magnitudes (any shape)."""
+    return np.searchsorted(_FLOORS, sums, side="right")
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,11 @@ class _Grid:
         return [(ROWS, self.rows), (COLUMNS, self.columns)]
 
 
-def matrix(tensor: TensorSpec) -> tuple[int, int]:
-    """Rows and columns of a tensor's matrix view."""
-    rows = tensor.shape[0] if len(tensor.shape) > 1 and tensor.size > 0 else 1
-    return rows, tensor.size // rows
-
-
-def _offset(mode: int, rows: int, columns: int, hits: int) -> int:
-    """``o`` above; ``hits`` is ``cls(t)``."""
+def _offset(mode: int, rows: int, columns: int, total: int) -> int:
+    """``o`` above; ``total`` is ``cls(t)``."""
     if mode == 0:
-        return int(activity(rows * columns)) - hits
-    return (0, int(activity(columns)), int(activity(rows)), hits)[mode]
+        return int(activity(rows * columns)) - total
+    return (0, int(activity(columns)), int(activity(rows)), total)[mode]
 
 
 @dataclass(frozen=True)
@@ -151,11 +146,12 @@ def _streams(blocks: tuple[Indices, ...], edges: Indices) -> tuple[_Streams, Ind
     return _Streams(stop - size, grid[order], row[order], column[order], width[order], ends), order
 
 
-def _entropy(hits: npt.NDArray[np.int64], size: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Bits that tell which ``hits`` of ``size`` elements are non-zero, elementwise."""
-    n, h = np.maximum(size, 1).astype(np.float64), hits.astype(np.float64)
-    rest = n - h
-    return -(h * np.log2(np.maximum(h, 1) / n) + rest * np.log2(np.maximum(rest, 1e-9) / n))
+def _entropy(size: npt.NDArray[np.number], mass: npt.NDArray[np.number]) -> npt.NDArray[np.float64]:
+    """Bits of ``size`` geometric magnitudes that sum to ``mass``, elementwise; what a stream costs without its signs."""
+    n, s = size.astype(np.float64), mass.astype(np.float64)
+    bits: npt.NDArray[np.float64] = (n + s) * np.log2(np.maximum(n + s, 1)) - n * np.log2(np.maximum(n, 1))
+    bits -= s * np.log2(np.maximum(s, 1))
+    return bits
 
 
 def _list_bits(values: Indices) -> float:
@@ -164,18 +160,19 @@ def _list_bits(values: Indices) -> float:
     return float(-(count * np.log2(count / len(values))).sum()) + LIST_BITS
 
 
-def _choose_grid(tensor: TensorSpec, start: int, local: Indices) -> _Grid:
-    """The mode of least estimated cost for the non-zeros at ``local`` (ascending) of one tensor."""
-    n_rows, n_columns = matrix(tensor)
-    hits = int(activity(len(local)))
+def _choose_grid(tensor: TensorSpec, start: int, local: Indices, magnitude: Magnitudes) -> _Grid:
+    """The mode of least estimated cost for the magnitudes at ``local`` (ascending) of one tensor."""
+    n_rows, n_columns = tensor.matrix
+    mass = float(magnitude.sum())
+    total = int(activity(mass))
     flat = [np.zeros(n, np.int64) for n in (n_rows, n_columns)]
-    best = _Grid(start, 0, _offset(0, n_rows, n_columns, hits), *flat)
+    best = _Grid(start, 0, _offset(0, n_rows, n_columns, total), *flat)
     if n_rows < 2:
         return best
-    least = float(_entropy(np.array(len(local)), np.array(tensor.size)))
+    least = float(_entropy(np.array(tensor.size), np.array(mass)))
     row = local // n_columns
     column = local - row * n_columns
-    sides = [activity(np.bincount(at, minlength=n)) for at, n in ((row, n_rows), (column, n_columns))]
+    sides = [activity(np.bincount(at, magnitude, n)) for at, n in ((row, n_rows), (column, n_columns))]
     lists = [_list_bits(side) for side in sides]
     for mode in (ROWS, COLUMNS, ROWS | COLUMNS):
         cost = sum(bits for side, bits in zip((ROWS, COLUMNS), lists, strict=True) if mode & side)
@@ -183,35 +180,34 @@ def _choose_grid(tensor: TensorSpec, start: int, local: Indices) -> _Grid:
             continue
         a = sides[0] if mode & ROWS else flat[0]
         b = sides[1] if mode & COLUMNS else flat[1]
-        sums = np.bincount(a[row] + b[column], minlength=2 * CLASSES)
+        sums = np.bincount(a[row] + b[column], magnitude, 2 * CLASSES)
         heights, widths = np.bincount(a), np.bincount(b)
         if mode & ROWS:
             heights[0] = 0
         if mode & COLUMNS:
             widths[0] = 0
         sizes = np.convolve(heights, widths)
-        cost += float(_entropy(sums[: len(sizes)], sizes).sum())
+        cost += float(_entropy(sizes, sums[: len(sizes)]).sum())
         if cost < least:
-            least, best = cost, _Grid(start, mode, _offset(mode, n_rows, n_columns, hits), a, b)
+            least, best = cost, _Grid(start, mode, _offset(mode, n_rows, n_columns, total), a, b)
     return best
 
 
-def _choose_edges(expectation: Indices, size: Indices, hits: Indices) -> Indices:
+def _choose_edges(expectation: Indices, size: Indices, mass: npt.NDArray[np.float64]) -> Indices:
     """Edges between streams: neighbouring expectations share one where telling them apart would not pay."""
     values, group = np.unique(expectation, return_inverse=True)
-    sizes = np.bincount(group, size).astype(np.int64)
-    found = np.bincount(group, hits).astype(np.int64)
+    sizes, sums = np.bincount(group, size), np.bincount(group, mass)
     keep = np.ones(len(values), bool)
     while len(sizes) > 1:
-        merged = _entropy(found[:-1] + found[1:], sizes[:-1] + sizes[1:])
-        each = _entropy(found, sizes)
+        merged = _entropy(sizes[:-1] + sizes[1:], sums[:-1] + sums[1:])
+        each = _entropy(sizes, sums)
         loss = merged - each[:-1] - each[1:]
         at = int(np.argmin(loss))
         if loss[at] > STREAM_BITS:
             break
-        for sums in (sizes, found):
-            sums[at] += sums[at + 1]
-        sizes, found = np.delete(sizes, at + 1), np.delete(found, at + 1)
+        for totals in (sizes, sums):
+            totals[at] += totals[at + 1]
+        sizes, sums = np.delete(sizes, at + 1), np.delete(sums, at + 1)
         keep[np.flatnonzero(keep)[at + 1]] = False
     return values[keep][1:]
 
@@ -240,12 +236,13 @@ def encode_levels(index: Indices, level: Levels, layout: Layout) -> bytes:
     """
     if len(index) == 0:
         return varint(0)
+    weight = np.abs(level.astype(np.float64))
     grids, spans, modes = [], [], np.zeros(len(layout.tensors), np.uint32)
     for number, (tensor, where) in enumerate(layout.slices()):
         low, high = np.searchsorted(index, (where.start, where.stop))
         if low < high:
-            grid = _choose_grid(tensor, where.start, index[low:high] - where.start)
-            modes[number] = 4 * int(activity(int(high - low))) + grid.mode
+            grid = _choose_grid(tensor, where.start, index[low:high] - where.start, weight[low:high])
+            modes[number] = 4 * int(activity(weight[low:high].sum())) + grid.mode
             grids.append(grid)
             spans.append((int(low), int(high)))
     blocks = _blocks(grids)
@@ -265,14 +262,14 @@ def encode_levels(index: Indices, level: Levels, layout: Layout) -> bytes:
         table[a[mine], b[mine]] = mine
         block[low:high] = table[grid.rows[row], grid.columns[column]]
         within[low:high] = _ranks(grid.rows)[row] * width[block[low:high]] + _ranks(grid.columns)[column]
-    edges = _choose_edges(expectation, height * width, np.bincount(block, minlength=len(owner)))
+    edges = _choose_edges(expectation, height * width, np.bincount(block, weight, len(owner)))
     streams, order = _streams(blocks, edges)
     base = np.empty(len(order), np.int64)
     base[order] = streams.base
     # Sorting value and place as one integer is several times faster than an argsort.
     keys = np.sort(((base[block] + within) << 32) | level.view(np.uint32))
     position, level = keys >> 32, keys.astype(np.uint32).view(np.int32)
-    magnitude = (np.abs(level.astype(np.int64)) - 1).astype(np.uint32)
+    magnitude = np.abs(level).view(np.uint32)
     parts = [varint(len(index)), section(pack(modes))]
     for grid in grids:
         parts += [section(pack(side.astype(np.uint32))) for bit, side in grid.sides() if grid.mode & bit]
@@ -280,10 +277,15 @@ def encode_levels(index: Indices, level: Levels, layout: Layout) -> bytes:
     begin, low = 0, 0
     for end in streams.ends.tolist():
         high = int(np.searchsorted(position, end))
-        parts.append(varint(high - low))
-        if high > low:
+        dense = 2 * (high - low) > end - begin
+        parts.append(varint(2 * (high - low) + dense))
+        if dense:
+            values = np.zeros(end - begin, np.uint32)
+            values[position[low:high] - begin] = magnitude[low:high]
+            parts.append(section(pack(values)))
+        elif high > low:
             gaps = np.diff(position[low:high], prepend=begin - 1) - 1
-            parts += [section(pack(gaps.astype(np.uint32))), section(pack(magnitude[low:high]))]
+            parts += [section(pack(gaps.astype(np.uint32))), section(pack(magnitude[low:high] - np.uint32(1)))]
         begin, low = end, high
     parts.append(section(np.packbits(level < 0).tobytes()))
     return b"".join(parts)
@@ -314,7 +316,7 @@ def decode_levels(data: bytes | memoryview, layout: Layout, what: str = "update"
     reader.end()
     if len(signs) != (count + 7) // 8:
         raise CodecError(f"{what} is corrupt: {len(signs)} bytes of signs for {count} values; fetch it again")
-    level = magnitude.astype(np.int32) + np.int32(1)
+    level = magnitude.view(np.int32)
     np.negative(level, out=level, where=np.unpackbits(np.frombuffer(signs, np.uint8), count=count).view(bool))
     return _locate(position, streams, grids), level
 
@@ -324,11 +326,11 @@ def _read_grids(reader: Reader, layout: Layout) -> list[_Grid]:
     modes = unpack(reader.section(), len(slices), reader.what)
     grids = []
     for (tensor, where), word in zip(slices, modes.tolist(), strict=True):
-        hits, mode = word >> 2, word & 3
-        n_rows, n_columns = matrix(tensor)
-        if hits == 0 and word == 0:
+        total, mode = word >> 2, word & 3
+        n_rows, n_columns = tensor.matrix
+        if word == 0:
             continue
-        if hits == 0 or hits > int(activity(tensor.size)) or (mode and n_rows < 2):
+        if not 0 < total < CLASSES or tensor.size == 0 or (mode and n_rows < 2):
             raise CodecError(f"{reader.what} is corrupt: tensor {tensor.name!r} has impossible classes; fetch it again")
         sides = []
         for bit, size in ((ROWS, n_rows), (COLUMNS, n_columns)):
@@ -340,27 +342,39 @@ def _read_grids(reader: Reader, layout: Layout) -> list[_Grid]:
                     f"{reader.what} is corrupt: class {int(side.max())} in tensor {tensor.name!r}; fetch it again"
                 )
             sides.append(side)
-        grids.append(_Grid(where.start, mode, _offset(mode, n_rows, n_columns, hits), *sides))
+        grids.append(_Grid(where.start, mode, _offset(mode, n_rows, n_columns, total), *sides))
     return grids
 
 
 def _read_streams(reader: Reader, ends: Indices, count: int) -> tuple[Indices, npt.NDArray[np.uint32]]:
-    """Positions (``[count] int64``, ascending) and magnitudes less one (``[count] uint32``) of all streams."""
+    """Positions (``[count] int64``, ascending) and magnitudes (``[count] uint32``, none zero) of all streams."""
     position = np.empty(count, np.int64)
     magnitude = np.empty(count, np.uint32)
     begin, low = 0, 0
     for end in ends.tolist():
-        high = low + reader.varint(min(end - begin, count - low))
-        if high > low:
+        word = reader.varint(2 * min(end - begin, count - low) + 1)
+        dense, high = word & 1, low + (word >> 1)
+        if high > count:
+            raise CodecError(f"{reader.what} is corrupt: more values than the {count} that it tells; fetch it again")
+        if dense:
+            values = unpack(reader.section(), end - begin, reader.what)
+            found = np.flatnonzero(values)
+            if len(found) != high - low:
+                raise CodecError(
+                    f"{reader.what} is corrupt: {len(found)} values in a stream of {high - low}; fetch it again"
+                )
+            np.add(found, begin, out=position[low:high])
+            magnitude[low:high] = values[found]
+        elif high > low:
             gaps = unpack(reader.section(), high - low, reader.what)
-            magnitude[low:high] = unpack(reader.section(), high - low, reader.what)
+            np.add(unpack(reader.section(), high - low, reader.what), 1, out=magnitude[low:high])
             # Below 2^31 gaps of below 2^32 each, the sum stays in 63 bits.
             np.cumsum(gaps + np.int64(1), out=position[low:high])
             position[low:high] += begin - 1
             if position[high - 1] >= end:
                 raise CodecError(f"{reader.what} is corrupt: a value lies past the end of its stream; fetch it again")
         begin, low = end, high
-    if low != count or int(magnitude.max()) >= 2**31 - 1:
+    if low != count or not 0 < int(magnitude.min()) <= int(magnitude.max()) < 2**31:
         raise CodecError(
             f"{reader.what} is corrupt: its {count} values are not all there or out of range; fetch it again"
         )

@@ -24,6 +24,12 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the tensor seen as ``[shape[0], rest]``; ``[1, size]`` below two dimensions."""
+        rows = self.shape[0] if len(self.shape) > 1 and self.size > 0 else 1
+        return rows, self.size // rows
+
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An ordered list of float32 tensors, laid end to end in one flat vector, each in C order."""

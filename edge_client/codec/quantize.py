@@ -48,17 +48,12 @@ class Quantized:
     def values(self) -> Vector:
         """The reconstructed non-zeros, ``[m] float32``, the same bits on every platform.
 
-        ``level * 128 + offset`` is exact in float64; its product with ``step / 128`` is rounded once to float64, once
-        to float32, and saturates at the largest float32.
+        Level and centroid are exact in float64; their product with the step is rounded once to float64, once to
+        float32, and saturates at the largest float32.
         """
-        if len(self.level) == 0:
-            return np.empty(0, np.float32)
-        negative = self.level < 0
-        magnitude = np.abs(self.level.astype(np.int64))
-        offsets = np.array((0, *self.offsets), np.int64)[np.minimum(magnitude, CENTROIDS)]
-        value = (magnitude * OFFSET_UNITS + offsets).astype(np.float64) * (self.step / OFFSET_UNITS)
-        np.minimum(value, _LARGEST, out=value)
-        np.negative(value, out=value, where=negative)
+        value = reconstruct(self.level, self.offsets)
+        value *= self.step
+        np.clip(value, -_LARGEST, _LARGEST, out=value)
         return value.astype(np.float32)
 
     def scatter(self, size: int) -> Vector:
@@ -87,34 +82,53 @@ def rms(vector: npt.NDArray[np.floating]) -> float:
     return float(np.sqrt(total / len(vector)))
 
 
-def quantize(vector: Vector, multiple: float, dead_zone: float) -> Quantized:
-    """Quantize a vector that is finite and not all zero.
+def quantize(vector: Vector, step: float, dead_zone: float) -> Quantized:
+    """Quantize a finite vector.
 
     Args:
         vector: ``[n] float32``.
-        multiple: the step, in root mean squares of the vector. The step is never above the largest magnitude, so that
-            at least one value is told and error feedback always gets rid of something, and never so small that a level
-            passes ``LEVEL_LIMIT``.
+        step: distance of two levels, above 0, and such that no level passes ``LEVEL_LIMIT``.
         dead_zone: in steps, 0.5 to 1; 0.6 to 0.75 is best for the rates of interest (an entropy-coded uniform
             quantizer).
     """
-    highest = peak(vector)
     values: npt.NDArray[np.floating] = vector
-    if not 1e-15 < highest < 1e15:
-        values = vector.astype(np.float64)  # squares would leave float32's range
-    step = min(max(multiple * rms(values), highest / LEVEL_LIMIT), highest)
+    if not 1e-15 < step < 1e15:
+        values = vector.astype(np.float64)  # the edge would leave float32's range
     # Comparing both ways reads the vector twice but writes only masks: cheaper than a copy of magnitudes.
     edge = values.dtype.type(dead_zone * step)
     index = np.flatnonzero((values >= edge) | (values <= -edge))
-    chosen = values[index].astype(np.float64) / step
-    magnitude = np.abs(chosen)
-    level = np.maximum(np.rint(magnitude), 1.0)
+    scaled = values[index].astype(np.float64) / step
+    level = np.copysign(np.maximum(np.rint(np.abs(scaled)), 1.0), scaled).astype(np.int32)
+    return Quantized(step, centroids(scaled, level), index, level)
+
+
+def levels(scaled: npt.NDArray[np.float64], dead_zone: float) -> npt.NDArray[np.int32]:
+    """The level of each value that is given in steps, zeros included; any shape."""
+    magnitude = np.abs(scaled)
+    level = np.copysign(np.maximum(np.rint(magnitude), 1.0), scaled)
+    level[magnitude < dead_zone] = 0.0
+    return level.astype(np.int32)
+
+
+def centroids(scaled: npt.NDArray[np.float64], level: npt.NDArray[np.int32]) -> tuple[int, int, int]:
+    """``Quantized.offsets`` for values in steps and their levels, both of one shape."""
+    magnitude = np.abs(level)
+    beyond = np.abs(scaled) - magnitude
     offsets = []
     for number in range(1, CENTROIDS + 1):
-        members = level == number if number < CENTROIDS else level >= number
-        mean = float((magnitude - level)[members].mean()) if members.any() else 0.0
+        members = magnitude == number if number < CENTROIDS else magnitude >= number
+        mean = float(beyond[members].mean()) if members.any() else 0.0
         offsets.append(max(-OFFSET_UNITS, min(OFFSET_UNITS - 1, round(mean * OFFSET_UNITS))))
-    return Quantized(step, (offsets[0], offsets[1], offsets[2]), index, np.copysign(level, chosen).astype(np.int32))
+    return offsets[0], offsets[1], offsets[2]
+
+
+def reconstruct(level: npt.NDArray[np.int32], offsets: tuple[int, int, int]) -> npt.NDArray[np.float64]:
+    """Where levels lie, in steps (float64, exact), each moved away from zero by its magnitude's centroid."""
+    outward = np.array((0, *offsets), np.float64) / OFFSET_UNITS
+    table = np.concatenate((-outward[:0:-1], outward))
+    value: npt.NDArray[np.float64] = table[np.clip(level, -CENTROIDS, CENTROIDS) + CENTROIDS]
+    value += level
+    return value
 
 
 def pack_residual(residual: Vector, step: float) -> bytes:

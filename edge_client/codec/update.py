@@ -1,10 +1,10 @@
 """What a client sends after training: named vectors and named scalars in one run of bytes.
 
-Byte format, version 1
+Byte format, version 2
 ----------------------
 ======================  ==============================================================================================
 ``FU``                  two bytes of magic
-``0x01``                version
+``0x02``                version
 varint                  length of the header, at most 16384
 header                  MessagePack array of three: the layouts' digest (8 bytes binary), the scalars (map of name to
                         integer or float), the vectors (map of name, ascending, to an array ``[kind, length]``)
@@ -20,8 +20,7 @@ kind  name         payload
 0     zero         none: all values are 0
 1     non-finite   none: the vector held a NaN or an infinity; it decodes to NaN throughout
 2     raw          float32, little-endian, one for each element
-3     quantized    step, float64, little-endian; three int8 centroid offsets (``quantize.Quantized``); then the levels
-                   (``entropy``)
+3     quantized    see ``vector``
 ====  ===========  ===================================================================================================
 
 The vector named ``delta`` is quantized, all others travel raw, and so does ``delta`` where that is not larger.
@@ -29,7 +28,6 @@ The vector named ``delta`` is quantized, all others travel raw, and so does ``de
 
 import hashlib
 import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -38,21 +36,30 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from edge_client.codec.entropy import decode_levels, encode_levels
 from edge_client.codec.integers import Reader, varint
 from edge_client.codec.layout import Layout, Vector
-from edge_client.codec.quantize import Quantized, peak, quantize
+from edge_client.codec.quantize import peak
+from edge_client.codec.rate import solve
+from edge_client.codec.vector import VectorEncoder, decode_vector
 from edge_client.errors import CodecError
 
 MAGIC = b"FU"
-VERSION = 1
+VERSION = 2
 HEADER_LIMIT = 16384
 DELTA = "delta"
 """The vector that is quantized and has a residual."""
 
 ZERO, NONFINITE, RAW, QUANTIZED = range(4)
 
-_TABLE = struct.Struct("<d3b")
+_BYTES_SLOPE, _NOISE_SLOPE = -1.5, 1.5
+_STEP_AT_A_BIT = 0.6
+"""Of real updates, in root mean squares: where rate control begins."""
+_ENTRY = 16
+"""About what naming one more vector costs."""
+
+TARGETS = {"step": 1000.0, "bits": 32.0, "bytes": 2.0**34, "nmse": 0.999}
+"""Largest value of each target."""
+
 _DIGEST = 8
 _Name = Annotated[str, Meta(min_length=1, max_length=64)]
 
@@ -60,13 +67,27 @@ _Name = Annotated[str, Meta(min_length=1, max_length=64)]
 class CodecSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How updates are encoded.
 
-    ``kind``: quantized, or none for float32 as it is. ``step``: distance of two levels, in root mean squares of the
-    vector. ``dead_zone``: in steps, what is smaller is sent as zero and stays in the residual.
+    ``kind``: quantized, or none for float32 as it is. ``target`` and ``value`` say how finely:
+
+    ======  ===========================================================================================
+    step    distance of two levels, in root mean squares of the vector, up to 1000
+    bits    bits a parameter of the vector, up to 32
+    bytes   bytes of the whole update
+    nmse    energy of what is lost as a share of the vector's (normalized mean squared error), below 1
+    ======  ===========================================================================================
+
+    Raises:
+        ValueError: the value is out of the target's range.
     """
 
     kind: Literal["quantized", "none"] = "quantized"
-    step: Annotated[float, Meta(gt=0, le=1000)] = 2.0
-    dead_zone: Annotated[float, Meta(ge=0.5, le=1)] = 0.7
+    target: Literal["step", "bits", "bytes", "nmse"] = "bits"
+    value: Annotated[float, Meta(gt=0)] = 0.1
+
+    def __post_init__(self) -> None:
+        limit = TARGETS[self.target]
+        if not self.value <= limit:
+            raise ValueError(f"value is {self.value:g} {self.target}; expected at most {limit:g}")
 
 
 @dataclass(frozen=True)
@@ -125,42 +146,62 @@ def encode_update(
     """
     if set(vectors) != set(layouts):
         raise CodecError(f"update has the vectors {sorted(vectors)}; expected {sorted(layouts)}, one for each layout")
-    parts: dict[str, _Part] = {}
-    payload: list[bytes] = []
+    payload: dict[str, tuple[int, bytes]] = {}
     residual, step = np.zeros(0, np.float32), 0.0
-    for name in sorted(vectors):
+    # The quantized vector comes last: what the others take is not there for it where bytes are the target.
+    for name in sorted(vectors, key=lambda name: (name == DELTA, name)):
         vector = vectors[name]
         layouts[name].check(vector)
-        quantized = None
         highest = peak(vector)
         if not math.isfinite(highest):
-            kind, data = NONFINITE, b""
+            payload[name] = NONFINITE, b""
         elif highest == 0:
-            kind, data = ZERO, b""
+            payload[name] = ZERO, b""
         else:
-            kind, data = RAW, b""
             if name == DELTA and settings.kind == "quantized":
-                quantized = quantize(vector, settings.step, settings.dead_zone)
-                kind, data = QUANTIZED, _encode_quantized(quantized, layouts[name])
-            if kind == RAW or len(data) >= 4 * vector.size:
-                kind, data, quantized = RAW, vector.astype("<f4", copy=False).tobytes(), None
-        if name == DELTA and quantized is None:
+                spent = len(_frame(layouts, scalars, payload)) + _ENTRY
+                encoder = _quantized(vector, layouts[name], settings, spent)
+                if len(encoder.data) < 4 * vector.size:
+                    payload[name] = QUANTIZED, encoder.data
+                    residual, step = encoder.residual, encoder.step
+                    continue
+            payload[name] = RAW, vector.astype("<f4", copy=False).tobytes()
+        if name == DELTA:
             residual = np.zeros_like(vector)
-        elif quantized is not None:
-            residual, step = vector.copy(), quantized.step
-            residual[quantized.index] -= quantized.values()
-        parts[name] = _Part(kind, len(data))
-        payload.append(data)
+    data = _frame(layouts, scalars, payload)
+    _read_header(Reader(data, "update"))  # whatever a decoder would refuse is refused here, where it can be helped
+    return EncodedUpdate(data, residual, step)
+
+
+def _frame(
+    layouts: Mapping[str, Layout], scalars: Mapping[str, float], payload: Mapping[str, tuple[int, bytes]]
+) -> bytes:
+    parts = {name: _Part(payload[name][0], len(payload[name][1])) for name in sorted(payload)}
     header = msgspec.msgpack.encode(
         _Header(_layouts_digest(layouts), {name: _compact(value) for name, value in scalars.items()}, parts)
     )
-    data = b"".join([MAGIC, bytes([VERSION]), varint(len(header)), header, *payload])
     if len(header) > HEADER_LIMIT:
         raise CodecError(
             f"update has a header of {len(header)} bytes; expected at most {HEADER_LIMIT}: send fewer scalars"
         )
-    _read_header(Reader(data, "update"))  # whatever a decoder would refuse is refused here, where it can be helped
-    return EncodedUpdate(data, residual, step)
+    return b"".join([MAGIC, bytes([VERSION]), varint(len(header)), header, *(payload[name][1] for name in parts)])
+
+
+def _quantized(vector: Vector, layout: Layout, settings: CodecSettings, spent: int) -> VectorEncoder:
+    """The vector, encoded as the settings say, where ``spent`` bytes of the update are taken."""
+    encoder = VectorEncoder(vector, layout)
+    if settings.target == "step":
+        encoder.encode(settings.value * encoder.rms)
+        return encoder
+    if settings.target == "nmse":
+        start = 2 * math.sqrt(settings.value) * encoder.rms
+        solve(encoder.noise, settings.value, start, _NOISE_SLOPE, encoder.bounds)
+        encoder.encode(encoder.step)
+        return encoder
+    goal = settings.value * vector.size / 8 if settings.target == "bits" else max(settings.value - spent, 1.0)
+    start = _STEP_AT_A_BIT * (vector.size / 8 / goal) ** (-1 / _BYTES_SLOPE) * encoder.rms
+    solve(lambda step: float(len(encoder.encode(step))), goal, start, _BYTES_SLOPE, encoder.bounds)
+    return encoder
 
 
 def decode_update(data: bytes, layouts: Mapping[str, Layout]) -> DecodedUpdate:
@@ -229,10 +270,6 @@ def _read_header(reader: Reader) -> _Header:
         raise CodecError(f"update has a corrupt header: {error}; fetch it again") from error
 
 
-def _encode_quantized(quantized: Quantized, layout: Layout) -> bytes:
-    return _TABLE.pack(quantized.step, *quantized.offsets) + encode_levels(quantized.index, quantized.level, layout)
-
-
 def _decode_vector(data: memoryview, kind: int, layout: Layout, name: str) -> Vector:
     what = f"vector {name!r} of the update"
     if kind == RAW:
@@ -240,11 +277,6 @@ def _decode_vector(data: memoryview, kind: int, layout: Layout, name: str) -> Ve
             raise CodecError(f"{what} has {len(data)} bytes; expected {4 * layout.size}: fetch it again")
         return np.frombuffer(data, "<f4").astype(np.float32)
     if kind == QUANTIZED:
-        reader = Reader(data, what)
-        step, *offsets = _TABLE.unpack(reader.take(_TABLE.size))
-        if not 0 < step < math.inf:
-            raise CodecError(f"{what} has step {step}; expected a positive finite number: fetch it again")
-        index, level = decode_levels(data[_TABLE.size :], layout, what)
-        return Quantized(step, (offsets[0], offsets[1], offsets[2]), index, level).scatter(layout.size)
+        return decode_vector(data, layout, what)
     Reader(data, what).end()
     return np.full(layout.size, math.nan if kind == NONFINITE else 0.0, np.float32)

@@ -1,0 +1,206 @@
+"""One vector in few bytes: block after block, what is low-rank as factors, the rest element by element.
+
+All of it is quantized with one step, which spends each bit where it saves most (reverse water-filling).
+
+Byte format of a quantized vector
+---------------------------------
+The step, float32, little-endian; then, for each block (`blocks`) but the last, a varint, its length in bytes; then the
+blocks. A block is
+
+1. three int8: the centroid offsets of its elements (`quantize.Quantized`);
+2. where it has parts that suit factors (`lowrank.suits`): a section with the list of their ranks, in order;
+3. for each rank above 0: three int8, the centroid offsets of the right factor;
+4. the levels (`entropy`) of its parts, followed, for each part with a rank ``r`` above 0, in order, by the left factor,
+   a tensor ``[m, r]``, and the right one, ``[n, r]``.
+
+An element's value is that of its level plus, in the part's matrix, the factors' product (`lowrank`), each rounded to
+float32 before they are added in float32.
+"""
+
+import math
+import struct
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_client.codec.blocks import Block, blocks
+from edge_client.codec.entropy import decode_levels, encode_levels
+from edge_client.codec.integers import Reader, pack, section, unpack, varint
+from edge_client.codec.layout import Layout, TensorSpec, Vector
+from edge_client.codec.lowrank import Factors, Matrix, Sketch, factorize, most, sketch, suits
+from edge_client.codec.quantize import LEVEL_LIMIT, Quantized, peak, quantize, rms
+from edge_client.errors import CodecError
+
+DEAD_ZONE = 0.7
+_STEP = struct.Struct("<f")
+_OFFSETS = struct.Struct("<3b")
+_FLOOR = 0.3
+"""Directions whose singular value is below this, in steps and roots of the longer side, are not looked for."""
+
+
+class VectorEncoder:
+    """Encodes one vector (``[layout.size] float32``, finite, not all zero), at as many steps as rate control tries.
+
+    ``data`` and ``residual`` are what the last call of `encode` made; ``residual`` is what the bytes leave out.
+    """
+
+    def __init__(self, vector: Vector, layout: Layout) -> None:
+        self._vector = vector
+        self._blocks = blocks(layout)
+        self._sketches: dict[tuple[int, int], tuple[float, Sketch]] = {}
+        highest = peak(vector)
+        wide = 1e-15 < highest < 1e15
+        self.rms = rms(vector if wide else vector.astype(np.float64))
+        # float32 products of what is larger or smaller would overflow or vanish.
+        self._factors = 1e-12 < highest < 1e12
+        self.bounds = highest / LEVEL_LIMIT, highest
+        """Least and largest step: at the largest at least one value is told, so that error feedback always gets rid of
+        something; below the least a level would pass ``LEVEL_LIMIT``."""
+        self.residual = np.empty_like(vector)
+        self.data = b""
+        self.step = 0.0
+
+    def encode(self, step: float) -> bytes:
+        """Encode at a step, which is taken into ``bounds`` and to float32."""
+        self.step = self._allowed(step)
+        bodies = [self._block(block, code=True) for block in self._blocks]
+        lengths = b"".join(varint(len(body)) for body in bodies[:-1])
+        self.data = b"".join([_STEP.pack(self.step), lengths, *bodies])
+        return self.data
+
+    def noise(self, step: float) -> float:
+        """Energy of what encoding at ``step`` would leave out, as a share of the vector's; nothing is encoded."""
+        self.step = self._allowed(step)
+        for block in self._blocks:
+            self._block(block, code=False)
+        return (rms(self.residual) / self.rms) ** 2
+
+    def _allowed(self, step: float) -> float:
+        low, high = self.bounds
+        return float(np.float32(max(min(max(step, low), high), 1e-45)))
+
+    def _block(self, block: Block, *, code: bool) -> bytes:
+        left = self.residual[block.where]
+        left[:] = self._vector[block.where]
+        found = [
+            self._factorize((block.start, number), left[where].reshape(part.matrix)) if self._factors else None
+            for number, (part, where) in enumerate(_suitable(block))
+        ]
+        quantized = quantize(left, self.step, DEAD_ZONE)
+        left[quantized.index] -= quantized.values()
+        if not code:
+            return b""
+        head = [_OFFSETS.pack(*quantized.offsets)]
+        ranks = np.array([0 if one is None else one.rank for one in found], np.uint32)
+        factors = [one for one in found if one is not None]
+        index, level = [quantized.index], [quantized.level]
+        if len(ranks):
+            head.append(section(pack(ranks)))
+        start = block.layout.size
+        for one in factors:
+            head.append(_OFFSETS.pack(*one.offsets))
+            for side in (one.left, one.right):
+                at = np.flatnonzero(side)
+                index.append(at + start)
+                level.append(side.ravel()[at])
+                start += side.size
+        return b"".join([*head, encode_levels(np.concatenate(index), np.concatenate(level), _told(block, ranks))])
+
+    def _factorize(self, key: tuple[int, int], matrix: Matrix) -> Factors | None:
+        """Take the part's low-rank share out of ``matrix``, in place."""
+        floor = _FLOOR * self.step * math.sqrt(max(matrix.shape))
+        known = self._sketches.get(key)
+        if known is None or floor < known[0]:
+            # Rate control will try smaller steps too.
+            known = self._sketches[key] = (floor / 2, sketch(matrix, floor / 2))
+        factors = factorize(matrix, known[1], self.step)
+        if factors is not None:
+            for rows, product in factors.product(self.step):
+                matrix[rows] -= product
+        return factors
+
+
+def decode_vector(data: memoryview, layout: Layout, what: str) -> Vector:
+    """Decode a whole vector: ``[layout.size] float32``.
+
+    Raises:
+        CodecError: the bytes are not a quantized vector of this layout.
+    """
+    vector = np.zeros(layout.size, np.float32)
+    step, parts = _split(data, layout, what)
+    for block, part in zip(blocks(layout), parts, strict=True):
+        _decode_block(part, block, step, vector[block.where], what)
+    return vector
+
+
+def decode_block(data: memoryview, layout: Layout, number: int, what: str) -> Vector:
+    """Decode one of the layout's `blocks` without a look at the others: ``[block.stop - block.start] float32``.
+
+    Raises:
+        CodecError: the bytes are not a quantized vector of this layout.
+    """
+    block = blocks(layout)[number]
+    step, parts = _split(data, layout, what)
+    vector = np.zeros(block.stop - block.start, np.float32)
+    _decode_block(parts[number], block, step, vector, what)
+    return vector
+
+
+def _split(data: memoryview, layout: Layout, what: str) -> tuple[float, list[memoryview]]:
+    """The step, and each block's bytes."""
+    reader = Reader(data, what)
+    (step,) = _STEP.unpack(reader.take(_STEP.size))
+    if not 0 < step < math.inf:
+        raise CodecError(f"{what} has step {step}; expected a positive finite number: fetch it again")
+    count = len(blocks(layout))
+    lengths = [reader.varint(len(data)) for _ in range(count - 1)]
+    return step, [*(reader.take(length) for length in lengths), *([reader.rest()] if count else [])]
+
+
+def _decode_block(data: memoryview, block: Block, step: float, out: Vector, what: str) -> None:
+    reader = Reader(data, what)
+    offsets = _OFFSETS.unpack(reader.take(_OFFSETS.size))
+    suitable = _suitable(block)
+    ranks = np.zeros(0, np.uint32)
+    if suitable:
+        ranks = unpack(reader.section(), len(suitable), what)
+        for rank, (part, _) in zip(ranks.tolist(), suitable, strict=True):
+            if rank > most(part.matrix):
+                raise CodecError(
+                    f"{what} is corrupt: tensor {part.name!r} has rank {rank}; expected at most {most(part.matrix)}"
+                )
+    moved = [_OFFSETS.unpack(reader.take(_OFFSETS.size)) if rank else (0, 0, 0) for rank in ranks.tolist()]
+    index, level = decode_levels(reader.rest(), _told(block, ranks), what)
+    if ranks.any():
+        size = block.layout.size
+        inside = index < size
+        dense = np.zeros(_told(block, ranks).size - size, np.int32)
+        dense[index[~inside] - size] = level[~inside]
+        index, level = index[inside], level[inside]
+        start = 0
+        for rank, (part, where), offset in zip(ranks.tolist(), suitable, moved, strict=True):
+            if not rank:
+                continue
+            matrix = out[where].reshape(part.matrix)
+            sides = []
+            for length in part.matrix:
+                sides.append(dense[start : start + length * rank].reshape(length, rank))
+                start += length * rank
+            for rows, product in Factors(sides[0], sides[1], offset).product(step):
+                matrix[rows] = product
+    out[index] += Quantized(step, offsets, index, level).values()
+
+
+def _suitable(block: Block) -> list[tuple[TensorSpec, slice]]:
+    return [(part, where) for part, where in block.layout.slices() if suits(part.matrix)]
+
+
+def _told(block: Block, ranks: npt.NDArray[np.uint32]) -> Layout:
+    """The block's parts and the factors of those with a rank, as the levels see them."""
+    shapes = [
+        (length, rank)
+        for rank, (part, _) in zip(ranks.tolist(), _suitable(block), strict=True)
+        if rank
+        for length in part.matrix
+    ]
+    return Layout((*block.layout.tensors, *(TensorSpec("", shape) for shape in shapes)))
