@@ -102,6 +102,7 @@ class Coordinator:
                 if open_ := self._task_of(epoch, task, client):
                     open_.recorded(event)
                     if member is not None:
+                        member.void = None
                         member.version = open_.task.version
                         member.digest = self._digests[member.version]
                     yield from self._go_on(now)
@@ -256,7 +257,10 @@ class Coordinator:
             member = self._roster.get(client)
             if member is not None:
                 member.last_round = task.task.round
-                yield from task.invite(client, member.version, member.digest)
+                if member.void is not None:
+                    # Said before, to a client that may have been away: its residual hangs on it.
+                    yield self._tell(client, m.Receipt(*member.void, "void"))
+                yield from task.invite(client, member.version, member.digest, member.uplink)
 
     def _go_on(self, now: float) -> Iterator[e.Action]:
         """Ask others where members of the task are lost, and close it when it is over."""
@@ -273,6 +277,7 @@ class Coordinator:
                 self._open = None
                 came = f"{task.results} of {task.fewest} updates came in time"
                 yield e.Log(f"round {self._round.number}: {came}; asking again")
+                self._roster.void(task.contributors, task.identity)
                 yield from task.void()
                 self.phase, self._retry = "waiting", now + _RETRY
 

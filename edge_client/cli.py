@@ -100,6 +100,7 @@ def main() -> None:
 @click.option("--state", type=click.Path(path_type=Path), default=None, help="Folder for this device's state.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, help="Threads to train with.", show_default=True)
 @click.option("--spin", is_flag=True, help="Keep the threads awake within a step: faster, and warmer.")
+@click.option("--uplink", type=click.FloatRange(0, 1e12), default=0.0, help="Bytes a second that the link can send.")
 @click.option("--once", is_flag=True, help="Leave when the federation has finished.")
 def join(
     url: str,
@@ -110,6 +111,7 @@ def join(
     state: Path | None,
     threads: int,
     spin: bool,
+    uplink: float,
     once: bool,
 ) -> None:
     """Be a client: train when invited, upload, keep going.
@@ -150,6 +152,7 @@ def join(
             workshop=workshop,
             open_data=open_sources,
             log=log,
+            uplink=uplink,
         )
         log(f"{client}: joining {name!r} at {address}")
         try:
