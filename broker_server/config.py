@@ -387,8 +387,3 @@ def _check_rates(codec: Codec) -> None:
     }.items():
         if value > most:
             raise ConfigError(f'codec.{key} is {value}; expected at most {most:g} with codec.target = "{codec.target}"')
-    if codec.kind == "none" and (codec.clients or codec.upload_seconds):
-        raise ConfigError(
-            "codec.clients and codec.upload_seconds set the rate of quantized updates; expected none of them with "
-            'codec.kind = "none"'
-        )

@@ -116,7 +116,7 @@ def test_every_truncation_is_an_error_and_changes_nothing():
     ids=["longer", "older format", "infinite", "NaN", "negative", "zero"],
 )
 def test_damage_is_an_error(bad):
-    with pytest.raises(CodecError, match="drop it|too many"):
+    with pytest.raises(CodecError, match=r"drop it|too many"):
         add_residual(np.zeros(SIZE, np.float32), bad, LAYOUT, 5)
 
 
