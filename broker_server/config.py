@@ -96,10 +96,10 @@ class Codec(_Section, frozen=True):
     """``[codec]``: the rate of updates and of the global model."""
 
     kind: Literal["quantized", "none"] = "quantized"
-    target: Literal["step", "bits", "nmse", "bytes"] = "step"
-    """What ``value`` says of an update: its quantization step (in root mean squares of the update), its bits a
-    parameter, its noise (energy of what is lost over that of the update), or its bytes."""
-    value: Rate = 2.0
+    target: Literal["bits", "nmse", "bytes", "step"] = "bits"
+    """What ``value`` says of an update: its bits a parameter, its noise (energy of what is lost over that of the
+    update), its bytes, or its quantization step (in root mean squares of the update)."""
+    value: Rate = 0.1
     clients: dict[ClientPattern, Rate] = {}
     """Other values for some clients, by id or by pattern (``pi-*``); the first that fits holds."""
     upload_seconds: Duration = 0.0

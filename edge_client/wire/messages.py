@@ -54,8 +54,8 @@ class UpdatePlan(Struct, frozen=True, forbid_unknown_fields=True):
     """How this client encodes its update; the first three as in `edge_client.codec.update.CodecSettings`."""
 
     kind: Literal["quantized", "none"] = "quantized"
-    target: Literal["step", "bits", "nmse", "bytes"] = "step"
-    value: Annotated[float, Meta(gt=0, le=1e12)] = 2.0
+    target: Literal["bits", "nmse", "bytes", "step"] = "bits"
+    value: Annotated[float, Meta(gt=0, le=1e12)] = 0.1
     feedback: Literal["residual", "none"] = "residual"
     """Whether what the encoding loses is kept and added to the next update (error feedback), or forgotten."""
     limit: Annotated[int, Meta(ge=0, le=2**34)] = 0

@@ -60,8 +60,8 @@ learning_rate = 0.5
 momentum = 0.9
 [codec]
 kind = "none"
-target = "bits"
-value = 0.1
+target = "nmse"
+value = 0.3
 feedback = "none"
 upload_seconds = 30
 lattice = 30

@@ -72,7 +72,10 @@ def test_over_selection_asks_more_and_closes_at_the_goal():
 
 
 def test_an_invitation_says_what_to_do():
-    table = desk(train={"epochs": 2, "batch_size": 8, "hypers": {"lr": 0.5}}, codec={"value": 3.0, "feedback": "none"})
+    table = desk(
+        train={"epochs": 2, "batch_size": 8, "hypers": {"lr": 0.5}},
+        codec={"target": "step", "value": 3.0, "feedback": "none"},
+    )
     invitation = next(iter(invited(table.hello("a", "b", "c")).values()))
     assert invitation.plan == m.TrainPlan(2, 0, 8, {"lr": 0.5})
     assert invitation.update == m.UpdatePlan("quantized", "step", 3.0, "none")
@@ -148,7 +151,7 @@ def test_each_client_is_told_its_rate(name):
     table.hello("b", uplink=1000.0)
     found = invited(table.hello("pi-7", uplink=0.001))
     assert {client: (told_.update.value, told_.update.limit) for client, told_ in found.items()} == expected
-    assert {told_.update.target for told_ in found.values()} == {codec.get("target", "step")}
+    assert {told_.update.target for told_ in found.values()} == {codec.get("target", "bits")}
 
 
 def test_a_link_that_has_changed_changes_the_limit():

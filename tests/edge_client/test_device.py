@@ -60,7 +60,7 @@ class Server:
         self.link.publish(TOPICS.down("pi"), m.encode(message))
 
     def invite(self, task, state=ZERO, version=0, held=0, delta=None, kind="train", epoch=1, plan=None):
-        update = m.UpdatePlan(value=0.5)
+        update = m.UpdatePlan(target="step", value=0.5)
         plan = plan or m.TrainPlan(epochs=1, batch_size=8)
         digest = state.digest()
         self.tell(m.Invitation(epoch, task, 1, kind, plan, update, 5, 60.0, held, version, digest, delta))

@@ -32,7 +32,7 @@ DIGEST = bytes.fromhex(BUNDLE.digest)
 
 def invitation(task=1, state=ZERO, version=0, held=0, delta=None, **changes):
     plain = m.Invitation(
-        1, task, 1, "train", m.TrainPlan(epochs=2, batch_size=8), m.UpdatePlan(value=1.0), 5, 60.0, held, version,
+        1, task, 1, "train", m.TrainPlan(epochs=2, batch_size=8), m.UpdatePlan(target="step", value=1.0), 5, 60.0, held, version,
         state.digest(), None,
     )  # fmt: skip
     return e.Work(msgspec.structs.replace(plain, **changes), delta)
@@ -94,13 +94,13 @@ def test_the_order_of_the_samples_follows_the_round_and_survives_a_restart_of_th
 
 def test_what_the_encoding_lost_is_added_to_the_next_update(worker, trainer):
     plain = delta_of(worker.perform(invitation(update=m.UpdatePlan("none")), trainer, never).update)
-    coarse = m.UpdatePlan(value=4.0)
+    coarse = m.UpdatePlan(target="step", value=4.0)
     sent = delta_of(worker.perform(invitation(update=coarse), trainer, never).update)
     worker.store.settle(1, 1, recorded=True)
     residual = plain - sent
     assert np.abs(residual).max() > 0
-    other = invitation(2, update=m.UpdatePlan(value=0.01))
-    alone = m.UpdatePlan(value=0.01, feedback="none")
+    other = invitation(2, update=m.UpdatePlan(target="step", value=0.01))
+    alone = m.UpdatePlan(target="step", value=0.01, feedback="none")
     without = delta_of(worker.perform(msgspec_update(other, alone), trainer, never).update)
     with_it = delta_of(worker.perform(other, trainer, never).update)
     np.testing.assert_allclose(with_it - without, residual, atol=0.05 * np.abs(residual).max())
@@ -171,7 +171,7 @@ def test_a_residual_that_cannot_be_used_is_left_out_and_replaced(worker, trainer
 def test_without_quantization_the_residual_is_sent_in_full_and_none_is_left(worker, trainer):
     exact = m.UpdatePlan("none")
     plain = delta_of(worker.perform(invitation(update=exact), trainer, never).update)
-    sent = delta_of(worker.perform(invitation(2, update=m.UpdatePlan(value=4.0)), trainer, never).update)
+    sent = delta_of(worker.perform(invitation(2, update=m.UpdatePlan(target="step", value=4.0)), trainer, never).update)
     worker.store.settle(1, 2, recorded=True)
     rest = delta_of(worker.perform(invitation(3, update=exact), trainer, never).update)
     np.testing.assert_allclose(sent + rest, 2 * plain, atol=0.02 * np.abs(plain).max())
@@ -180,9 +180,9 @@ def test_without_quantization_the_residual_is_sent_in_full_and_none_is_left(work
 
 
 def test_without_feedback_nothing_is_added_and_what_was_kept_is_forgotten_with_the_receipt(worker, trainer):
-    alone = invitation(2, update=m.UpdatePlan(value=4.0, feedback="none"))
+    alone = invitation(2, update=m.UpdatePlan(target="step", value=4.0, feedback="none"))
     plain = worker.perform(alone, trainer, never).update
-    worker.perform(invitation(1, update=m.UpdatePlan(value=4.0)), trainer, never)
+    worker.perform(invitation(1, update=m.UpdatePlan(target="step", value=4.0)), trainer, never)
     worker.store.settle(1, 1, recorded=True)
     kept = worker.store.residual()
     assert delta_of(worker.perform(alone, trainer, never).update).tolist() == delta_of(plain).tolist()
@@ -194,7 +194,7 @@ def test_without_feedback_nothing_is_added_and_what_was_kept_is_forgotten_with_t
 
 
 def test_an_update_that_is_not_finite_leaves_the_residual_as_it_is(worker, trainer):
-    worker.perform(invitation(1, update=m.UpdatePlan(value=4.0)), trainer, never)
+    worker.perform(invitation(1, update=m.UpdatePlan(target="step", value=4.0)), trainer, never)
     worker.store.settle(1, 1, recorded=True)
     kept = worker.store.residual()
     diverging = invitation(2, plan=m.TrainPlan(hypers={"lr": 1e30, "weight_decay": 1e30}))
@@ -214,9 +214,9 @@ def wide(tmp_path):
 
 
 RATES = {
-    "nothing": (m.UpdatePlan(value=1.0), None),
-    "a rate below the limit": (m.UpdatePlan(value=4.0, limit=10_000), None),
-    "a limit below the rate": (m.UpdatePlan(value=0.1, limit=500), 500),
+    "nothing": (m.UpdatePlan(target="step", value=1.0), None),
+    "a rate below the limit": (m.UpdatePlan(target="step", value=4.0, limit=10_000), None),
+    "a limit below the rate": (m.UpdatePlan(target="step", value=0.1, limit=500), 500),
     "a limit below the bits": (m.UpdatePlan(target="bits", value=8.0, limit=700), 700),
     "a limit below the bytes": (m.UpdatePlan(target="bytes", value=2000.0, limit=500), 500),
     "bytes below the limit": (m.UpdatePlan(target="bytes", value=500.0, limit=2000), 500),
@@ -255,14 +255,14 @@ def test_a_rate_that_cannot_be_kept_fails_the_task_and_keeps_the_copy(worker, tr
 
 
 # Fates of one task after another: the plan, and what the server says of the update.
-EXACT, COARSE = m.UpdatePlan("none"), m.UpdatePlan(value=4.0)
+EXACT, COARSE = m.UpdatePlan("none"), m.UpdatePlan(target="step", value=4.0)
 CAREER = [
     (COARSE, ["recorded"]),
     (COARSE, ["refused"]),
-    (m.UpdatePlan(value=2.0), ["recorded", "recorded"]),
+    (m.UpdatePlan(target="step", value=2.0), ["recorded", "recorded"]),
     (COARSE, ["recorded", "void"]),
     (COARSE, ["late"]),
-    (m.UpdatePlan(value=8.0), ["recorded"]),
+    (m.UpdatePlan(target="step", value=8.0), ["recorded"]),
     (EXACT, ["recorded"]),
 ]
 
