@@ -26,6 +26,8 @@ from edge_client.wire.topics import Topics
 Phase = Literal["waiting", "train", "aggregate", "measure", "gather", "evaluate", "stopped"]
 _RETRY = 5.0
 """Seconds between a void round and the next attempt at it."""
+_MEMORY = 32
+"""Versions for which one is kept that only clients hold who are away; later the whole difference is hardly larger."""
 _GATHER = 10.0
 """Seconds, beside the spread, in which a fleet may come back after a restart; then a round begins with who is there."""
 
@@ -285,7 +287,7 @@ class Coordinator:
         self.phase = "aggregate"
         result = self._round.trained(task, self._version + 1)
         # What the ledger may forget is forgotten here too: a client that comes back with it starts from version 0.
-        keep = self._roster.versions()
+        keep = self._roster.versions(recent=self._version - _MEMORY)
         self._digests = {held: known for held, known in self._digests.items() if held in keep}
         yield e.Aggregate(*task.identity, result, keep)
 

@@ -104,6 +104,11 @@ class Roster:
             if member.present
         ]
 
-    def versions(self) -> frozenset[int]:
-        """Versions of the model that some client holds."""
-        return frozenset(member.version for member in self._members.values())
+    def versions(self, recent: int = 0) -> frozenset[int]:
+        """Versions of the model that some client holds, who is there or may be back for it: it is ``recent`` or newer.
+
+        So a client that comes once and never again costs no version for good.
+        """
+        return frozenset(
+            member.version for member in self._members.values() if member.present or member.version >= recent
+        )

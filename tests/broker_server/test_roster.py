@@ -60,6 +60,18 @@ def test_versions_held():
     assert roster.versions() == {4, 5}
 
 
+def test_a_client_that_never_returns_costs_no_version_for_good():
+    roster = Roster()
+    roster.hello("a", hello(version=3))
+    roster.hello("b", hello(version=4))
+    roster.goodbye("a", b"first...")
+    assert roster.versions(recent=3) == {3, 4}
+    assert roster.versions(recent=4) == {4}
+    assert roster.versions(recent=9) == {4}
+    roster.hello("a", hello(version=3))
+    assert roster.versions(recent=9) == {3, 4}
+
+
 def test_traffic_grows_within_a_life_and_starts_anew_with_the_next():
     roster = Roster()
     roster.hello("a", hello(sent=10, received=100))

@@ -32,8 +32,8 @@ DIGEST = bytes.fromhex(BUNDLE.digest)
 
 def invitation(task=1, state=ZERO, version=0, held=0, delta=None, **changes):
     plain = m.Invitation(
-        1, task, 1, "train", m.TrainPlan(epochs=2, batch_size=8), m.UpdatePlan(target="step", value=1.0), 5, 60.0, held, version,
-        state.digest(), None,
+        1, task, 1, "train", m.TrainPlan(epochs=2, batch_size=8), m.UpdatePlan(target="step", value=1.0), 5, 60.0, held,
+        version, state.digest(), None,
     )  # fmt: skip
     return e.Work(msgspec.structs.replace(plain, **changes), delta)
 
