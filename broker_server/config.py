@@ -5,6 +5,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -18,8 +19,10 @@ Positive = Annotated[int, Meta(ge=1, le=10_000_000)]
 Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
 Duration = Annotated[float, Meta(ge=0, le=31_536_000)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+Rate = Annotated[float, Meta(gt=0, le=1e12)]
 Factor = Annotated[float, Meta(gt=0, le=1000)]
 Bytes = Annotated[int, Meta(ge=0, le=2**62)]
+ClientPattern = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.*?-]{1,64}\Z")]
 Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,63}\Z")]
 
 
@@ -93,14 +96,30 @@ class Codec(_Section, frozen=True):
     """``[codec]``: the rate of updates and of the global model."""
 
     kind: Literal["quantized", "none"] = "quantized"
-    step: Factor = 2.0
-    """Quantization step of an update, in standard deviations of that update."""
-    dead_zone: Annotated[float, Meta(ge=0.5, le=1)] = 0.7
-    """Values below this many steps become zero."""
-    feedback: bool = True
+    target: Literal["bits", "nmse", "bytes", "step"] = "bits"
+    """What ``value`` says of an update: its bits a parameter, its noise (energy of what is lost over that of the
+    update), its bytes, or its quantization step (in root mean squares of the update)."""
+    value: Rate = 0.1
+    clients: dict[ClientPattern, Rate] = {}
+    """Other values for some clients, by id or by pattern (``pi-*``); the first that fits holds."""
+    upload_seconds: Duration = 0.0
+    """Seconds that an update may take on the link of its client, where the client says how fast that is: it gets fewer
+    bits where ``value`` would take longer. 0 is no bound."""
+    feedback: Literal["residual", "none"] = "residual"
     """Whether a client carries what quantization left over into its next update."""
     lattice: Factor = 10.0
     """Lattice step of the global model, in standard deviations of a round's global update."""
+
+    def rate(self, client: str) -> float:
+        """The value of ``target`` for one client."""
+        fitting = (value for pattern, value in self.clients.items() if fnmatchcase(client, pattern))
+        return next(fitting, self.value)
+
+    def limit(self, uplink: float) -> int:
+        """Bytes that an update may have over a link of ``uplink`` bytes a second; 0 where nothing bounds them."""
+        if not uplink or not self.upload_seconds:
+            return 0
+        return int(min(max(1.0, uplink * self.upload_seconds), 2.0**34))
 
 
 class Evaluation(_Section, frozen=True):
@@ -339,6 +358,7 @@ def _check_together(federation: Federation) -> None:
         raise ConfigError(f"round.clients is {rounds.clients}; expected at least round.minimum, {rounds.minimum}")
     if federation.broker.password_file and not federation.broker.username:
         raise ConfigError("broker.password_file is set without broker.username; set both or none")
+    _check_rates(federation.codec)
     if simulation.speed[0] > simulation.speed[1]:
         raise ConfigError(f"simulation.speed is {list(simulation.speed)}; expected [slowest, fastest]")
     if simulation.data:
@@ -357,3 +377,13 @@ def _check_together(federation: Federation) -> None:
             "stop.target and stop.patience need an evaluation and there is none; "
             "set evaluation.data or evaluation.clients, and evaluation.every above 0"
         )
+
+
+def _check_rates(codec: Codec) -> None:
+    most = {"step": 1000.0, "bits": 32.0, "nmse": 1.0}.get(codec.target, math.inf)
+    for key, value in {
+        "value": codec.value,
+        **{f"clients.{name}": rate for name, rate in codec.clients.items()},
+    }.items():
+        if value > most:
+            raise ConfigError(f'codec.{key} is {value}; expected at most {most:g} with codec.target = "{codec.target}"')

@@ -26,6 +26,8 @@ from edge_client.wire.topics import Topics
 Phase = Literal["waiting", "train", "aggregate", "measure", "gather", "evaluate", "stopped"]
 _RETRY = 5.0
 """Seconds between a void round and the next attempt at it."""
+_MEMORY = 32
+"""Versions for which one is kept that only clients hold who are away; later the whole difference is hardly larger."""
 _GATHER = 10.0
 """Seconds, beside the spread, in which a fleet may come back after a restart; then a round begins with who is there."""
 
@@ -102,6 +104,7 @@ class Coordinator:
                 if open_ := self._task_of(epoch, task, client):
                     open_.recorded(event)
                     if member is not None:
+                        member.void = None
                         member.version = open_.task.version
                         member.digest = self._digests[member.version]
                     yield from self._go_on(now)
@@ -256,7 +259,10 @@ class Coordinator:
             member = self._roster.get(client)
             if member is not None:
                 member.last_round = task.task.round
-                yield from task.invite(client, member.version, member.digest)
+                if member.void is not None:
+                    # Said before, to a client that may have been away: its residual hangs on it.
+                    yield self._tell(client, m.Receipt(*member.void, "void"))
+                yield from task.invite(client, member.version, member.digest, member.uplink)
 
     def _go_on(self, now: float) -> Iterator[e.Action]:
         """Ask others where members of the task are lost, and close it when it is over."""
@@ -273,6 +279,7 @@ class Coordinator:
                 self._open = None
                 came = f"{task.results} of {task.fewest} updates came in time"
                 yield e.Log(f"round {self._round.number}: {came}; asking again")
+                self._roster.void(task.contributors, task.identity)
                 yield from task.void()
                 self.phase, self._retry = "waiting", now + _RETRY
 
@@ -280,7 +287,7 @@ class Coordinator:
         self.phase = "aggregate"
         result = self._round.trained(task, self._version + 1)
         # What the ledger may forget is forgotten here too: a client that comes back with it starts from version 0.
-        keep = self._roster.versions()
+        keep = self._roster.versions(recent=self._version - _MEMORY)
         self._digests = {held: known for held, known in self._digests.items() if held in keep}
         yield e.Aggregate(*task.identity, result, keep)
 

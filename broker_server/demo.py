@@ -40,7 +40,8 @@ batch_size = 16
 lr = 0.3
 
 [codec]
-step = 2.0
+target = "step"
+value = 2.0
 lattice = 1.0
 
 [evaluation]

@@ -1,5 +1,6 @@
 """Who is there: what each client has said of itself, and the bytes that its transport has counted."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from broker_server.selection import Candidate
@@ -17,6 +18,10 @@ class Member:
     available: bool
     present: bool = True
     last_round: int = -1
+    uplink: float = 0.0
+    """Bytes a second that it can send; 0 is not known."""
+    void: tuple[int, int] | None = None
+    """Epoch and number of the void task that its last recorded update was for."""
     traffic: Traffic = field(default_factory=Traffic)
 
     @property
@@ -43,8 +48,10 @@ class Roster:
     def hello(self, client: str, hello: Hello) -> Member:
         """Take a hello; a new boot nonce is a new life of the client."""
         before = self._members.get(client)
-        last_round = before.last_round if before is not None else -1
-        member = Member(hello.boot, hello.version, hello.digest, hello.samples, hello.available, last_round=last_round)
+        held = hello.version, hello.digest, hello.samples, hello.available
+        member = Member(hello.boot, *held, uplink=hello.uplink)
+        if before is not None:
+            member.last_round, member.void = before.last_round, before.void
         known = before is not None and before.boot == hello.boot
         if before is not None and known:
             member.traffic = before.traffic
@@ -65,6 +72,12 @@ class Roster:
         self._present -= member.ready
         member.present = False
         return True
+
+    def void(self, clients: Iterable[str], task: tuple[int, int]) -> None:
+        """What these clients had recorded for this task does not count."""
+        for client in clients:
+            if member := self._members.get(client):
+                member.void = task
 
     def count(self, client: str, traffic: Traffic) -> None:
         """Take a client's counters, which only ever grow within one life."""
@@ -91,6 +104,11 @@ class Roster:
             if member.present
         ]
 
-    def versions(self) -> frozenset[int]:
-        """Versions of the model that some client holds."""
-        return frozenset(member.version for member in self._members.values())
+    def versions(self, recent: int = 0) -> frozenset[int]:
+        """Versions of the model that some client holds, who is there or may be back for it: it is ``recent`` or newer.
+
+        So a client that comes once and never again costs no version for good.
+        """
+        return frozenset(
+            member.version for member in self._members.values() if member.present or member.version >= recent
+        )

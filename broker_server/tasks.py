@@ -46,6 +46,8 @@ class OpenTask:
     _refusals: dict[str, str] = field(init=False, default_factory=dict)
     _waiting: dict[int, dict[str, None]] = field(init=False, default_factory=dict)
     """By the version that they hold, the clients whose delta is not built yet."""
+    _limits: dict[str, int] = field(init=False, default_factory=dict)
+    """By client, the bytes that its update may have, where its link sets a bound."""
     _deltas: dict[int, m.BlobRef] = field(init=False, default_factory=dict)
     """By the version that they start from, the blobs that lead to the task's version."""
     _sums: dict[str, float] = field(init=False, default_factory=dict)
@@ -87,6 +89,11 @@ class OpenTask:
     def results(self) -> int:
         """Results that are recorded."""
         return self._counts["recorded"]
+
+    @property
+    def contributors(self) -> list[str]:
+        """Members whose results are recorded."""
+        return [client for client, state in self._members.items() if state == "recorded"]
 
     @property
     def wake(self) -> float | None:
@@ -141,9 +148,13 @@ class OpenTask:
         self._set(client, "asked")
         return True
 
-    def invite(self, client: str, version: int, digest: bytes) -> list[e.Action]:
-        """Invite a client that holds this version: now where the delta is there, else once it is built."""
+    def invite(self, client: str, version: int, digest: bytes, uplink: float = 0.0) -> list[e.Action]:
+        """Invite a client that holds this version: now where the delta is there, else once it is built.
+
+        ``uplink`` is how many bytes a second it can send, 0 where it has not said.
+        """
         self._invited.add(client)
+        self._limits[client] = self.settings.codec.limit(uplink)
         held = version if self.versions.get(version) == digest else 0
         if self.settings.codec.kind == "none" and held != self.task.version:
             held = 0  # a full snapshot leads from anywhere, so one blob serves all
@@ -237,11 +248,10 @@ class OpenTask:
 
     def void(self) -> list[e.Action]:
         """Too few results came: none of them counts."""
-        told = [client for client, state in self._members.items() if state == "recorded"]
         return [
             *self.sweep(),
             e.CloseTask(*self.identity, "void"),
-            *(self._tell(client, m.Receipt(*self.identity, "void")) for client in told),
+            *(self._tell(client, m.Receipt(*self.identity, "void")) for client in self.contributors),
         ]
 
     # Small things.
@@ -271,7 +281,7 @@ class OpenTask:
                 task.round,
                 task.kind,
                 m.TrainPlan(train.epochs, train.steps, train.batch_size, train.hypers),
-                m.UpdatePlan(codec.kind, codec.step, codec.dead_zone, codec.feedback),
+                m.UpdatePlan(codec.kind, codec.target, codec.rate(client), codec.feedback, self._limits[client]),
                 self.settings.federation.seed,
                 self.seconds,
                 held,

@@ -39,6 +39,8 @@ class SessionSettings:
     client: str
     federation: str
     software: str = ""
+    uplink: float = 0.0
+    """Bytes a second that the client can send; 0 is not known."""
     window: int = 16
     blob_limit: int = 512 * 2**20
     chunk: int = 64 * 1024
@@ -378,7 +380,7 @@ class ClientSession:
         if self._hello_at is not None and now >= self._hello_at and self._ready:
             self._hello_at = now + self._offer.heartbeat * self.rng.uniform(0.75, 1.25)
             held = self._bundle, self._version, self._digest, self._samples
-            about = self._available, self._traffic, self.settings.software
+            about = self._available, self._traffic, self.settings.software, self.settings.uplink
             yield self._say(m.Hello(self._offer.epoch, self.boot, *held, *about))
         upload = self._upload
         if upload is not None and upload.due(now):

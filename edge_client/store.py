@@ -146,7 +146,8 @@ class Store:
 
     def residual(self) -> bytes | None:
         """What earlier encodings left over, packed; None when there is nothing."""
-        return self._load(self._index.residual) if self._index.residual else None
+        with self._lock:  # settling removes the file of the one that it replaces
+            return self._load(self._index.residual) if self._index.residual else None
 
     def hold(self, version: int, digest: bytes) -> None:
         """The client's copy of the model is now this version."""
@@ -158,13 +159,13 @@ class Store:
     ) -> None:
         """Store an encoded update and the residual that is to follow if it is recorded, in one step.
 
-        ``residual`` None leaves the residual as it is, whatever becomes of the update.
+        No bytes are no residual. ``residual`` None leaves the one that there is, whatever becomes of the update.
         """
         with self._lock:
             serial = self._index.serial + 1
             name = self._put(f"update-{serial}.bin", update)
             before = self._index.residual
-            after = before if residual is None else self._put(f"residual-{serial}.bin", residual)
+            after = before if residual is None else self._put(f"residual-{serial}.bin", residual) if residual else ""
             last = _Last(epoch, task, name, before, after)
             self._commit(msgspec.structs.replace(self._index, version=version, digest=digest, last=last, serial=serial))
 

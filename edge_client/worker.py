@@ -2,23 +2,23 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from edge_client.bundle import Bundle
-from edge_client.codec.layout import Layout
+from edge_client.codec.layout import Layout, Vector
 from edge_client.codec.model import Model, apply_model_delta, untrained
-from edge_client.codec.quantize import pack_residual, unpack_residual
-from edge_client.codec.update import CodecSettings, encode_update
+from edge_client.codec.update import CodecSettings, EncodedUpdate, encode_update
 from edge_client.data import DataSource
 from edge_client.errors import CodecError, FedgeError, StoreError, TrainingError
 from edge_client.events import Failed, Finished, Work
+from edge_client.feedback import add_residual, pack_residual
 from edge_client.manifest import update_layouts
 from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
-from edge_client.wire.messages import Invitation
+from edge_client.wire.messages import Invitation, UpdatePlan
 
 
 @dataclass(frozen=True)
@@ -104,22 +104,43 @@ class Worker:
         if stop():
             raise TrainingError("stopped: the server has moved on")
         delta = np.subtract(vector, model.parameters(bundle.initial()), out=vector)
-        stored = self.store.residual() if plan.feedback and plan.kind != "none" else None
+        stored = self.store.residual() if plan.feedback == "residual" else None
         if stored is not None:
-            # A damaged residual costs a little accuracy once, and must not cost every task from now on.
+            # One that cannot be used costs a little accuracy once, and must not cost every task from now on.
             with contextlib.suppress(CodecError):
-                delta += unpack_residual(stored, bundle.layout)
+                add_residual(delta, stored, bundle.layout, invitation.version)
         scalars = {
             "samples": float(result.samples),
             "steps": float(result.steps),
             "seconds": result.seconds,
             "loss": result.loss,
         } | {f"sum.{name}": value for name, value in result.metrics.items()}
-        settings = CodecSettings(kind=plan.kind, step=plan.step, dead_zone=plan.dead_zone)
         vectors = {"delta": delta} | ({"buffers": result.buffers} if "buffers" in layouts else {})
+        encoded = self._encoded(vectors, layouts, scalars, plan)
+        if not np.isfinite(delta).all():
+            return encoded.data, None  # it will be refused
+        left = pack_residual(encoded.residual, bundle.layout, invitation.version)
+        return encoded.data, left if plan.feedback == "residual" else b""
+
+    def _encoded(
+        self,
+        vectors: Mapping[str, Vector],
+        layouts: Mapping[str, Layout],
+        scalars: Mapping[str, float],
+        plan: UpdatePlan,
+    ) -> EncodedUpdate:
+        """The update at the plan's rate, or at the one that its limit leaves."""
+        try:
+            settings = CodecSettings(plan.kind, plan.target, plan.value)
+        except ValueError as error:
+            raise TrainingError(f"the plan's rate cannot be kept: {error}; set [codec] of the federation") from error
+        if plan.kind == "none" or not plan.limit:
+            return encode_update(vectors, layouts, scalars, settings)
+        slow = CodecSettings("quantized", "bytes", float(plan.limit))
+        if plan.target == "bytes":
+            return encode_update(vectors, layouts, scalars, min(settings, slow, key=lambda rate: rate.value))
         encoded = encode_update(vectors, layouts, scalars, settings)
-        keep = plan.feedback and plan.kind != "none" and bool(np.isfinite(delta).all())
-        return encoded.data, pack_residual(encoded.residual, encoded.step) if keep else None
+        return encoded if len(encoded.data) <= plan.limit else encode_update(vectors, layouts, scalars, slow)
 
     def _seed(self, invitation: Invitation) -> int:
         """Each client and round shuffles its own way, and the same way again, also after restarts of the server."""

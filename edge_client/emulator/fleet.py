@@ -230,6 +230,7 @@ class Fleet:
             log=log,
             seed=spec.seed * 1_000_003 + number,
             software="emulated",
+            uplink=profile.bandwidth,
             profile=profile,
         )
 

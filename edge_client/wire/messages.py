@@ -51,13 +51,15 @@ class TrainPlan(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class UpdatePlan(Struct, frozen=True, forbid_unknown_fields=True):
-    """How a client encodes its update; ``step`` and ``dead_zone`` as in `edge_client.codec.update.CodecSettings`."""
+    """How this client encodes its update; the first three as in `edge_client.codec.update.CodecSettings`."""
 
     kind: Literal["quantized", "none"] = "quantized"
-    step: Annotated[float, Meta(gt=0, le=1000)] = 2.0
-    dead_zone: Annotated[float, Meta(ge=0.5, le=1)] = 0.7
-    feedback: bool = True
-    """Whether what the encoding loses is kept and added to the next update (error feedback)."""
+    target: Literal["bits", "nmse", "bytes", "step"] = "bits"
+    value: Annotated[float, Meta(gt=0, le=1e12)] = 0.1
+    feedback: Literal["residual", "none"] = "residual"
+    """Whether what the encoding loses is kept and added to the next update (error feedback), or forgotten."""
+    limit: Annotated[int, Meta(ge=0, le=2**34)] = 0
+    """Bytes that a quantized update may have at most, because the client's link is slow; 0 is no limit."""
 
 
 class Traffic(Struct, frozen=True, array_like=True):
@@ -83,6 +85,8 @@ class Hello(Struct, frozen=True, array_like=True):
     available: bool
     traffic: Traffic = Traffic()
     software: Annotated[str, Meta(max_length=64)] = ""
+    uplink: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    """Bytes a second that the client can send, as far as it knows; 0 is not known."""
 
 
 class Goodbye(Struct, frozen=True, array_like=True):

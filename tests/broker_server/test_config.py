@@ -60,10 +60,13 @@ learning_rate = 0.5
 momentum = 0.9
 [codec]
 kind = "none"
-step = 3.0
-dead_zone = 0.6
-feedback = false
+target = "nmse"
+value = 0.3
+feedback = "none"
+upload_seconds = 30
 lattice = 30
+[codec.clients]
+"pi-*" = 0.05
 [evaluation]
 every = 5
 clients = 3
@@ -131,10 +134,10 @@ BAD = {
         "[rounds]\ncohort = 3",
         r"rounds is not a known key; did you mean round\? known here: federation, ",
     ),
-    "far off": ("[codec]\nzzz = 1", r"codec\.zzz is not a known key; known here: kind, step, "),
+    "far off": ("[codec]\nzzz = 1", r"codec\.zzz is not a known key; known here: kind, target, "),
     "type": ('[round]\ncohort = "ten"', r"round\.cohort is 'ten'; expected a whole number from 1 to 10,000,000"),
     "bool for number": ("[round]\ncohort = true", r"round\.cohort is True; expected a whole number"),
-    "number for bool": ("[codec]\nfeedback = 1", r"codec\.feedback is 1; expected true or false"),
+    "number for bool": ("[codec]\nfeedback = 1", r'codec\.feedback is 1; expected one of "none", "residual"'),
     "too low": ("[round]\nover_select = 0.9", r"round\.over_select is 0\.9; expected a number from 1 to 10"),
     "too high": ("[transfer]\nchunk = 2000000", r"transfer\.chunk is 2000000; .* from 1,024 to 1,048,576"),
     "open bound": (
@@ -167,6 +170,16 @@ BAD = {
     "minimum": ("[round]\nminimum = 11", r"round\.minimum is 11; expected at most round\.cohort, 10"),
     "quorum": ("[round]\nminimum = 5\nclients = 4", r"round\.clients is 4; expected at least round\.minimum, 5"),
     "password alone": ('[broker]\npassword_file = "x"', r"broker\.password_file is set without broker\.username"),
+    "rate": (
+        '[codec]\ntarget = "nmse"\nvalue = 2',
+        r'codec\.value is 2\.0; expected at most 1 with codec\.target = "nmse"',
+    ),
+    "rate of a client": (
+        '[codec]\ntarget = "bits"\nvalue = 1\n[codec.clients]\n"pi-*" = 33',
+        r'codec\.clients\.pi-\* is 33\.0; expected at most 32 with codec\.target = "bits"',
+    ),
+    "rate of nothing": ("[codec]\nvalue = 0", r"codec\.value is 0; expected a number above 0"),
+    "client name": ('[codec.clients]\n"a/b" = 1', r"name in codec\.clients is 'a/b'; expected a text that matches"),
     "too few phones": ('[simulation]\ndata = "x.npz"\nclients = 9', r"round\.cohort is 10; .* simulation\.clients, 9"),
     "nothing to measure": ("[stop]\ntarget = 0.9", r"need an evaluation and there is none; set evaluation\.data or"),
     "not TOML": ("[round\n", r"is not TOML: .*line 4"),

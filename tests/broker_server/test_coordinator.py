@@ -72,10 +72,13 @@ def test_over_selection_asks_more_and_closes_at_the_goal():
 
 
 def test_an_invitation_says_what_to_do():
-    table = desk(train={"epochs": 2, "batch_size": 8, "hypers": {"lr": 0.5}}, codec={"step": 3.0, "feedback": False})
+    table = desk(
+        train={"epochs": 2, "batch_size": 8, "hypers": {"lr": 0.5}},
+        codec={"target": "step", "value": 3.0, "feedback": "none"},
+    )
     invitation = next(iter(invited(table.hello("a", "b", "c")).values()))
     assert invitation.plan == m.TrainPlan(2, 0, 8, {"lr": 0.5})
-    assert invitation.update == m.UpdatePlan("quantized", 3.0, 0.7, False)
+    assert invitation.update == m.UpdatePlan("quantized", "step", 3.0, "none")
     assert (invitation.round, invitation.kind, invitation.deadline) == (1, "train", 60.0)
     assert (invitation.version, invitation.held, invitation.digest) == (0, 0, digest(0))
     assert invitation.delta is None
@@ -104,6 +107,58 @@ def test_fewer_than_the_minimum_void_the_task_and_ask_again():
     for client in "abc":
         table.upload(client)
     assert table.paper.sums == [30]
+
+
+def test_a_void_result_is_told_again_with_each_invitation_until_the_next_one_counts():
+    table = desk(round={"cohort": 3, "minimum": 2, "deadline": 60.0})
+    table.hello("a", "b", "c")
+    table.upload("a")
+    table.wait(61.0)
+    asked = table.wait(10.0)
+    assert [type(message) for message in told(asked, "a")] == [m.Receipt, m.Invitation]
+    assert told(asked, "a")[0] == m.Receipt(1, 1, "void")
+    assert [type(message) for message in told(asked, "b")] == [m.Invitation]
+    again = told(table.hello("a", boot=b"boot0001"), "a")
+    assert [type(message) for message in again] == [m.Receipt, m.Invitation]
+    for client in "abc":
+        table.upload(client)
+    assert status(table.hello("a"), "a") == []
+    assert invited(table.hello("a")).keys() == {"a"}
+
+
+CODECS = {
+    "the same for all": ({"value": 3.0}, {"a": (3.0, 0), "b": (3.0, 0), "pi-7": (3.0, 0)}),
+    "by id and by pattern": (
+        {"target": "bits", "value": 0.2, "clients": {"pi-*": 0.1, "b": 0.05}},
+        {"a": (0.2, 0), "b": (0.05, 0), "pi-7": (0.1, 0)},
+    ),
+    "the first that fits": (
+        {"target": "bits", "value": 0.2, "clients": {"pi-7": 0.3, "*": 0.05}},
+        {"a": (0.05, 0), "b": (0.05, 0), "pi-7": (0.3, 0)},
+    ),
+    "by link, where it is known": (
+        {"target": "bits", "value": 0.2, "upload_seconds": 2.5},
+        {"a": (0.2, 0), "b": (0.2, 2500), "pi-7": (0.2, 1)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_each_client_is_told_its_rate(name):
+    codec, expected = CODECS[name]
+    table = desk(codec=codec, round={"cohort": 3, "clients": 3})
+    table.hello("a")
+    table.hello("b", uplink=1000.0)
+    found = invited(table.hello("pi-7", uplink=0.001))
+    assert {client: (told_.update.value, told_.update.limit) for client, told_ in found.items()} == expected
+    assert {told_.update.target for told_ in found.values()} == {codec.get("target", "bits")}
+
+
+def test_a_link_that_has_changed_changes_the_limit():
+    table = desk(codec={"upload_seconds": 10.0}, round={"cohort": 2, "clients": 2})
+    table.hello("a", "b", uplink=50.0)
+    again = invited(table.hello("a", uplink=20.0))
+    assert again["a"].update.limit == 200
 
 
 def test_a_void_round_waits_for_clients_without_spinning():

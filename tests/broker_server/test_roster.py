@@ -1,3 +1,4 @@
+import msgspec
 import pytest
 
 from broker_server.roster import Roster
@@ -41,12 +42,34 @@ def test_the_last_round_survives_a_new_life():
     assert roster.hello("a", hello(b"second..")).last_round == 4
 
 
+def test_a_void_result_survives_a_new_life_and_the_uplink_is_the_latest():
+    roster = Roster()
+    roster.hello("a", hello())
+    roster.void(["a", "a stranger"], (1, 7))
+    member = roster.hello("a", msgspec.structs.replace(hello(b"second.."), uplink=100.0))
+    assert (member.void, member.uplink) == ((1, 7), 100.0)
+    assert roster.hello("a", hello(b"second..")).uplink == 0.0
+    assert roster.get("a stranger") is None
+
+
 def test_versions_held():
     roster = Roster()
     roster.hello("a", hello(version=3))
     roster.hello("b", hello(version=5))
     roster.hello("a", hello(version=4))
     assert roster.versions() == {4, 5}
+
+
+def test_a_client_that_never_returns_costs_no_version_for_good():
+    roster = Roster()
+    roster.hello("a", hello(version=3))
+    roster.hello("b", hello(version=4))
+    roster.goodbye("a", b"first...")
+    assert roster.versions(recent=3) == {3, 4}
+    assert roster.versions(recent=4) == {4}
+    assert roster.versions(recent=9) == {4}
+    roster.hello("a", hello(version=3))
+    assert roster.versions(recent=9) == {3, 4}
 
 
 def test_traffic_grows_within_a_life_and_starts_anew_with_the_next():

@@ -3,6 +3,8 @@
 import asyncio
 import functools
 import socket
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -42,7 +44,7 @@ def settings(folder: Path, **sections: dict[str, object]) -> Federation:
     return msgspec.convert(base | sections, Federation)
 
 
-def device(folder: Path, name: str, hub: MemoryBroker, workshop: Workshop) -> Device:
+def device(folder: Path, name: str, hub: MemoryBroker, workshop: Workshop, uplink: float = 0.0) -> Device:
     number = int(name.removeprefix("c"))
     source = ArraySource(toy_data(30 + 10 * number, seed=number))
     return Device(
@@ -55,6 +57,7 @@ def device(folder: Path, name: str, hub: MemoryBroker, workshop: Workshop) -> De
         open_data=lambda manifest: (source, source),
         log=lambda line: None,
         seed=number,
+        uplink=uplink,
     )
 
 
@@ -75,9 +78,9 @@ class Hall:
         await asyncio.gather(*self.lives)
         self.workshop.close()
 
-    def join(self, *names: str) -> None:
+    def join(self, *names: str, **more: object) -> None:
         for name in names:
-            self.devices.append(device(self.folder / "devices", name, self.hub, self.workshop))
+            self.devices.append(device(self.folder / "devices", name, self.hub, self.workshop, **more))  # type: ignore[arg-type]
             self.lives.append(asyncio.ensure_future(self.devices[-1].run()))
 
     def server(self, config: Federation, **more: object) -> Server:
@@ -187,6 +190,24 @@ async def test_a_stopped_server_goes_on_where_it_was(tmp_path, codec):
     with Ledger.read(tmp_path / "state" / "ledger.db") as ledger:
         assert [(done.round, done.clients) for done in ledger.rounds()] == [(n, 3) for n in range(1, 5)]
     assert list(counted(config).values()) == [["c1", "c2", "c3"]] * 4
+
+
+@together
+async def test_a_slow_link_and_a_client_of_its_own_rate_send_fewer_bytes(tmp_path):
+    codec = {"target": "bits", "value": 6.0, "clients": {"c2": 3.0}, "upload_seconds": 2.0}
+    config = settings(tmp_path, codec=codec, round={"cohort": 4, "deadline": 30.0}, stop={"rounds": 2})
+    (tmp_path / "toy.fedge").write_bytes(toy_bundle(hidden=600))
+    async with Hall(tmp_path) as hall:
+        hall.join("c0", "c1", "c2")
+        hall.join("c3", uplink=250.0)
+        await hall.server(config).run()
+    with closing(sqlite3.connect(tmp_path / "state" / "ledger.db")) as ledger:
+        sizes = dict(ledger.execute("SELECT client, max(size) FROM updates GROUP BY client"))
+    parameters = 600 * (4 + 1) + 3 * (600 + 1)
+    assert max(sizes.values()) == max(sizes["c0"], sizes["c1"])
+    assert sizes["c0"] == pytest.approx(parameters * 6 / 8, rel=0.1)
+    assert sizes["c2"] == pytest.approx(parameters * 3 / 8, rel=0.1)
+    assert 400 < sizes["c3"] <= 525
 
 
 @together

@@ -37,6 +37,8 @@ BAD = {
     "federation": ([NOWHERE, "--id", "pi", "--federation", "a/#"], "federation 'a/#'"),
     "federation in the URL": ([NOWHERE + "/a/b", "--id", "pi"], "federation 'a/b'"),
     "holdout": ([NOWHERE, "--id", "pi", "--holdout", "1"], "--holdout 1"),
+    "uplink": ([NOWHERE, "--id", "pi", "--uplink", "-1"], "--uplink -1"),
+    "uplink that is no number": ([NOWHERE, "--id", "pi", "--uplink", "nan"], "--uplink nan"),
     "damaged state": ([NOWHERE, "--id", "pi", "--state", "STATE"], "is damaged"),
 }
 

@@ -59,8 +59,8 @@ class Server:
     def tell(self, message):
         self.link.publish(TOPICS.down("pi"), m.encode(message))
 
-    def invite(self, task, state=ZERO, version=0, held=0, delta=None, kind="train", epoch=1, plan=None, feedback=True):
-        update = m.UpdatePlan(step=0.5, feedback=feedback)
+    def invite(self, task, state=ZERO, version=0, held=0, delta=None, kind="train", epoch=1, plan=None):
+        update = m.UpdatePlan(target="step", value=0.5)
         plan = plan or m.TrainPlan(epochs=1, batch_size=8)
         digest = state.digest()
         self.tell(m.Invitation(epoch, task, 1, kind, plan, update, 5, 60.0, held, version, digest, delta))

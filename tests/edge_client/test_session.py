@@ -109,13 +109,13 @@ def test_a_connection_subscribes_in_one_packet_and_says_nothing_before_the_offer
 
 
 def test_hello_comes_within_the_spread_and_says_what_is_held():
-    machine = Machine(held(), software="test 1")
+    machine = Machine(held(), software="test 1", uplink=5e4)
     machine.feed(e.Connected())
     machine.feed(e.Counted(m.Traffic(10, 20)))
     assert machine.offered(spread=8.0, epoch=3) == []
     ((when, hello),) = machine.wait(8.0)
     assert 0 < when < 8
-    expected = m.Hello(3, BOOT, INLINE.sha256, 1, V1, 50, True, m.Traffic(10, 20), "test 1")
+    expected = m.Hello(3, BOOT, INLINE.sha256, 1, V1, 50, True, m.Traffic(10, 20), "test 1", 5e4)
     assert said([hello]) == [expected]
 
 

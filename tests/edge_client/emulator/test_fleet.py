@@ -130,6 +130,7 @@ class Server:
         self.link = MqttLink(Address.parse(url), "server")
         self.clients, self.digest = clients, origin(size).digest()
         self.boots, self.updates, self.finished = {}, {}, asyncio.Event()
+        self.uplinks = set()
         self.hello = asyncio.Event()
 
     def offer(self, finished):
@@ -146,8 +147,9 @@ class Server:
     def message(self, topic, payload):
         client, _ = TOPICS.parse_up(topic)
         match m.decode(payload):
-            case m.Hello():
+            case m.Hello(uplink=uplink):
                 self.hello.set()
+                self.uplinks.add(uplink)
                 self.invite(client)
             case m.Upload() as upload:
                 self.updates[client] = upload
@@ -180,6 +182,7 @@ def test_phones_take_part_until_the_federation_has_finished(broker, spec, habits
             fleet = Fleet(spec(url=broker.url, holdout=0.2, attempts=0, slots=2, **habits), lambda line: None)
             await asyncio.wait_for(fleet.run(), 30)
             assert set(server.updates) == {phone.client for phone in fleet.phones}
+            assert server.uplinks == {habits.get("bandwidth", 0.0)}
             report = fleet.report()
             assert report.sent > 0
             assert report.received > 3 * len(toy_bundle())

@@ -29,7 +29,9 @@ EXAMPLES = [
     m.Offer("demo", 7, CHUNKED, 2.5, 30.0, True),
     m.Offer("demo", 7, INLINE, 0.0),
     INVITATION,
-    msgspec.structs.replace(INVITATION, kind="evaluate", delta=None, update=m.UpdatePlan("none", 1.0, 0.5, False)),
+    msgspec.structs.replace(
+        INVITATION, kind="evaluate", delta=None, update=m.UpdatePlan("none", "nmse", 0.5, "none", 9)
+    ),
     m.Credit(HASH, ()),
     m.Receipt(1, 2, "refused", "too large"),
 ]
@@ -71,6 +73,12 @@ def test_every_prefix_and_every_trailing_byte_is_refused(message):
 def test_the_bytes_of_a_message_do_not_change():
     assert m.encode(m.Goodbye(BOOT)).hex() == "94010291c408" + BOOT.hex() + "c400"
     assert m.encode(m.Receipt(1, 2, "late")).hex() == "94010994" + "0102" + "a4" + b"late".hex() + "a0" + "c400"
+
+
+def test_a_hello_of_before_uplinks_is_understood_and_a_longer_one_by_who_knows_less():
+    fields = list(msgspec.structs.astuple(change(EXAMPLES[0], uplink=1e6)))
+    assert m.decode(envelope(fields[:-1], number=1)) == change(EXAMPLES[0], uplink=0.0)
+    assert m.decode(envelope([*fields, "what comes later"], number=1)) == change(EXAMPLES[0], uplink=1e6)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, -1, 2**63])
@@ -116,8 +124,13 @@ OUT_OF_BOUNDS = {
     "hyper name": change(INVITATION, plan=m.TrainPlan(hypers={"x" * 65: 1.0})),
     "hyper value": change(INVITATION, plan=m.TrainPlan(hypers={"lr": math.nan})),
     "hypers": change(INVITATION, plan=m.TrainPlan(hypers={str(n): 1.0 for n in range(65)})),
-    "step": change(INVITATION, update=m.UpdatePlan(step=0.0)),
-    "dead zone": change(INVITATION, update=m.UpdatePlan(dead_zone=1.01)),
+    "rate": change(INVITATION, update=m.UpdatePlan(value=0.0)),
+    "rate not a number": change(INVITATION, update=m.UpdatePlan(value=math.nan)),
+    "target": change(INVITATION, update=m.UpdatePlan(target="energy")),
+    "feedback": change(INVITATION, update=m.UpdatePlan(feedback=True)),
+    "limit": change(INVITATION, update=m.UpdatePlan(limit=-1)),
+    "uplink": change(EXAMPLES[0], uplink=-1.0),
+    "uplink not a number": change(EXAMPLES[0], uplink=math.nan),
     "traffic": m.Upload(1, 2, INLINE, m.Traffic(-1, 0)),
 }
 
