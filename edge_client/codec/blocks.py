@@ -3,11 +3,15 @@
 The cut follows from the layout alone, so no byte tells it. Tensors are laid in a block as long as it has room. A tensor
 of more than ``BLOCK`` elements is cut into parts of as many whole rows as fit, one with longer rows into runs of
 ``BLOCK`` elements.
+
+*Blocks* in a byte format are a varint for each block but the last, its length in bytes, and then all blocks' bytes: any
+of them can be read without a look at the others.
 """
 
 import functools
 from dataclasses import dataclass
 
+from edge_client.codec.integers import Reader, varint
 from edge_client.codec.layout import Layout, TensorSpec
 
 BLOCK = 1 << 22
@@ -44,6 +48,26 @@ def blocks(layout: Layout, limit: int = BLOCK) -> tuple[Block, ...]:
     if filled:
         found.append(Block(start, start + filled, Layout(tuple(parts))))
     return tuple(found)
+
+
+def join(bodies: list[bytes]) -> bytes:
+    """The blocks' bytes as one run."""
+    return b"".join([*(varint(len(body)) for body in bodies[:-1]), *bodies])
+
+
+def split(reader: Reader, layout: Layout) -> list[memoryview]:
+    """Each block's bytes, from a reader of what `join` made, to its end.
+
+    Raises:
+        CodecError: there are not so many bytes.
+    """
+    count = len(blocks(layout))
+    lengths = [reader.varint(2**34) for _ in range(count - 1)]
+    bodies = [reader.take(length) for length in lengths]
+    if count:
+        bodies.append(reader.rest())
+    reader.end()
+    return bodies
 
 
 def _parts(tensor: TensorSpec, limit: int) -> list[TensorSpec]:

@@ -146,10 +146,10 @@ def _streams(blocks: tuple[Indices, ...], edges: Indices) -> tuple[_Streams, Ind
     return _Streams(stop - size, grid[order], row[order], column[order], width[order], ends), order
 
 
-def _entropy(size: npt.NDArray[np.number], mass: npt.NDArray[np.number]) -> npt.NDArray[np.float64]:
+def _entropy(size: npt.NDArray[np.number], mass: npt.NDArray[np.number]) -> Magnitudes:
     """Bits of ``size`` geometric magnitudes that sum to ``mass``, elementwise; what a stream costs without its signs."""
     n, s = size.astype(np.float64), mass.astype(np.float64)
-    bits: npt.NDArray[np.float64] = (n + s) * np.log2(np.maximum(n + s, 1)) - n * np.log2(np.maximum(n, 1))
+    bits: Magnitudes = (n + s) * np.log2(np.maximum(n + s, 1)) - n * np.log2(np.maximum(n, 1))
     bits -= s * np.log2(np.maximum(s, 1))
     return bits
 
@@ -193,7 +193,7 @@ def _choose_grid(tensor: TensorSpec, start: int, local: Indices, magnitude: Magn
     return best
 
 
-def _choose_edges(expectation: Indices, size: Indices, mass: npt.NDArray[np.float64]) -> Indices:
+def _choose_edges(expectation: Indices, size: Indices, mass: npt.NDArray[np.number]) -> Indices:
     """Edges between streams: neighbouring expectations share one where telling them apart would not pay."""
     values, group = np.unique(expectation, return_inverse=True)
     sizes, sums = np.bincount(group, size), np.bincount(group, mass)

@@ -5,24 +5,24 @@ float32, so the sum is rounded once, the same way on every machine: equal ``k`` 
 falls (``k`` doubles), so the difference of any two versions is an integer vector at the finer exponent, and deltas add
 up without loss. With codec ``none`` a version is its float32 values, and a delta is all of them.
 
-Byte formats, version 1
+Byte formats, version 2
 -----------------------
 *Digest of a state*: BLAKE2b, 32 bytes. A lattice state's is over the byte ``L``, its exponent as int32, a byte ``w``
 and all ``k`` as integers of ``w`` bytes, little-endian; ``w`` is 1 if all ``|k| < 2^7``, else 2 if all ``|k| < 2^15``,
 else 4, and where all ``k`` are zero the exponent is taken as 0. A raw state's is over the byte ``R`` and its float32
 values, little-endian.
 
-*Delta*: ``FD``, version byte 1, kind byte, the first 8 bytes of the old state's digest, the first 16 of the new one's,
+*Delta*: ``FD``, version byte 2, kind byte, the first 8 bytes of the old state's digest, the first 16 of the new one's,
 then
 
-- kind 0, lattice: two int8, the delta's exponent ``f`` and the new state's exponent ``e >= f``; then the levels
-  (``entropy``) of ``new - old``, both in units of ``2^f``. An old state whose ``k`` are all zero counts as zero
+- kind 0, lattice: two int8, the delta's exponent ``f`` and the new state's exponent ``e >= f``; then blocks (`blocks`)
+  of levels (`entropy`): ``new - old``, both in units of ``2^f``. An old state whose ``k`` are all zero counts as zero
   whatever its exponent;
 - kind 1, raw: the new values, float32, little-endian.
 
-*State*: ``FS``, version byte 1, kind byte, the first 16 bytes of the digest, then
+*State*: ``FS``, version byte 2, kind byte, the first 16 bytes of the digest, then
 
-- kind 0, lattice: int8, the exponent; then the levels of ``k``, over a layout of one tensor of shape ``[n]``;
+- kind 0, lattice: int8, the exponent; then blocks of the levels of ``k``, over a layout of one tensor of shape ``[n]``;
 - kind 1, raw: the values, float32, little-endian.
 """
 
@@ -34,6 +34,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from edge_client.codec.blocks import blocks, join, split
 from edge_client.codec.entropy import decode_levels, encode_levels
 from edge_client.codec.integers import Reader
 from edge_client.codec.layout import Layout, TensorSpec, Vector
@@ -44,7 +45,7 @@ K_LIMIT = 2**24
 EXPONENT_LIMIT = 100
 """Exponents lie in -100 .. 100, so that ``2^exponent * k`` is a normal float32 or zero."""
 
-VERSION = 1
+VERSION = 2
 _DELTA, _STATE = b"FD", b"FS"
 _LATTICE, _RAW = 0, 1
 _OLD, _NEW = 8, 16
@@ -226,10 +227,13 @@ def encode_delta(old: State, new: State, layout: Layout) -> bytes:
     if isinstance(old, RawState):
         raise CodecError("a raw version has no exact delta to a lattice version; expected two versions of one codec")
     fine = new.exponent if old.highest == 0 else min(old.exponent, new.exponent)
-    difference = _rescale(new, fine) - _rescale(old, fine)
-    index = np.flatnonzero(difference)
     exponents = np.array((fine, new.exponent), np.int8).tobytes()
-    return _DELTA + bytes([VERSION, _LATTICE]) + digests + exponents + encode_levels(index, difference[index], layout)
+    bodies = []
+    for block in blocks(layout):
+        difference = _rescale(new, fine, block.where) - _rescale(old, fine, block.where)
+        index = np.flatnonzero(difference)
+        bodies.append(encode_levels(index, difference[index], block.layout))
+    return _DELTA + bytes([VERSION, _LATTICE]) + digests + exponents + join(bodies)
 
 
 def apply_delta(old: State, data: bytes, layout: Layout) -> State:
@@ -254,9 +258,10 @@ def apply_delta(old: State, data: bytes, layout: Layout) -> State:
     fine, exponent = np.frombuffer(reader.take(2), np.int8).tolist()
     if not -EXPONENT_LIMIT <= fine <= exponent <= EXPONENT_LIMIT:
         raise CodecError(f"delta is corrupt: exponents {fine} and {exponent}; fetch it again")
-    index, level = decode_levels(reader.rest(), layout, "delta")
     k = _rescale(old, fine)
-    k[index] += level
+    for block, body in zip(blocks(layout), split(reader, layout), strict=True):
+        index, level = decode_levels(body, block.layout, "delta")
+        k[block.where][index] += level
     if exponent > fine:
         shift = min(exponent - fine, 31)
         if bool((k & np.int32(2**shift - 1)).any()):
@@ -270,10 +275,13 @@ def pack_state(state: State) -> bytes:
     digest = state.digest()[:_NEW]
     if isinstance(state, RawState):
         return _STATE + bytes([VERSION, _RAW]) + digest + state.values.astype("<f4", copy=False).tobytes()
-    index = np.flatnonzero(state.k)
     exponent = np.int8(state.exponent).tobytes()
-    levels = encode_levels(index, state.k[index].astype(np.int32), _flat(state.k.size))
-    return _STATE + bytes([VERSION, _LATTICE]) + digest + exponent + levels
+    bodies = []
+    for block in blocks(_flat(state.k.size)):
+        k = state.k[block.where]
+        index = np.flatnonzero(k)
+        bodies.append(encode_levels(index, k[index].astype(np.int32), block.layout))
+    return _STATE + bytes([VERSION, _LATTICE]) + digest + exponent + join(bodies)
 
 
 def unpack_state(data: bytes, layout: Layout) -> State:
@@ -288,16 +296,18 @@ def unpack_state(data: bytes, layout: Layout) -> State:
     if kind == _RAW:
         return _verified(_read_raw(reader, layout), digest, "state")
     (exponent,) = np.frombuffer(reader.take(1), np.int8).tolist()
-    index, level = decode_levels(reader.rest(), _flat(layout.size), "state")
     k = np.zeros(layout.size, np.int32)
-    k[index] = level
+    flat = _flat(layout.size)
+    for block, body in zip(blocks(flat), split(reader, flat), strict=True):
+        index, level = decode_levels(body, block.layout, "state")
+        k[block.where][index] = level
     return _verified(LatticeState(exponent, k), digest, "state")
 
 
-def _rescale(state: LatticeState, exponent: int) -> npt.NDArray[np.int32]:
+def _rescale(state: LatticeState, exponent: int, where: slice = slice(None)) -> npt.NDArray[np.int32]:
     """A new array: ``k`` in units of ``2^exponent``, which is not above the state's unless all ``k`` are zero."""
     if state.highest == 0 or exponent == state.exponent:
-        return state.k.astype(np.int32)
+        return state.k[where].astype(np.int32)
     if exponent > state.exponent:
         raise CodecError(
             f"delta is corrupt: exponent {exponent} is above the version's {state.exponent}; fetch it again"
@@ -307,7 +317,7 @@ def _rescale(state: LatticeState, exponent: int) -> npt.NDArray[np.int32]:
         raise CodecError(
             f"lattice coordinate {state.highest} does not bear {shift} halvings of the step; expected below 2^30 after"
         )
-    return state.k.astype(np.int32) << np.int32(shift)
+    return state.k[where].astype(np.int32) << np.int32(shift)
 
 
 def _read_kind(reader: Reader, magic: bytes) -> int:

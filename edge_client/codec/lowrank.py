@@ -7,10 +7,12 @@ costs ``m + n`` numbers, not ``m * n`` (Vogels et al. 2019, PowerSGD, arXiv 1905
 A matrix ``M = U S V'`` is told as ``A = U S`` and ``B = V S``. An error of ``e`` in any one of their elements costs the
 product ``A S^-1 B'`` about ``e^2``, just as in an element told by itself: reverse water-filling gives all of them the
 same step. ``A`` is quantized first and ``B`` is then fitted to it, which mends most of what quantizing ``A`` broke.
+
 Element ``(j, k)`` of the product is, in float64 and in steps, ``sum_i a[j, i] * c[k, i]``, where ``a`` are the levels
-of A, ``c[k, i] = rint(2^q * value(b[k, i]) / norm_i) / 2^q``, ``value`` adds the level's centroid, and ``norm_i`` is the
-integer part of the root of ``sum_j a[j, i]^2``, at least 1. ``q`` makes ``|c|`` at most 2^24: then every sum is exact,
-and no order of summation, thread or processor changes a bit.
+of A, ``c[k, i] = rint(2^q * value(b[k, i]) / norm_i) / 2^q``, ``value`` adds the level's centroid, and ``norm_i`` is
+the integer part of the root of ``sum_j a[j, i]^2``, at least 1. ``q`` is the integer that puts the largest
+``|2^q * c|`` between 2^23 and 2^24: every sum is then exact, and no order of summation, thread or processor changes a
+bit.
 """
 
 import math
@@ -20,7 +22,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.codec.layout import Vector
 from edge_client.codec.quantize import centroids, levels, reconstruct
 
 Matrix = npt.NDArray[np.float32]
@@ -51,7 +52,7 @@ class Factors:
     @property
     def rank(self) -> int:
         """Number of directions."""
-        return self.left.shape[1]
+        return int(self.left.shape[1])
 
     def product(self, step: float) -> Iterator[tuple[slice, Matrix]]:
         """The matrix ``[m, n]``, some rows at a time, the same bits on every platform."""
@@ -68,7 +69,8 @@ class Factors:
         for at in range(0, len(left), rows):
             piece = left[at : at + rows] @ right.T
             piece *= scale
-            yield slice(at, at + rows), piece.astype(np.float32)
+            with np.errstate(over="ignore"):
+                yield slice(at, at + rows), piece.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -140,10 +142,10 @@ def _fit(matrix: Matrix, given: Levels, step: float) -> Coefficients:
     wide = given.astype(np.float64)
     gram = wide.T @ wide
     norms = np.maximum(np.floor(np.sqrt(np.diag(gram))), 1.0)
-    fitted: Coefficients = np.linalg.lstsq(gram, (matrix @ given.astype(np.float32)).T.astype(np.float64), rcond=None)[
-        0
-    ].T
-    fitted *= norms / step
+    sums = (matrix @ given.astype(np.float32)).astype(np.float64)
+    fitted: Coefficients = np.linalg.lstsq(gram, sums.T, rcond=None)[0].T * (norms / step)
+    # Directions that quantization made nearly equal have no bounded fit.
+    np.clip(fitted, -LEVEL_LIMIT, LEVEL_LIMIT, out=fitted)
     return fitted
 
 

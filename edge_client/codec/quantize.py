@@ -1,24 +1,17 @@
-"""From floats to integer levels and back: step, dead zone, centroid reconstruction, and the residual that error
-feedback keeps.
+"""From floats to integer levels and back: step, dead zone, centroid reconstruction.
 
 A value ``x`` becomes 0 inside the dead zone, ``|x| < dead_zone * step``, else ``sign(x) * max(1, round(|x| / step))``.
 The decoder puts a level where the encoder's values of that level lie on average (their centroid), not at the middle of
 the interval: with the peaked distributions of model updates that lowers the distortion, for three
 bytes (Sullivan 1996, "Efficient scalar quantization of exponential and Laplacian random variables").
-
-Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847): what a client could not say it keeps and
-says later.
 """
 
-import struct
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.codec.integers import Reader, varint
-from edge_client.codec.layout import Layout, Vector
-from edge_client.errors import CodecError
+from edge_client.codec.layout import Vector
 
 LEVEL_LIMIT = 2**22
 """Largest magnitude of a level that the encoder produces; finer steps are not told apart in float32 anyway."""
@@ -27,7 +20,6 @@ CENTROIDS = 3
 OFFSET_UNITS = 128
 """Centroid offsets are integers in units of ``step / 128``."""
 
-_RESIDUAL_VERSION = 1
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -129,59 +121,3 @@ def reconstruct(level: npt.NDArray[np.int32], offsets: tuple[int, int, int]) -> 
     value: npt.NDArray[np.float64] = table[np.clip(level, -CENTROIDS, CENTROIDS) + CENTROIDS]
     value += level
     return value
-
-
-def pack_residual(residual: Vector, step: float) -> bytes:
-    """A residual in one byte a parameter, for flash: precise to 1/254 of a step.
-
-    Format: version byte 1; varint ``n``; ``scale``, float64, little-endian; then ``n`` int8, the values in units of
-    ``scale``, or nothing if ``scale`` is 0 and all are zero. Values beyond 127 units are clipped.
-
-    Args:
-        residual: ``[n] float32``, finite.
-        step: the step of the update that left the residual, which bounds it; 0 takes the largest magnitude instead.
-
-    Raises:
-        CodecError: the residual is not finite.
-    """
-    highest = peak(residual)
-    if not np.isfinite(highest):
-        raise CodecError("residual holds NaN or infinite values; expected finite ones: drop it and start from zero")
-    scale = (step if step > 0 else highest) / 127 if highest > 0 else 0.0
-    head = bytes([_RESIDUAL_VERSION]) + varint(len(residual)) + struct.pack("<d", scale)
-    if scale == 0:
-        return head
-    units = residual.astype(np.float64) / scale if highest < 1e-30 else residual / np.float32(scale)
-    np.rint(units, out=units)
-    np.clip(units, -127, 127, out=units)
-    return head + units.astype(np.int8).tobytes()
-
-
-def unpack_residual(data: bytes, layout: Layout) -> Vector:
-    """Read what ``pack_residual`` wrote: ``[layout.size] float32``.
-
-    Raises:
-        CodecError: the bytes are not a residual of this layout's size.
-    """
-    reader = Reader(data, "residual")
-    if (version := reader.take(1)[0]) != _RESIDUAL_VERSION:
-        raise CodecError(
-            f"residual has format version {version}; expected {_RESIDUAL_VERSION}: drop it and start from zero"
-        )
-    size = reader.varint(2**31 - 1)
-    if size != layout.size:
-        raise CodecError(f"residual has {size} values; expected {layout.size}: it belongs to another model, drop it")
-    (scale,) = struct.unpack("<d", reader.take(8))
-    if not 0 <= scale <= _LARGEST / 127:
-        raise CodecError(f"residual is corrupt: scale {scale}; drop it and start from zero")
-    if scale == 0:
-        reader.end()
-        return np.zeros(size, np.float32)
-    units = np.frombuffer(reader.take(size), np.int8)
-    reader.end()
-    values = (
-        np.multiply(units, scale, dtype=np.float64)
-        if scale < 1e-30
-        else np.multiply(units, np.float32(scale), dtype=np.float32)
-    )
-    return values.astype(np.float32, copy=False)

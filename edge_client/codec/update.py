@@ -92,12 +92,10 @@ class CodecSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class EncodedUpdate:
-    """Bytes to send; what they leave out of ``delta`` (``[n] float32``); and the step used (0.0 where none was), for
-    ``pack_residual``."""
+    """Bytes to send, and what they leave out of ``delta`` (``[n] float32``)."""
 
     data: bytes
     residual: Vector
-    step: float
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def encode_update(
     if set(vectors) != set(layouts):
         raise CodecError(f"update has the vectors {sorted(vectors)}; expected {sorted(layouts)}, one for each layout")
     payload: dict[str, tuple[int, bytes]] = {}
-    residual, step = np.zeros(0, np.float32), 0.0
+    residual = np.zeros(0, np.float32)
     # The quantized vector comes last: what the others take is not there for it where bytes are the target.
     for name in sorted(vectors, key=lambda name: (name == DELTA, name)):
         vector = vectors[name]
@@ -163,14 +161,14 @@ def encode_update(
                 encoder = _quantized(vector, layouts[name], settings, spent)
                 if len(encoder.data) < 4 * vector.size:
                     payload[name] = QUANTIZED, encoder.data
-                    residual, step = encoder.residual, encoder.step
+                    residual = encoder.residual
                     continue
             payload[name] = RAW, vector.astype("<f4", copy=False).tobytes()
         if name == DELTA:
             residual = np.zeros_like(vector)
     data = _frame(layouts, scalars, payload)
     _read_header(Reader(data, "update"))  # whatever a decoder would refuse is refused here, where it can be helped
-    return EncodedUpdate(data, residual, step)
+    return EncodedUpdate(data, residual)
 
 
 def _frame(

@@ -4,8 +4,7 @@ All of it is quantized with one step, which spends each bit where it saves most 
 
 Byte format of a quantized vector
 ---------------------------------
-The step, float32, little-endian; then, for each block (`blocks`) but the last, a varint, its length in bytes; then the
-blocks. A block is
+The step, float32, little-endian; then blocks (`blocks`). A block is
 
 1. three int8: the centroid offsets of its elements (`quantize.Quantized`);
 2. where it has parts that suit factors (`lowrank.suits`): a section with the list of their ranks, in order;
@@ -23,9 +22,9 @@ import struct
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.codec.blocks import Block, blocks
+from edge_client.codec.blocks import Block, blocks, join, split
 from edge_client.codec.entropy import decode_levels, encode_levels
-from edge_client.codec.integers import Reader, pack, section, unpack, varint
+from edge_client.codec.integers import Reader, pack, section, unpack
 from edge_client.codec.layout import Layout, TensorSpec, Vector
 from edge_client.codec.lowrank import Factors, Matrix, Sketch, factorize, most, sketch, suits
 from edge_client.codec.quantize import LEVEL_LIMIT, Quantized, peak, quantize, rms
@@ -64,8 +63,7 @@ class VectorEncoder:
         """Encode at a step, which is taken into ``bounds`` and to float32."""
         self.step = self._allowed(step)
         bodies = [self._block(block, code=True) for block in self._blocks]
-        lengths = b"".join(varint(len(body)) for body in bodies[:-1])
-        self.data = b"".join([_STEP.pack(self.step), lengths, *bodies])
+        self.data = _STEP.pack(self.step) + join(bodies)
         return self.data
 
     def noise(self, step: float) -> float:
@@ -152,9 +150,7 @@ def _split(data: memoryview, layout: Layout, what: str) -> tuple[float, list[mem
     (step,) = _STEP.unpack(reader.take(_STEP.size))
     if not 0 < step < math.inf:
         raise CodecError(f"{what} has step {step}; expected a positive finite number: fetch it again")
-    count = len(blocks(layout))
-    lengths = [reader.varint(len(data)) for _ in range(count - 1)]
-    return step, [*(reader.take(length) for length in lengths), *([reader.rest()] if count else [])]
+    return step, split(reader, layout)
 
 
 def _decode_block(data: memoryview, block: Block, step: float, out: Vector, what: str) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from edge_client.codec.layout import Layout, TensorSpec, Vector
+from edge_client.codec.quantize import LEVEL_LIMIT, Quantized, quantize
 
 CONV = Layout(
     (
@@ -24,6 +25,14 @@ class Example:
     name: str
     layout: Layout
     vector: Vector
+
+
+def coarse(vector: Vector, multiple: float, dead_zone: float = 0.7) -> Quantized:
+    """Quantized at a step in root mean squares, or the largest at which something is told."""
+    wide = vector.astype(np.float64)
+    highest = float(np.abs(wide).max())
+    step = min(max(multiple * float(np.sqrt((wide**2).mean())), highest / LEVEL_LIMIT), highest)
+    return quantize(vector, step, dead_zone)
 
 
 def clustered(layout: Layout, seed: int) -> Vector:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from edge_client.codec.entropy import activity, decode_levels, encode_levels
 from edge_client.codec.layout import Layout, TensorSpec
-from edge_client.codec.quantize import quantize
 from edge_client.errors import CodecError
+from tests.edge_client.codec.conftest import coarse
 
 
 def dense(index, level, size):
@@ -34,7 +34,7 @@ def test_round_trip(example, step):
     if not example.vector.any():
         assert encode_levels(np.zeros(0, np.int64), np.zeros(0, np.int32), example.layout) == b"\0"
         return
-    found = quantize(example.vector, step, 0.7)
+    found = coarse(example.vector, step)
     data = encode_levels(found.index, found.level, example.layout)
     index, level = decode_levels(data, example.layout)
     size = example.layout.size
@@ -64,7 +64,7 @@ def test_classes_beat_zero_order_entropy():
     layout = Layout((TensorSpec("w", (256, 800)),))
     activity_of_rows, activity_of_columns = rng.lognormal(0, 1, (256, 1)), rng.lognormal(0, 1, (1, 800))
     vector = (rng.laplace(size=(256, 800)) * activity_of_rows * activity_of_columns).astype(np.float32).ravel()
-    found = quantize(vector, 4.0, 0.7)
+    found = coarse(vector, 4.0)
     bits = 8 * len(encode_levels(found.index, found.level, layout))
     assert bits < 0.75 * zero_order_bits(dense(found.index, found.level, layout.size))
 
@@ -72,7 +72,7 @@ def test_classes_beat_zero_order_entropy():
 def test_without_structure_the_classes_cost_nothing():
     vector = np.random.default_rng(3).laplace(size=256 * 400).astype(np.float32)
     layout = Layout((TensorSpec("w", (256, 400)),))
-    found = quantize(vector, 4.0, 0.7)
+    found = coarse(vector, 4.0)
     bits = 8 * len(encode_levels(found.index, found.level, layout))
     assert bits < 1.05 * zero_order_bits(dense(found.index, found.level, layout.size))
 
@@ -80,7 +80,7 @@ def test_without_structure_the_classes_cost_nothing():
 def test_many_tiny_tensors_pay_no_header_each():
     layout = Layout(tuple(TensorSpec(f"bias{i}", (16,)) for i in range(200)))
     vector = np.random.default_rng(4).laplace(size=layout.size).astype(np.float32)
-    found = quantize(vector, 4.0, 0.7)
+    found = coarse(vector, 4.0)
     bits = 8 * len(encode_levels(found.index, found.level, layout))
     assert bits < zero_order_bits(dense(found.index, found.level, layout.size)) + 200 * 8
 

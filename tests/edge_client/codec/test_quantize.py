@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from edge_client.codec.layout import Layout, TensorSpec
-from edge_client.codec.quantize import Quantized, pack_residual, quantize, unpack_residual
-from edge_client.errors import CodecError
+from edge_client.codec.quantize import Quantized, quantize
+from tests.edge_client.codec.conftest import coarse
 
 GAUSS = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
 # An entropy-coded scalar quantizer is at best 0.255 bit above the rate-distortion function at high rates (Gish and
@@ -13,7 +12,7 @@ STEPS = [0.1, 0.5, 1.0, 2.0, 4.0]
 
 @pytest.mark.parametrize("step", STEPS)
 def test_rate_and_distortion_stay_near_the_bound(step):
-    found = quantize(GAUSS, step, 0.6)
+    found = coarse(GAUSS, step, 0.6)
     _, count = np.unique(np.append(found.level, np.zeros(GAUSS.size - len(found.level), np.int32)), return_counts=True)
     bits = float(-(count * np.log2(count / GAUSS.size)).sum()) / GAUSS.size
     nmse = float(((GAUSS - found.scatter(GAUSS.size)) ** 2).sum() / (GAUSS**2).sum())
@@ -23,7 +22,7 @@ def test_rate_and_distortion_stay_near_the_bound(step):
 
 def test_dead_zone_and_rounding():
     vector = np.array([0.69, 0.71, -0.71, 1.49, 1.51, -2.6, 0], np.float32)
-    found = quantize(vector, 1.0 / float(np.sqrt((vector.astype(np.float64) ** 2).mean())), 0.7)
+    found = quantize(vector, 1.0, 0.7)
     assert found.index.tolist() == [1, 2, 3, 4, 5]
     assert found.level.tolist() == [1, -1, 1, 2, -3]
 
@@ -40,7 +39,7 @@ def test_hostile_steps_saturate():
 
 def test_something_is_always_told(example):
     if example.vector.any():
-        found = quantize(example.vector, 1000.0, 1.0)
+        found = coarse(example.vector, 1000.0, 1.0)
         assert len(found.index) >= 1
         left = example.vector - found.scatter(example.vector.size)
         assert np.abs(left.astype(np.float64)).sum() < np.abs(example.vector.astype(np.float64)).sum()
@@ -49,52 +48,4 @@ def test_something_is_always_told(example):
 def test_levels_are_bounded():
     vector = np.full(10_000, 1e-30, np.float32)
     vector[0] = 1e8
-    assert np.abs(quantize(vector, 1e-9, 0.5).level).max() <= 2**22
-
-
-def layout_of(n):
-    return Layout((TensorSpec("w", (n,)),))
-
-
-def test_residual_round_trip(example):
-    found = quantize(example.vector, 4.0, 0.7) if example.vector.any() else None
-    residual = example.vector - found.scatter(example.vector.size) if found else example.vector
-    step = found.step if found else 0.0
-    data = pack_residual(residual, step)
-    assert len(data) <= residual.size + 20
-    back = unpack_residual(data, example.layout)
-    assert back.dtype == np.float32
-    assert np.abs(back.astype(np.float64) - residual).max(initial=0) <= step / 250 + 1e-45
-    again = unpack_residual(pack_residual(back, step), example.layout)
-    np.testing.assert_allclose(again, back, rtol=1e-6)
-
-
-def test_residual_without_step_takes_the_peak():
-    residual = np.array([1.0, -2.54, 0.01], np.float32)
-    back = unpack_residual(pack_residual(residual, 0.0), layout_of(3))
-    np.testing.assert_allclose(back, residual, atol=0.0101)
-
-
-def test_residual_bytes_are_pinned():
-    data = pack_residual(np.array([1.27, -0.5, 9.0], np.float32), 1.27)
-    assert data.hex() == "01037b14ae47e17a843f7fce7f"
-
-
-@pytest.mark.parametrize("cut", [0, 1, 2, 9, 12])
-def test_truncated_residual(cut):
-    with pytest.raises(CodecError):
-        unpack_residual(pack_residual(np.ones(3, np.float32), 1.0)[:cut], layout_of(3))
-
-
-def test_bad_residuals():
-    data = pack_residual(np.ones(3, np.float32), 1.0)
-    with pytest.raises(CodecError, match="3 values; expected 4"):
-        unpack_residual(data, layout_of(4))
-    with pytest.raises(CodecError, match="version 9"):
-        unpack_residual(b"\x09" + data[1:], layout_of(3))
-    with pytest.raises(CodecError, match="scale"):
-        unpack_residual(data[:2] + b"\xff" * 8 + data[10:], layout_of(3))
-    with pytest.raises(CodecError, match="too many"):
-        unpack_residual(data + b"\0", layout_of(3))
-    with pytest.raises(CodecError, match="NaN"):
-        pack_residual(np.array([np.nan], np.float32), 1.0)
+    assert np.abs(coarse(vector, 1e-9, 0.5).level).max() <= 2**22

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_client.codec.layout import Layout, TensorSpec
-from edge_client.codec.quantize import pack_residual, unpack_residual
 from edge_client.codec.update import CodecSettings, decode_scalars, decode_update, encode_update, max_update_bytes
 from edge_client.errors import CodecError
 
@@ -36,11 +35,12 @@ def test_round_trip(example, kind):
     assert math.copysign(1, decoded.scalars["zero"]) == -1
     assert decode_scalars(encoded.data) == SCALARS
     assert len(encoded.data) <= max_update_bytes(layouts)
-    np.testing.assert_array_equal(encoded.residual, example.vector - decoded.vectors["delta"])
+    told = decoded.vectors["delta"].astype(np.float64)
+    rounding = 2e-7 * float(np.abs(example.vector).max(initial=0)) + 1e-44
+    np.testing.assert_allclose(told + encoded.residual, example.vector, rtol=0, atol=rounding)
     if kind == "none":
         np.testing.assert_array_equal(decoded.vectors["delta"], example.vector)
         assert not encoded.residual.any()
-        assert encoded.step == 0
 
 
 def test_truncation(example):
@@ -98,8 +98,6 @@ def test_feedback_loses_nothing(conv):
         told += decode_update(encoded.data, layouts).vectors["delta"]
         residual = encoded.residual
     np.testing.assert_allclose(told + residual, given_sum, atol=1e-6 * float(np.abs(given_sum).max()) + 1e-8)
-    stored = unpack_residual(pack_residual(residual, encoded.step), conv.layout)
-    assert np.abs(stored - residual).max() <= encoded.step / 250
 
 
 def test_small_models_pay_little(logistic):
@@ -121,13 +119,16 @@ def test_mismatches(conv, logistic):
         encode_update({"delta": conv.vector[:-1]}, layouts, {}, CodecSettings())
     with pytest.raises(CodecError, match="not an update"):
         decode_scalars(b"XX" + data[2:])
-    with pytest.raises(CodecError, match="version 2"):
-        decode_scalars(b"FU\x02" + data[3:])
+    with pytest.raises(CodecError, match="version 3"):
+        decode_scalars(b"FU\x03" + data[3:])
     with pytest.raises(CodecError, match="header"):
         encode_update(vectors, layouts, {f"s{i}": 0.1 for i in range(300)}, CodecSettings())
 
 
-@pytest.mark.parametrize("options", [{"step": 0}, {"step": 1001.0}, {"dead_zone": 0.4}, {"kind": "x"}, {"extra": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"value": 0}, {"value": 33.0}, {"target": "nmse", "value": 1.0}, {"target": "x"}, {"kind": "x"}, {"extra": 1}],
+)
 def test_settings_are_bounded(options):
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(options, CodecSettings)
@@ -140,4 +141,4 @@ def test_golden_update_decodes_to_the_same_values():
     assert decoded.scalars == {"loss": 0.5, "samples": 600}
     digest = hashlib.sha256(decoded.vectors["delta"].astype("<f4").tobytes()).hexdigest()
     assert digest == (GOLDEN / "update.sha256").read_text().strip()
-    assert data.startswith(bytes.fromhex("465501"))
+    assert data.startswith(bytes.fromhex("465502"))
