@@ -26,15 +26,13 @@ from edge_client.codec.blocks import Block, blocks, join, split
 from edge_client.codec.entropy import decode_levels, encode_levels
 from edge_client.codec.integers import Reader, pack, section, unpack
 from edge_client.codec.layout import Layout, TensorSpec, Vector
-from edge_client.codec.lowrank import Factors, Matrix, Sketch, factorize, most, sketch, suits
+from edge_client.codec.lowrank import Factors, Matrix, Sketch, factorize, floor, most, sketch, suits
 from edge_client.codec.quantize import LEVEL_LIMIT, Quantized, peak, quantize, rms
 from edge_client.errors import CodecError
 
 DEAD_ZONE = 0.7
 _STEP = struct.Struct("<f")
 _OFFSETS = struct.Struct("<3b")
-_FLOOR = 0.3
-"""Directions whose singular value is below this, in steps and roots of the longer side, are not looked for."""
 
 
 class VectorEncoder:
@@ -106,11 +104,11 @@ class VectorEncoder:
 
     def _factorize(self, key: tuple[int, int], matrix: Matrix) -> Factors | None:
         """Take the part's low-rank share out of ``matrix``, in place."""
-        floor = _FLOOR * self.step * math.sqrt(max(matrix.shape))
+        least = floor(matrix.shape, self.step)
         known = self._sketches.get(key)
-        if known is None or floor < known[0]:
-            # Rate control will try smaller steps too.
-            known = self._sketches[key] = (floor / 2, sketch(matrix, floor / 2))
+        if known is None or least < known[0]:
+            least *= 0.8  # rate control will try smaller steps too
+            known = self._sketches[key] = (least, sketch(matrix, least))
         factors = factorize(matrix, known[1], self.step)
         if factors is not None:
             for rows, product in factors.product(self.step):
