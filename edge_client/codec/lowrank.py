@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.codec.quantize import centroids, levels, reconstruct
+from edge_client.codec.quantize import levels, reconstruct
 
 Matrix = npt.NDArray[np.float32]
 Coefficients = npt.NDArray[np.float64]
@@ -47,22 +47,24 @@ _C_BITS = 24
 
 @dataclass(frozen=True)
 class Factors:
-    """``left`` ``[m, r]`` and ``right`` ``[n, r]``, int32 levels; ``offsets`` as in `quantize.Quantized`, of right."""
+    """``left`` ``[m, r]`` and ``right`` ``[n, r]``, int32 levels."""
 
     left: Levels
     right: Levels
-    offsets: tuple[int, int, int]
 
     @property
     def rank(self) -> int:
         """Number of directions."""
         return int(self.left.shape[1])
 
-    def product(self, step: float) -> Iterator[tuple[slice, Matrix]]:
-        """The matrix ``[m, n]``, some rows at a time, the same bits on every platform."""
+    def product(self, step: float, offsets: tuple[int, int, int]) -> Iterator[tuple[slice, Matrix]]:
+        """The matrix ``[m, n]``, some rows at a time, the same bits on every platform.
+
+        ``offsets`` are the centroids of the right factor's levels, as in `quantize.Quantized`.
+        """
         left = self.left.astype(np.float64)
         norms = np.sqrt(np.einsum("ji,ji->i", left, left))
-        right = reconstruct(self.right, self.offsets)
+        right = reconstruct(self.right, offsets)
         right /= np.maximum(np.floor(norms), 1.0)
         highest = float(np.abs(right).max(initial=0.0))
         shift = _C_BITS - math.frexp(highest)[1]
@@ -128,7 +130,8 @@ def sketch(matrix: Matrix, least: float) -> Sketch:
 
 def _without(columns: Matrix, basis: Matrix) -> Matrix:
     """What of the columns an orthonormal basis does not span."""
-    return columns - basis @ (basis.T @ columns)
+    rest: Matrix = columns - basis @ (basis.T @ columns)
+    return rest
 
 
 def _orthonormal(columns: Matrix) -> Matrix:
@@ -136,11 +139,15 @@ def _orthonormal(columns: Matrix) -> Matrix:
     wide = columns.astype(np.float64)
     energies, turn = np.linalg.eigh(wide.T @ wide)
     kept = energies > 1e-10 * energies[-1]
-    return ((wide @ turn[:, kept]) / np.sqrt(energies[kept])).astype(np.float32)
+    basis: Matrix = ((wide @ turn[:, kept]) / np.sqrt(energies[kept])).astype(np.float32)
+    return basis
 
 
-def factorize(matrix: Matrix, found: Sketch, step: float) -> Factors | None:
-    """Quantize those of a matrix's directions that are worth their bits; None where none is."""
+def factorize(matrix: Matrix, found: Sketch, step: float) -> tuple[Factors, Coefficients] | None:
+    """Quantize those of a matrix's directions that are worth their bits; None where none is.
+
+    With the factors, what the right one's levels stand for: ``[n, r]``, in steps.
+    """
     energy = np.einsum("ji,ji->i", found.left, found.left) / step**2
     strong = int(np.count_nonzero(energy > floor(matrix.shape, 1.0) ** 2))
     energy = energy[:strong]
@@ -158,8 +165,7 @@ def factorize(matrix: Matrix, found: Sketch, step: float) -> Factors | None:
     right = levels(_fit(matrix.T, left, step), _DEAD_ZONE)
     left = levels(_fit(matrix, right, step), _DEAD_ZONE)
     fitted = _fit(matrix.T, left, step)
-    right = levels(fitted, _DEAD_ZONE)
-    return Factors(left, right, centroids(fitted, right))
+    return Factors(left, levels(fitted, _DEAD_ZONE)), fitted
 
 
 def _fit(matrix: Matrix, given: Levels, step: float) -> Coefficients:
