@@ -18,8 +18,8 @@ tag byte   what follows
            significant first; then 0 bits to the byte. Bits fill a byte from its most significant end.
 32         all integers are the same: one varint
 33         one pcodec standalone file with exactly ``count`` uint32
-34         mostly zeros, at most 4096 integers: a varint ``h``, its non-zeros, at most half of all; a section with the list
-           of ``h`` gaps (zeros since the non-zero before); the list of ``h`` values less one
+34         mostly zeros, at most 4096 integers: a varint ``h``, its non-zeros, at most half of all; a section with the
+           list of ``h`` gaps (zeros since the non-zero before); the list of ``h`` values less one
 =========  ===========================================================================================================
 """
 
