@@ -147,7 +147,7 @@ def _orthonormal(columns: Matrix) -> Matrix:
     """An orthonormal basis of what the columns span, but for directions too weak for float32 to tell."""
     wide = columns.astype(np.float64)
     energies, turn = np.linalg.eigh(wide.T @ wide)
-    kept = energies > 1e-10 * energies[-1]
+    kept = energies > 1e-10 * energies.max(initial=0)
     basis: Matrix = ((wide @ turn[:, kept]) / np.sqrt(energies[kept])).astype(np.float32)
     return basis
 
@@ -159,6 +159,8 @@ def factorize(matrix: Matrix, found: Sketch, step: float) -> tuple[Factors, Coef
     """
     energy = np.einsum("ji,ji->i", found.left, found.left) / step**2
     strong = int(np.count_nonzero(energy > floor(matrix.shape, 1.0) ** 2))
+    if not strong or energy[0] > LEVEL_LIMIT**2:
+        return None
     energy = energy[:strong]
     sides = [side[:, :strong] / step for side in (found.left, found.right)]
     left, right = (levels(side, _DEAD_ZONE) for side in sides)
@@ -167,7 +169,7 @@ def factorize(matrix: Matrix, found: Sketch, step: float) -> tuple[Factors, Coef
         side -= level
         price += np.einsum("ji,ji->i", side, side)
     rank = int(np.argmin(_rest(found, strong, step) + np.append(0, np.cumsum(price))))
-    if not rank or energy[0] > LEVEL_LIMIT**2:
+    if not rank:
         return None
     left = left[:, :rank]
     # Alternating least squares; once more saves another percent.
@@ -178,7 +180,7 @@ def factorize(matrix: Matrix, found: Sketch, step: float) -> tuple[Factors, Coef
 
 
 def _rest(found: Sketch, count: int, step: float) -> Coefficients:
-    """What the elements cost, in distortion and bits, after none, the first, ... all ``count`` directions are taken out.
+    """What elements cost, in distortion and bits, after none, the first, ... all ``count`` directions are taken out.
 
     Where elements of variance ``v``, in squared steps, are far below the step, all of it is lost; where they are told,
     each halving saves half a bit. ``v`` up to 0.12, and ``0.12 * (1 + ln(v / 0.12))`` above it, is near an
