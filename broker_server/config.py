@@ -99,8 +99,10 @@ class Codec(_Section, frozen=True):
     """Values below this many steps become zero."""
     feedback: bool = True
     """Whether a client carries what quantization left over into its next update."""
-    lattice: Factor = 10.0
+    lattice: Factor = 20.0
     """Lattice step of the global model, in standard deviations of a round's global update."""
+    hysteresis: Annotated[float, Meta(ge=0.5, le=1)] = 0.75
+    """A parameter stays where it is on the lattice while it is at most this many steps from where it should be."""
 
 
 class Evaluation(_Section, frozen=True):

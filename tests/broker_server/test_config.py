@@ -64,6 +64,7 @@ step = 3.0
 dead_zone = 0.6
 feedback = false
 lattice = 30
+hysteresis = 1
 [evaluation]
 every = 5
 clients = 3
