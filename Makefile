@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Threads are fedge's to place; libraries that each start their own pool take the cores from one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint bench bench-round bench-training bench-memory clean
+.PHONY: help demo test lint bench bench-round bench-training bench-memory bench-codec clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make bench-round     seconds per round beside a plain PyTorch loop; results in build/bench/round.json"
 	@echo "make bench-training  a training step, memory, start and size beside PyTorch's; results in build/bench/training.json"
 	@echo "make bench-memory    memory and time of a training step with memory budgets; results in build/bench/memory.json"
+	@echo "make bench-codec     bits and distortion of updates beside other codecs'; results in build/bench/codec.json"
 	@echo "make bench           every benchmark"
 	@echo "make clean           remove build results and caches, keep $(VENV)"
 
@@ -40,7 +41,11 @@ bench-training: $(VENV)/.dev
 bench-memory: $(VENV)/.dev
 	$(BIN)/python tests/bench/memory.py $(ARGS)
 
-bench: bench-round bench-training bench-memory
+# NNCodec is built from its source distribution, in an environment of its own.
+bench-codec: $(VENV)/.dev
+	$(BIN)/python tests/bench/codec.py $(ARGS)
+
+bench: bench-round bench-training bench-memory bench-codec
 	for run in fashion-mnist mnist-writers shakespeare; do $(BIN)/python tests/bench/real.py $$run || exit 1; done
 
 clean:

@@ -6,7 +6,7 @@ the model on its lattice. What three clients of an early, a middle and a late ro
 ``build/bench/updates``: the parameters' delta and the residual together.
 """
 
-import json
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from federations import BUILD, ROUNDS, RUNS, Run, data, export
+from stored import Update
 
 from broker_server.selection import Candidate, select
 from edge_client.bundle import Bundle
@@ -30,8 +31,8 @@ CLIENTS = 3
 """Updates kept of a round."""
 LATTICE = 20.0
 """Step of the global model, in standard deviations of a round's global update."""
-SIDE = 1000
-"""Synthetic vectors are one square tensor."""
+SIDE = int(os.environ.get("FEDGE_SIDE", "1000"))
+"""Synthetic vectors are one square tensor; a test wants a small one."""
 
 TRANSFORMER = Run(
     "shakespeare-64",
@@ -60,29 +61,6 @@ SYNTHETIC: dict[str, Callable[[np.random.Generator, int], Vector]] = {
     "gaussian": lambda rng, n: rng.standard_normal(n, np.float32),
     "laplace": lambda rng, n: rng.laplace(size=n).astype(np.float32),
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Update:
-    """``vector``: ``[layout.size] float32``, what a client encodes."""
-
-    vector: Vector
-    layout: Layout
-
-    def write(self, path: Path) -> None:
-        """Keep it as ``vector`` and, in JSON, ``tensors``: ``[name, shape]`` of each."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.npz")
-        tensors = [[tensor.name, tensor.shape] for tensor in self.layout.tensors]
-        np.savez(partial, vector=self.vector, tensors=json.dumps(tensors))
-        partial.replace(path)
-
-    @classmethod
-    def read(cls, path: Path) -> "Update":
-        """What ``write`` kept."""
-        with np.load(path) as file:
-            vector, tensors = file["vector"], json.loads(str(file["tensors"]))
-        return cls(vector, Layout(tuple(TensorSpec(name, tuple(shape)) for name, shape in tensors)))
 
 
 @dataclass(frozen=True)

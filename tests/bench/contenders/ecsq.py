@@ -36,4 +36,5 @@ def quantizer(step: float, edge: float) -> Point:
 @cache
 def gaussian() -> tuple[Point, ...]:
     """The best of all steps and dead zones, as an envelope."""
-    return tuple(envelope(quantizer(float(step), float(edge)) for step in STEPS for edge in EDGES))
+    every = (quantizer(float(step), float(edge)) for step in STEPS for edge in EDGES)
+    return tuple(envelope(every, clear=0))

@@ -11,7 +11,6 @@ Point = tuple[float, float]
 Floats = npt.NDArray[np.floating]
 
 _LEAST = 1e-30
-_CLEAR = 0.0005
 
 
 def noise(vector: Floats, decoded: Floats) -> float:
@@ -20,17 +19,17 @@ def noise(vector: Floats, decoded: Floats) -> float:
     return float(np.square(np.subtract(vector, decoded, dtype=np.float64)).sum()) / energy
 
 
-def envelope(points: Iterable[Point]) -> list[Point]:
+def envelope(points: Iterable[Point], clear: float = 0.005) -> list[Point]:
     """A codec's best settings, ascending in bits and falling in NMSE.
 
-    What lies above a line between two others is left out: either of them taken in turn is better. Points on the line
-    stay, as ``at`` interpolates logarithms.
+    What lies above a line between two others, by ``clear`` of its NMSE, is left out: either of them taken in turn is
+    better. Points on the line stay, as ``at`` interpolates logarithms.
     """
     hull: list[Point] = []
     for bits, nmse in sorted(points):
         if hull and nmse >= hull[-1][1]:
             continue
-        while len(hull) > 1 and _above(hull[-2], hull[-1], (bits, nmse)):
+        while len(hull) > 1 and _above(hull[-2], hull[-1], (bits, nmse), clear):
             hull.pop()
         hull.append((bits, nmse))
     return hull
@@ -52,7 +51,7 @@ def needed(points: list[Point], nmse: float) -> float | None:
     return float(np.interp(math.log(max(nmse, _LEAST)), logs, rates))
 
 
-def _above(left: Point, middle: Point, right: Point) -> bool:
+def _above(left: Point, middle: Point, right: Point, clear: float) -> bool:
     """Whether ``middle`` is clearly above the line between its neighbours."""
     (x0, y0), (x1, y1), (x2, y2) = left, middle, right
-    return y1 > (1 + _CLEAR) * (y0 + (y2 - y0) * (x1 - x0) / (x2 - x0))
+    return y1 > (1 + clear) * (y0 + (y2 - y0) * (x1 - x0) / (x2 - x0))

@@ -1,6 +1,7 @@
-"""Sparse ternary compression (Sattler, Wiedemann, Mueller, Samek: "Robust and Communication-Efficient Federated Learning
-from Non-IID Data", 2019): the largest fraction p of the values is sent as plus or minus their mean magnitude, the
-distances between them as Golomb codes.
+"""Sparse ternary compression: the largest fraction p of the values is sent as plus or minus their mean magnitude, and
+the distances between them as Golomb codes.
+
+Sattler, Wiedemann, Mueller, Samek: "Robust and Communication-Efficient Federated Learning from Non-IID Data", 2019.
 """
 
 from collections.abc import Sequence

@@ -51,7 +51,13 @@ def points(path: str, multiples: list[float], settings: list[dict]) -> list[tupl
         for setting in settings:
             given = {name: tensor.copy() for name, tensor in tensors.items()}
             data = nnc.compress(
-                given, bitstream_path=None, qp=step, nonweight_qp=step, qp_density=DENSITY, return_bitstream=True, **setting
+                given,
+                bitstream_path=None,
+                qp=step,
+                nonweight_qp=step,
+                qp_density=DENSITY,
+                return_bitstream=True,
+                **setting,
             )
             decoded = nnc.decompress(bytearray(data))
             noise = sum(
