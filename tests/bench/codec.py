@@ -34,7 +34,10 @@ from edge_client.codec.update import CodecSettings, decode_update, encode_update
 RESULT = BUILD / "bench" / "codec.json"
 COMPARED = (NNCODEC, "eden", "qsgd", "stc")
 
-SWEEP = tuple(CodecSettings(step=step) for step in (20, 12, 8, 6, 4.5, 3, 2, 1.4, 1, 0.6, 0.3, 0.2))
+SWEEP = tuple(
+    CodecSettings(target="bits", value=bits)
+    for bits in (0.03, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 2.0, 3.0, 4.0)
+)
 """Rates, ascending."""
 
 Ratios = list[float | None]
