@@ -20,6 +20,7 @@ STYLES = {
     "qsgd": ("QSGD", "#f4a261", "--"),
     "int8_zstd": ("int8 + zstd", "#555555", "s"),
 }
+THEORY = "scalar theory"
 BITS, NMSE = (0.03, 8.0), (1e-3, 1.2)
 
 
@@ -50,7 +51,7 @@ def plot(curves: dict[str, dict[str, list[Point]]], path: Path) -> None:
                 width = 2.0 if name == "fedge" else 1.2
                 axis.plot(*zip(*points, strict=True), style, color=color, label=label, lw=width, ms=3.5)
         if source == "gaussian":
-            axis.plot(*zip(*_seen(list(ecsq.gaussian())[::20]), strict=True), "k:", lw=1, label="scalar theory")
+            axis.plot(*zip(*_seen(list(ecsq.gaussian())[::20]), strict=True), "k:", lw=1, label=THEORY)
         name, _, rest = source.partition(",")
         axis.set(xscale="log", yscale="log", xlim=BITS, ylim=NMSE, xlabel="bits per parameter")
         axis.set_title(TITLES[name] + ("\n" + rest.strip() if rest else "\n"), fontsize=9)
@@ -59,8 +60,11 @@ def plot(curves: dict[str, dict[str, list[Point]]], path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("NMSE")
-    handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False, fontsize=8)
+    lines = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    labels = sorted(lines, key=[*(label for label, _, _ in STYLES.values()), THEORY].index)
+    figure.legend(
+        [lines[label] for label in labels], labels, loc="lower center", ncols=len(labels), frameon=False, fontsize=8
+    )
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+
 from tests.toy import toy_bundle
 
 BENCH = Path(__file__).parent
