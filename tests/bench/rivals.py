@@ -21,8 +21,8 @@ NNCODEC = "nncodec"
 DEFAULT = "nncodec_default"
 """NNCodec as its own interface calls it. That of its coder has a rate-distortion weight besides, which helps it."""
 _PEER = Peer(("numpy<2", "pybind11", "setuptools", "wheel"), "contenders/nncodec_points.py", ("nncodec==2.1.3",))
-_STEPS = np.geomspace(0.06, 32, 19).tolist()
-_WEIGHTS = (0.25, 0.5, 1.0)
+_STEPS = np.geomspace(0.06, 32, 15).tolist()
+_WEIGHTS = (0.5, 1.0)
 
 CODECS: dict[str, Callable[[Update], list[Point]]] = {
     "stc": lambda update: stc.points(update.vector, update.sizes),

@@ -7,9 +7,9 @@ import numpy.typing as npt
 
 from contenders.points import Floats, Point, noise
 
-BUCKETS = (0, 4096, 512)
+BUCKETS = (0, 512)
 """Values that share a norm; 0 for all of them."""
-LEVELS = tuple(2**k for k in range(13))
+LEVELS = tuple(4**k for k in range(7))
 MOST = 16.0
 """Bits per parameter, beyond which nobody looks."""
 
