@@ -2,7 +2,7 @@
 
 python codec_cost.py UPDATE.npz SETTINGS [--seconds 2]
 
-The settings are `edge_client.codec.update.CodecSettings` as JSON. Speeds are medians, in millions of parameters a second
+The settings are `edge_client.codec.update.CodecSettings` as JSON. Speeds are medians, in million parameters a second
 of processor time, which is the time of one core that does nothing else; the environment must say that threads are one.
 Memory is what encoding adds to the peak, the result included, in sizes of the vector: the larger of what the system and
 what Python's allocator count.
