@@ -31,6 +31,8 @@ Levels = npt.NDArray[np.int32]
 RANK_LIMIT = 64
 """Most directions of one matrix."""
 LEVEL_LIMIT = 2**22
+"""Largest magnitude of a factor's level; with ``RANK_LIMIT`` and ``_C_BITS`` it keeps sums below 2^53."""
+_ENERGY_LIMIT = 2.0**52
 _SIDE = 8
 """A matrix with a shorter side is told by its elements."""
 _DEAD_ZONE = 0.6
@@ -53,6 +55,16 @@ class Factors:
     def rank(self) -> int:
         """Number of directions."""
         return int(self.left.shape[1])
+
+    @property
+    def exact(self) -> bool:
+        """Whether all sums of the product stay below 2^53, and those of the squares of ``left`` too."""
+        highest = max(int(np.abs(side).max(initial=0)) for side in (self.left, self.right))
+        # int32 does not hold the magnitude of its lowest value.
+        if not 0 <= highest <= LEVEL_LIMIT:
+            return False
+        left = self.left.astype(np.float64)
+        return bool((np.einsum("ji,ji->i", left, left) <= _ENERGY_LIMIT).all())
 
     def product(self, step: float) -> Iterator[tuple[slice, Matrix]]:
         """The matrix ``[m, n]``, some rows at a time, the same bits on every platform."""
@@ -134,7 +146,8 @@ def factorize(matrix: Matrix, found: Sketch, step: float) -> Factors | None:
     left = levels(_fit(matrix, right, step), _DEAD_ZONE)
     fitted = _fit(matrix.T, left, step)
     right = levels(fitted, _DEAD_ZONE)
-    return Factors(left, right, centroids(fitted, right))
+    factors = Factors(left, right, centroids(fitted, right))
+    return factors if factors.exact else None
 
 
 def _fit(matrix: Matrix, given: Levels, step: float) -> Coefficients:

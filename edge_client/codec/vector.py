@@ -182,7 +182,10 @@ def _decode_block(data: memoryview, block: Block, step: float, out: Vector, what
             for length in part.matrix:
                 sides.append(dense[start : start + length * rank].reshape(length, rank))
                 start += length * rank
-            for rows, product in Factors(sides[0], sides[1], offset).product(step):
+            factors = Factors(sides[0], sides[1], offset)
+            if not factors.exact:
+                raise CodecError(f"{what} is corrupt: factors of {part.name!r} hold levels out of range")
+            for rows, product in factors.product(step):
                 matrix[rows] = product
     out[index] += Quantized(step, offsets, index, level).values()
 
