@@ -47,7 +47,7 @@ Magnitudes = npt.NDArray[np.float64]
 
 ROWS, COLUMNS = 1, 2
 CLASSES = 64
-STREAM_BITS = 300
+STREAM_BITS = 150
 """What one more stream costs, about: two lists' headers and histograms."""
 LIST_BITS = 160
 """What one more list of classes costs before its content."""
@@ -147,7 +147,7 @@ def _streams(blocks: tuple[Indices, ...], edges: Indices) -> tuple[_Streams, Ind
 
 
 def _entropy(size: npt.NDArray[np.number], mass: npt.NDArray[np.number]) -> Magnitudes:
-    """Bits of ``size`` geometric magnitudes that sum to ``mass``, elementwise; what a stream costs without its signs."""
+    """Bits of ``size`` geometric magnitudes that sum to ``mass``, elementwise: what a stream costs but for signs."""
     n, s = size.astype(np.float64), mass.astype(np.float64)
     bits: Magnitudes = (n + s) * np.log2(np.maximum(n + s, 1)) - n * np.log2(np.maximum(n, 1))
     bits -= s * np.log2(np.maximum(s, 1))

@@ -18,6 +18,8 @@ tag byte   what follows
            significant first; then 0 bits to the byte. Bits fill a byte from its most significant end.
 32         all integers are the same: one varint
 33         one pcodec standalone file with exactly ``count`` uint32
+34         mostly zeros, at most 4096 integers: a varint ``h``, its non-zeros, at most half of all; a section with the
+           list of ``h`` gaps (zeros since the non-zero before); the list of ``h`` values less one
 =========  ===========================================================================================================
 """
 
@@ -31,6 +33,7 @@ Integers = npt.NDArray[np.uint32]
 
 CONSTANT = 32
 PCODEC = 33
+SPARSE = 34
 RICE_COUNT = 4096
 """Longest list in a Golomb-Rice code: from there on pcodec is smaller, and its decoder needs no scratch space."""
 RICE_BITS_EACH = 64
@@ -116,7 +119,12 @@ def pack(values: Integers) -> bytes:
     if count <= RICE_COUNT:
         k, bits = _rice_parameter(values)
         if (bits + 7) // 8 + 1 < len(best) and bits <= RICE_BITS_EACH * count:
-            return bytes([k]) + _rice(values, k, bits)
+            best = bytes([k]) + _rice(values, k, bits)
+        hits = np.flatnonzero(values)
+        if 2 * len(hits) <= count:
+            gaps = np.diff(hits, prepend=-1) - 1
+            sparse = bytes([SPARSE]) + varint(len(hits)) + section(pack(gaps.astype(np.uint32)))
+            best = min(best, sparse + pack(values[hits] - np.uint32(1)), key=len)
     return best
 
 
@@ -139,6 +147,8 @@ def unpack(data: memoryview, count: int, what: str) -> Integers:
         return np.full(count, value, np.uint32)
     if tag == PCODEC:
         return _unpcodec(bytes(data[1:]), count, what)
+    if tag == SPARSE and count <= RICE_COUNT:
+        return _unsparse(reader, count, what)
     raise CodecError(f"{what} is corrupt: list of {count} integers has coder {tag}; fetch it again")
 
 
@@ -184,6 +194,21 @@ def _unrice(data: memoryview, k: int, count: int, what: str) -> Integers:
     if values.max() >= 2**32:
         raise CodecError(f"{what} is corrupt: an integer does not fit 32 bits; fetch it again")
     return values.astype(np.uint32)
+
+
+def _unsparse(reader: Reader, count: int, what: str) -> Integers:
+    # Halving the count bounds how deep lists lie in lists.
+    hits = reader.varint(count // 2)
+    gaps = unpack(reader.section(), hits, what)
+    values = np.zeros(count, np.uint32)
+    places = np.cumsum(gaps + np.int64(1)) - 1
+    found = unpack(reader.rest(), hits, what)
+    if hits and (int(places[-1]) >= count or int(found.max()) == 2**32 - 1):
+        raise CodecError(
+            f"{what} is corrupt: a list of {count} integers holds one that is out of range; fetch it again"
+        )
+    values[places] = found + np.uint32(1)
+    return values
 
 
 def _unpcodec(data: bytes, count: int, what: str) -> Integers:

@@ -90,16 +90,16 @@ def quantize(vector: Vector, step: float, dead_zone: float) -> Quantized:
     edge = values.dtype.type(dead_zone * step)
     index = np.flatnonzero((values >= edge) | (values <= -edge))
     scaled = values[index].astype(np.float64) / step
-    level = np.copysign(np.maximum(np.rint(np.abs(scaled)), 1.0), scaled).astype(np.int32)
+    level = levels(scaled, dead_zone)
     return Quantized(step, centroids(scaled, level), index, level)
 
 
 def levels(scaled: npt.NDArray[np.float64], dead_zone: float) -> npt.NDArray[np.int32]:
     """The level of each value that is given in steps, zeros included; any shape."""
-    magnitude = np.abs(scaled)
-    level = np.copysign(np.maximum(np.rint(magnitude), 1.0), scaled)
-    level[magnitude < dead_zone] = 0.0
-    return level.astype(np.int32)
+    # A hair more: what an edge that is rounded to float32 lets through is a level all the same.
+    moved = np.copysign(1.0 - dead_zone + 1e-6, scaled)
+    moved += scaled
+    return moved.astype(np.int32)
 
 
 def centroids(scaled: npt.NDArray[np.float64], level: npt.NDArray[np.int32]) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-TOLERANCE = 0.02
+TOLERANCE = 0.03
 """How near to the goal is near enough, relative to it."""
 _TRIES = 8
 

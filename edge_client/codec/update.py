@@ -53,7 +53,7 @@ DELTA = "delta"
 ZERO, NONFINITE, RAW, QUANTIZED = range(4)
 
 _BYTES_SLOPE, _NOISE_SLOPE = -1.5, 1.5
-_STEP_AT_A_BIT = 0.6
+_STEP_AT_A_BIT = 0.95
 """Of real updates, in root mean squares: where rate control begins."""
 _ENTRY = 16
 """About what naming one more vector costs."""

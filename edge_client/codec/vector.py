@@ -8,7 +8,7 @@ The step, float32, little-endian; then blocks (`blocks`). A block is
 
 1. three int8: the centroid offsets of its elements (`quantize.Quantized`);
 2. where it has parts that suit factors (`lowrank.suits`): a section with the list of their ranks, in order;
-3. for each rank above 0: three int8, the centroid offsets of the right factor;
+3. where any rank is above 0: three int8, the centroid offsets of the right factors;
 4. the levels (`entropy`) of its parts, followed, for each part with a rank ``r`` above 0, in order, by the left factor,
    a tensor ``[m, r]``, and the right one, ``[n, r]``.
 
@@ -26,15 +26,13 @@ from edge_client.codec.blocks import Block, blocks, join, split
 from edge_client.codec.entropy import decode_levels, encode_levels
 from edge_client.codec.integers import Reader, pack, section, unpack
 from edge_client.codec.layout import Layout, TensorSpec, Vector
-from edge_client.codec.lowrank import Factors, Matrix, Sketch, factorize, most, sketch, suits
-from edge_client.codec.quantize import LEVEL_LIMIT, Quantized, peak, quantize, rms
+from edge_client.codec.lowrank import Coefficients, Factors, Matrix, Sketch, factorize, floor, most, sketch, suits
+from edge_client.codec.quantize import LEVEL_LIMIT, Quantized, centroids, peak, quantize, rms
 from edge_client.errors import CodecError
 
 DEAD_ZONE = 0.7
 _STEP = struct.Struct("<f")
 _OFFSETS = struct.Struct("<3b")
-_FLOOR = 0.3
-"""Directions whose singular value is below this, in steps and roots of the longer side, are not looked for."""
 
 
 class VectorEncoder:
@@ -80,42 +78,53 @@ class VectorEncoder:
     def _block(self, block: Block, *, code: bool) -> bytes:
         left = self.residual[block.where]
         left[:] = self._vector[block.where]
+        parts = _suitable(block)
         found = [
-            self._factorize((block.start, number), left[where].reshape(part.matrix)) if self._factors else None
-            for number, (part, where) in enumerate(_suitable(block))
+            self._factorize((block.start, number), left[where].reshape(part.matrix))
+            for number, (part, where) in enumerate(parts)
         ]
+        told = [one for one in found if one is not None]
+        moved = (
+            centroids(
+                np.concatenate([fitted.ravel() for _, fitted in told]),
+                np.concatenate([factors.right.ravel() for factors, _ in told]),
+            )
+            if told
+            else (0, 0, 0)
+        )
+        for (part, where), one in zip(parts, found, strict=True):
+            if one is not None:
+                matrix = left[where].reshape(part.matrix)
+                for rows, product in one[0].product(self.step, moved):
+                    matrix[rows] -= product
         quantized = quantize(left, self.step, DEAD_ZONE)
         left[quantized.index] -= quantized.values()
         if not code:
             return b""
         head = [_OFFSETS.pack(*quantized.offsets)]
-        ranks = np.array([0 if one is None else one.rank for one in found], np.uint32)
-        factors = [one for one in found if one is not None]
+        ranks = np.array([one[0].rank if one else 0 for one in found], np.uint32)
         index, level = [quantized.index], [quantized.level]
-        if len(ranks):
+        if parts:
             head.append(section(pack(ranks)))
+        if told:
+            head.append(_OFFSETS.pack(*moved))
         start = block.layout.size
-        for one in factors:
-            head.append(_OFFSETS.pack(*one.offsets))
-            for side in (one.left, one.right):
-                at = np.flatnonzero(side)
-                index.append(at + start)
-                level.append(side.ravel()[at])
-                start += side.size
+        for side in (side for factors, _ in told for side in (factors.left, factors.right)):
+            at = np.flatnonzero(side)
+            index.append(at + start)
+            level.append(side.ravel()[at])
+            start += side.size
         return b"".join([*head, encode_levels(np.concatenate(index), np.concatenate(level), _told(block, ranks))])
 
-    def _factorize(self, key: tuple[int, int], matrix: Matrix) -> Factors | None:
-        """Take the part's low-rank share out of ``matrix``, in place."""
-        floor = _FLOOR * self.step * math.sqrt(max(matrix.shape))
+    def _factorize(self, key: tuple[int, int], matrix: Matrix) -> tuple[Factors, Coefficients] | None:
+        if not self._factors:
+            return None
+        least = floor(matrix.shape, self.step)
         known = self._sketches.get(key)
-        if known is None or floor < known[0]:
-            # Rate control will try smaller steps too.
-            known = self._sketches[key] = (floor / 2, sketch(matrix, floor / 2))
-        factors = factorize(matrix, known[1], self.step)
-        if factors is not None:
-            for rows, product in factors.product(self.step):
-                matrix[rows] -= product
-        return factors
+        if known is None or least < known[0]:
+            least *= 0.8  # rate control will try smaller steps too
+            known = self._sketches[key] = (least, sketch(matrix, least))
+        return factorize(matrix, known[1], self.step)
 
 
 def decode_vector(data: memoryview, layout: Layout, what: str) -> Vector:
@@ -165,7 +174,7 @@ def _decode_block(data: memoryview, block: Block, step: float, out: Vector, what
                 raise CodecError(
                     f"{what} is corrupt: tensor {part.name!r} has rank {rank}; expected at most {most(part.matrix)}"
                 )
-    moved = [_OFFSETS.unpack(reader.take(_OFFSETS.size)) if rank else (0, 0, 0) for rank in ranks.tolist()]
+    moved = _OFFSETS.unpack(reader.take(_OFFSETS.size)) if ranks.any() else (0, 0, 0)
     index, level = decode_levels(reader.rest(), _told(block, ranks), what)
     if ranks.any():
         size = block.layout.size
@@ -174,7 +183,7 @@ def _decode_block(data: memoryview, block: Block, step: float, out: Vector, what
         dense[index[~inside] - size] = level[~inside]
         index, level = index[inside], level[inside]
         start = 0
-        for rank, (part, where), offset in zip(ranks.tolist(), suitable, moved, strict=True):
+        for rank, (part, where) in zip(ranks.tolist(), suitable, strict=True):
             if not rank:
                 continue
             matrix = out[where].reshape(part.matrix)
@@ -182,10 +191,10 @@ def _decode_block(data: memoryview, block: Block, step: float, out: Vector, what
             for length in part.matrix:
                 sides.append(dense[start : start + length * rank].reshape(length, rank))
                 start += length * rank
-            factors = Factors(sides[0], sides[1], offset)
+            factors = Factors(sides[0], sides[1])
             if not factors.exact:
-                raise CodecError(f"{what} is corrupt: factors of {part.name!r} hold levels out of range")
-            for rows, product in factors.product(step):
+                raise CodecError(f"{what} is corrupt: factors of {part.name!r} are out of range; fetch it again")
+            for rows, product in factors.product(step, moved):
                 matrix[rows] = product
     out[index] += Quantized(step, offsets, index, level).values()
 

@@ -14,13 +14,13 @@ from pcodec import standalone
 BLOCK_LIMIT = 2**22
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The bytes are corrupt."""
 
 
 def require(condition, why):
     if not condition:
-        raise Refused(why)
+        raise RefusedError(why)
 
 
 class Cursor:
@@ -45,7 +45,7 @@ class Cursor:
             if byte < 128:
                 require(value <= limit, "count")
                 return value
-        raise Refused("varint")
+        raise RefusedError("varint")
 
     def section(self):
         return self.take(self.varint())
@@ -125,13 +125,27 @@ def integers(data, count):
         value = cursor.varint(2**32 - 1)
         cursor.end()
         return [value] * count
+    if tag == 34:
+        require(count <= 4096, "sparse list")
+        hits = cursor.varint(count // 2)
+        gaps, values = integers(cursor.section(), hits), integers(cursor.rest(), hits)
+        return spread(gaps, values, count)
     require(tag == 33, "tag")
     try:
         found = standalone.simple_decompress(cursor.rest())
     except Exception as error:
-        raise Refused("pcodec") from error
+        raise RefusedError("pcodec") from error
     require(found is not None and len(found) == count and str(found.dtype) == "uint32", "pcodec")
     return found.tolist()
+
+
+def spread(gaps, values, count):
+    found, at = [0] * count, -1
+    for gap, value in zip(gaps, values, strict=True):
+        at += gap + 1
+        require(at < count and value + 1 < 2**32, "sparse list")
+        found[at] = value + 1
+    return found
 
 
 def rice(data, k, count):
@@ -274,7 +288,7 @@ def quantized_block(data, block, step):
     for number, rank in zip(suited, ranks, strict=True):
         require(rank <= min(64, min(matrix(block[number][1])) // 2), "rank")
     told = [(number, rank) for number, rank in zip(suited, ranks, strict=True) if rank]
-    moved = [cursor.fixed("3b") for _ in told]
+    right = cursor.fixed("3b") if told else None
     factors = [("", (side, rank)) for number, rank in told for side in matrix(block[number][1])]
     found = levels(cursor.rest(), [*block, *factors])
     values = []
@@ -283,7 +297,7 @@ def quantized_block(data, block, step):
         values.append(f32(max(-LARGEST, min(LARGEST, value))))
     starts = [total(block[:number]) for number in range(len(block))]
     at = total(block)
-    for (number, rank), right in zip(told, moved, strict=True):
+    for number, rank in told:
         rows, columns = matrix(block[number][1])
         a, at = found[at : at + rows * rank], at + rows * rank
         b, at = found[at : at + columns * rank], at + columns * rank

@@ -21,10 +21,20 @@ def test_rate_and_distortion_stay_near_the_bound(step):
 
 
 def test_dead_zone_and_rounding():
-    vector = np.array([0.69, 0.71, -0.71, 1.49, 1.51, -2.6, 0], np.float32)
+    vector = np.array([0.69, 0.71, -0.71, 1.69, 1.71, -2.71, 0], np.float32)
     found = quantize(vector, 1.0, 0.7)
     assert found.index.tolist() == [1, 2, 3, 4, 5]
     assert found.level.tolist() == [1, -1, 1, 2, -3]
+
+
+@pytest.mark.parametrize("dead_zone", [0.5, 0.6, 0.7, 1.0])
+def test_what_is_at_the_edge_of_the_dead_zone_is_zero_or_one(dead_zone):
+    """The edge is rounded to float32: what it lets through by a hair must be a level all the same."""
+    for step in np.random.default_rng(1).uniform(0.5, 2, 200).astype(np.float32).tolist():
+        edge = np.float32(dead_zone * step)
+        near = np.array([np.nextafter(edge, np.float32(0)), edge, -edge, np.nextafter(edge, np.float32(9))])
+        found = quantize(near, step, dead_zone)
+        assert np.abs(found.level).tolist() == [1] * len(found.level)
 
 
 def test_values_are_pinned():
