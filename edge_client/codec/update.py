@@ -55,8 +55,8 @@ ZERO, NONFINITE, RAW, QUANTIZED = range(4)
 _BYTES_SLOPE, _NOISE_SLOPE = -1.5, 1.5
 _STEP_AT_A_BIT = 0.95
 """Of real updates, in root mean squares: where rate control begins."""
-_ENTRY = 16
-"""About what naming one more vector costs."""
+_LENGTH = 2
+"""About what a vector's length takes beyond that of no bytes."""
 
 TARGETS = {"step": 1000.0, "bits": 32.0, "bytes": 2.0**34, "nmse": 0.999}
 """Largest value of each target."""
@@ -158,7 +158,7 @@ def encode_update(
             payload[name] = ZERO, b""
         else:
             if name == DELTA and settings.kind == "quantized":
-                spent = len(_frame(layouts, scalars, payload)) + _ENTRY
+                spent = len(_frame(layouts, scalars, {**payload, name: (QUANTIZED, b"")})) + _LENGTH
                 encoder = _quantized(vector, layouts[name], settings, spent)
                 if len(encoder.data) < 4 * vector.size:
                     payload[name] = QUANTIZED, encoder.data

@@ -196,7 +196,8 @@ def _decode_block(data: memoryview, block: Block, step: float, out: Vector, what
                 raise CodecError(f"{what} is corrupt: factors of {part.name!r} are out of range; fetch it again")
             for rows, product in factors.product(step, moved):
                 matrix[rows] = product
-    out[index] += Quantized(step, offsets, index, level).values()
+    with np.errstate(over="ignore"):
+        out[index] += Quantized(step, offsets, index, level).values()
 
 
 def _suitable(block: Block) -> list[tuple[TensorSpec, slice]]:
