@@ -31,6 +31,8 @@ Levels = npt.NDArray[np.int32]
 RANK_LIMIT = 64
 """Most directions of one matrix."""
 LEVEL_LIMIT = 2**22
+"""Largest magnitude of a factor's level; with ``RANK_LIMIT`` and ``_C_BITS`` it keeps sums below 2^53."""
+_ENERGY_LIMIT = 2.0**52
 _SIDE = 8
 """A matrix with a shorter side is told by its elements."""
 _DEAD_ZONE = 0.6
@@ -59,6 +61,15 @@ class Factors:
     def rank(self) -> int:
         """Number of directions."""
         return int(self.left.shape[1])
+
+    @property
+    def exact(self) -> bool:
+        """Whether all sums of the product stay below 2^53, and those of the squares of ``left`` too."""
+        for side in (self.left, self.right):
+            if side.max() > LEVEL_LIMIT or side.min() < -LEVEL_LIMIT:
+                return False
+        left = self.left.astype(np.float64)
+        return bool((np.einsum("ji,ji->i", left, left) <= _ENERGY_LIMIT).all())
 
     def product(self, step: float, offsets: tuple[int, int, int]) -> Iterator[tuple[slice, Matrix]]:
         """The matrix ``[m, n]``, some rows at a time, the same bits on every platform.
@@ -176,7 +187,8 @@ def factorize(matrix: Matrix, found: Sketch, step: float) -> tuple[Factors, Coef
     right = levels(_fit(matrix.T, left, step), _DEAD_ZONE)
     left = levels(_fit(matrix, right, step), _DEAD_ZONE)
     fitted = _fit(matrix.T, left, step)
-    return Factors(left, levels(fitted, _DEAD_ZONE)), fitted
+    factors = Factors(left, levels(fitted, _DEAD_ZONE))
+    return (factors, fitted) if factors.exact else None
 
 
 def _rest(found: Sketch, count: int, step: float) -> Coefficients:

@@ -97,7 +97,8 @@ def quantize(vector: Vector, step: float, dead_zone: float) -> Quantized:
 
 def levels(scaled: npt.NDArray[np.float64], dead_zone: float) -> npt.NDArray[np.int32]:
     """The level of each value that is given in steps, zeros included; any shape."""
-    moved = np.copysign(1.0 - dead_zone, scaled)
+    # A hair more: what an edge that is rounded to float32 lets through is a level all the same.
+    moved = np.copysign(1.0 - dead_zone + 1e-6, scaled)
     moved += scaled
     return moved.astype(np.int32)
 

@@ -21,33 +21,31 @@ def solve(
         bounds: least and largest step.
     """
     low, high = bounds
-    found: list[tuple[float, float]] = []
     step = min(max(start, low), high)
-    for _ in range(_TRIES):
-        miss = math.log(measure(step) / goal)
-        if abs(miss) <= TOLERANCE:
+    found: list[tuple[float, float]] = []
+    while len(found) < _TRIES and step not in (at for at, _ in found):
+        found.append((step, math.log(measure(step) / goal)))
+        if abs(found[-1][1]) <= TOLERANCE:
             return
-        found.append((math.log(step), miss))
-        following = min(max(math.exp(_next(found, slope)), low), high)
-        if following in (step, *(math.exp(at) for at, _ in found)):
-            break
-        step = following
-    nearest = math.exp(min(found, key=lambda at: abs(at[1]))[0])
-    if nearest != step or len(found) > 1:
+        step = min(max(_next(found, slope), low), high)
+    nearest, _ = min(found, key=lambda at: abs(at[1]))
+    if nearest != found[-1][0]:
         measure(nearest)
 
 
 def _next(found: list[tuple[float, float]], slope: float) -> float:
-    """Where a line through the two best points misses nothing; between the points on both sides where there are."""
-    above = min((at for at in found if at[1] > 0), key=lambda at: at[1], default=None)
-    below = max((at for at in found if at[1] < 0), key=lambda at: at[1], default=None)
-    if above and below:
-        first, second = above, below
-    elif len(found) > 1:
-        first, second = found[-2:]
-    else:
-        return found[0][0] - found[0][1] / slope
-    rise = second[1] - first[1]
-    if rise * (second[0] - first[0]) * slope <= 0:
-        return found[-1][0] - found[-1][1] / slope
-    return first[0] - first[1] * (second[0] - first[0]) / rise
+    """Where a line, in logarithms, through the last step and one before it misses nothing."""
+    last, miss = math.log(found[-1][0]), found[-1][1]
+    guess = -miss / slope
+    others = [number for number, (_, other) in enumerate(found) if other * miss < 0]
+    if others:
+        # False position; the more often one end stays, the less it counts (Dowell and Jarratt 1971, "Illinois").
+        weight = 0.5 ** (len(found) - 2 - others[-1])
+        at, other = math.log(found[others[-1]][0]), weight * found[others[-1]][1]
+        return math.exp(last + miss * (at - last) / (miss - other))
+    if len(found) > 1:
+        at, other = math.log(found[-2][0]), found[-2][1]
+        if (other - miss) * (at - last) * slope > 0:
+            # Far from the goal the line may be nearly flat.
+            guess = max(-3 * abs(guess), min(3 * abs(guess), miss * (at - last) / (miss - other)))
+    return math.exp(last + guess)

@@ -36,11 +36,12 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from edge_client.codec.blocks import blocks
 from edge_client.codec.integers import Reader, varint
 from edge_client.codec.layout import Layout, Vector
 from edge_client.codec.quantize import peak
 from edge_client.codec.rate import solve
-from edge_client.codec.vector import VectorEncoder, decode_vector
+from edge_client.codec.vector import VectorEncoder, decode_block, decode_vector
 from edge_client.errors import CodecError
 
 MAGIC = b"FU"
@@ -54,8 +55,8 @@ ZERO, NONFINITE, RAW, QUANTIZED = range(4)
 _BYTES_SLOPE, _NOISE_SLOPE = -1.5, 1.5
 _STEP_AT_A_BIT = 0.95
 """Of real updates, in root mean squares: where rate control begins."""
-_ENTRY = 16
-"""About what naming one more vector costs."""
+_LENGTH = 2
+"""About what a vector's length takes beyond that of no bytes."""
 
 TARGETS = {"step": 1000.0, "bits": 32.0, "bytes": 2.0**34, "nmse": 0.999}
 """Largest value of each target."""
@@ -157,7 +158,7 @@ def encode_update(
             payload[name] = ZERO, b""
         else:
             if name == DELTA and settings.kind == "quantized":
-                spent = len(_frame(layouts, scalars, payload)) + _ENTRY
+                spent = len(_frame(layouts, scalars, {**payload, name: (QUANTIZED, b"")})) + _LENGTH
                 encoder = _quantized(vector, layouts[name], settings, spent)
                 if len(encoder.data) < 4 * vector.size:
                     payload[name] = QUANTIZED, encoder.data
@@ -202,29 +203,64 @@ def _quantized(vector: Vector, layout: Layout, settings: CodecSettings, spent: i
     return encoder
 
 
-def decode_update(data: bytes, layouts: Mapping[str, Layout]) -> DecodedUpdate:
-    """Decode what ``encode_update`` wrote, for the same layouts.
+class UpdateReader:
+    """An update of which only what is asked for is decoded.
 
-    Vectors that were not finite come back as NaN throughout. Memory stays in proportion to the layouts, whatever the
-    bytes claim.
+    Args:
+        data: what ``encode_update`` wrote.
+        layouts: those that it was written for.
+
+    Raises:
+        CodecError: the header is damaged, of another version, or for other layouts.
+    """
+
+    def __init__(self, data: bytes | memoryview, layouts: Mapping[str, Layout]) -> None:
+        reader = Reader(data, "update")
+        header = _read_header(reader)
+        if set(header.vectors) != set(layouts):
+            raise CodecError(
+                f"update has the vectors {sorted(header.vectors)}; expected {sorted(layouts)}: other bundle?"
+            )
+        if header.layouts != (expected := _layouts_digest(layouts)):
+            raise CodecError(
+                f"update is for layouts {header.layouts.hex()}; expected {expected.hex()}: it belongs to another bundle"
+            )
+        self._layouts = layouts
+        self._parts = {name: (part.kind, reader.take(part.length)) for name, part in header.vectors.items()}
+        reader.end()
+        self.scalars = header.scalars
+
+    def vector(self, name: str) -> Vector:
+        """A whole vector: ``[layout.size] float32``, NaN throughout where it was not finite.
+
+        Memory stays in proportion to the layout, whatever the bytes claim.
+
+        Raises:
+            CodecError: the vector's bytes are damaged.
+        """
+        kind, data = self._parts[name]
+        layout, what = self._layouts[name], _what(name)
+        if kind == QUANTIZED:
+            return decode_vector(data, layout, what)
+        return _plain(kind, data, layout.size, slice(0, layout.size), what)
+
+    def block(self, name: str, number: int) -> Vector:
+        """One of the `blocks.blocks` of a vector's layout, the others' bytes unread; otherwise as `vector`."""
+        kind, data = self._parts[name]
+        layout, what = self._layouts[name], _what(name)
+        if kind == QUANTIZED:
+            return decode_block(data, layout, number, what)
+        return _plain(kind, data, layout.size, blocks(layout)[number].where, what)
+
+
+def decode_update(data: bytes, layouts: Mapping[str, Layout]) -> DecodedUpdate:
+    """Decode what ``encode_update`` wrote, for the same layouts, in full (see `UpdateReader`).
 
     Raises:
         CodecError: the bytes are damaged, of another version, or for other layouts.
     """
-    reader = Reader(data, "update")
-    header = _read_header(reader)
-    if set(header.vectors) != set(layouts):
-        raise CodecError(f"update has the vectors {sorted(header.vectors)}; expected {sorted(layouts)}: other bundle?")
-    if header.layouts != (expected := _layouts_digest(layouts)):
-        raise CodecError(
-            f"update is for layouts {header.layouts.hex()}; expected {expected.hex()}: it belongs to another bundle"
-        )
-    vectors = {
-        name: _decode_vector(reader.take(part.length), part.kind, layouts[name], name)
-        for name, part in header.vectors.items()
-    }
-    reader.end()
-    return DecodedUpdate(vectors, header.scalars)
+    reader = UpdateReader(data, layouts)
+    return DecodedUpdate({name: reader.vector(name) for name in sorted(layouts)}, reader.scalars)
 
 
 def decode_scalars(data: bytes) -> dict[str, float]:
@@ -268,13 +304,15 @@ def _read_header(reader: Reader) -> _Header:
         raise CodecError(f"update has a corrupt header: {error}; fetch it again") from error
 
 
-def _decode_vector(data: memoryview, kind: int, layout: Layout, name: str) -> Vector:
-    what = f"vector {name!r} of the update"
+def _what(name: str) -> str:
+    return f"vector {name!r} of the update"
+
+
+def _plain(kind: int, data: memoryview, size: int, where: slice, what: str) -> Vector:
+    """The elements at ``where`` of a vector of ``size`` that is not quantized."""
     if kind == RAW:
-        if len(data) != 4 * layout.size:
-            raise CodecError(f"{what} has {len(data)} bytes; expected {4 * layout.size}: fetch it again")
-        return np.frombuffer(data, "<f4").astype(np.float32)
-    if kind == QUANTIZED:
-        return decode_vector(data, layout, what)
+        if len(data) != 4 * size:
+            raise CodecError(f"{what} has {len(data)} bytes; expected {4 * size}: fetch it again")
+        return np.frombuffer(data[4 * where.start : 4 * where.stop], "<f4").astype(np.float32)
     Reader(data, what).end()
-    return np.full(layout.size, math.nan if kind == NONFINITE else 0.0, np.float32)
+    return np.full(where.stop - where.start, math.nan if kind == NONFINITE else 0.0, np.float32)

@@ -198,9 +198,13 @@ def _decode_block(data: memoryview, block: Block, step: float, out: Vector, what
             for length in part.matrix:
                 sides.append(dense[start : start + length * rank].reshape(length, rank))
                 start += length * rank
-            for rows, product in Factors(sides[0], sides[1]).product(step, moved):
+            factors = Factors(sides[0], sides[1])
+            if not factors.exact:
+                raise CodecError(f"{what} is corrupt: factors of {part.name!r} are out of range; fetch it again")
+            for rows, product in factors.product(step, moved):
                 matrix[rows] = product
-    out[index] += Quantized(step, offsets, index, level).values()
+    with np.errstate(over="ignore"):
+        out[index] += Quantized(step, offsets, index, level).values()
 
 
 def _suitable(block: Block) -> list[tuple[TensorSpec, slice]]:

@@ -1,10 +1,14 @@
-"""The table of example vectors that the codec's tests share."""
+"""The table of example vectors that the codec's tests share, and blocks small enough for them to have several."""
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
+from edge_client.codec.blocks import blocks
 from edge_client.codec.layout import Layout, TensorSpec, Vector
 from edge_client.codec.quantize import LEVEL_LIMIT, Quantized, quantize
 
@@ -15,6 +19,15 @@ CONV = Layout(
         TensorSpec("fc.weight", (64, 256)),
         TensorSpec("fc.bias", (64,)),
         TensorSpec("scale", ()),
+    )
+)
+# A tensor of more than a small block, one with rows of more than a small block, and many that fit one together.
+PLANTED = Layout(
+    (
+        TensorSpec("wide", (60, 150)),
+        TensorSpec("rows", (2, 3500)),
+        *(TensorSpec(f"lora{i}", (4, 50) if i % 2 else (50, 4)) for i in range(10)),
+        TensorSpec("square", (40, 40)),
     )
 )
 LOGISTIC = Layout((TensorSpec("weight", (10, 784)), TensorSpec("bias", (10,))))
@@ -48,6 +61,31 @@ def clustered(layout: Layout, seed: int) -> Vector:
     return (np.concatenate(parts) * 1e-3).astype(np.float32)
 
 
+def planted(layout: Layout, seed: int, rank: int = 3) -> Vector:
+    """As real updates are: a few directions in each matrix, and heavy-tailed values whose rows are unevenly active."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for tensor in layout.tensors:
+        m, n = tensor.matrix
+        noise = rng.standard_t(3, (m, n)) * rng.lognormal(0, 0.7, (m, 1))
+        strong = rng.standard_normal((m, rank)) @ rng.standard_normal((rank, n))
+        parts.append((noise + 2 * strong).ravel())
+    return (np.concatenate(parts) * 1e-3).astype(np.float32)
+
+
+SMALL = 3000
+"""Elements of a small block."""
+
+
+@contextlib.contextmanager
+def small_blocks() -> Iterator[None]:
+    """In here the codec cuts layouts into blocks of at most ``SMALL`` elements."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("blocks", "lattice", "update", "vector"):
+            patch.setattr(f"edge_client.codec.{module}.blocks", functools.partial(blocks, limit=SMALL))
+        yield
+
+
 def _flat(n: int) -> Layout:
     return Layout((TensorSpec("w", (n,)),))
 
@@ -59,6 +97,7 @@ def _examples() -> list[Example]:
     return [
         Example("clustered", CONV, clustered(CONV, 1)),
         Example("logistic", LOGISTIC, clustered(LOGISTIC, 2)),
+        Example("planted", PLANTED, planted(PLANTED, 3)),
         Example("gauss", _flat(20_000), rng.standard_normal(20_000).astype(np.float32)),
         Example("constant", CONV, np.full(CONV.size, 0.25, np.float32)),
         Example("spike", CONV, spike),

@@ -1,7 +1,5 @@
 import contextlib
-import hashlib
 import math
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -9,11 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_client.codec import vector as vector_module
+from edge_client.codec.blocks import blocks
 from edge_client.codec.layout import Layout, TensorSpec
-from edge_client.codec.update import CodecSettings, decode_scalars, decode_update, encode_update, max_update_bytes
+from edge_client.codec.update import (
+    CodecSettings,
+    UpdateReader,
+    decode_scalars,
+    decode_update,
+    encode_update,
+    max_update_bytes,
+)
 from edge_client.errors import CodecError
+from tests.edge_client.codec.conftest import PLANTED, SMALL, planted, small_blocks
 
-GOLDEN = Path(__file__).parent / "golden"
 SCALARS = {"samples": 600, "loss": 0.25, "bad": math.inf, "negative": -3.0, "zero": -0.0}
 
 
@@ -134,11 +141,132 @@ def test_settings_are_bounded(options):
         msgspec.convert(options, CodecSettings)
 
 
-def test_golden_update_decodes_to_the_same_values():
-    layouts = {"delta": Layout((TensorSpec("w", (64, 100)), TensorSpec("b", (64,))))}
-    data = bytes.fromhex((GOLDEN / "update.hex").read_text())
-    decoded = decode_update(data, layouts)
-    assert decoded.scalars == {"loss": 0.5, "samples": 600}
-    digest = hashlib.sha256(decoded.vectors["delta"].astype("<f4").tobytes()).hexdigest()
-    assert digest == (GOLDEN / "update.sha256").read_text().strip()
-    assert data.startswith(bytes.fromhex("465502"))
+def spent(encoded, vector, target):
+    """What a target is about: bits a parameter, bytes, or energy of the residual as a share of the vector's."""
+    if target == "nmse":
+        return float((encoded.residual.astype(np.float64) ** 2).sum() / (vector.astype(np.float64) ** 2).sum())
+    return len(encoded.data) * (8 / vector.size if target == "bits" else 1)
+
+
+LARGE = Layout(
+    (
+        TensorSpec("a", (400, 500)),
+        TensorSpec("conv", (64, 32, 5, 5)),
+        TensorSpec("b", (400,)),
+        TensorSpec("c", (80, 50)),
+    )
+)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(
+    ("target", "value"),
+    [
+        *(("bits", value) for value in (0.05, 0.1, 0.3, 1.0, 2.0, 4.0)),
+        *(("nmse", value) for value in (0.8, 0.5, 0.1, 0.01, 1e-4)),
+        *(("bytes", value) for value in (3000, 20_000, 100_000)),
+    ],
+)
+def test_rate_control_hits_its_target_on_large_vectors(rank, target, value):
+    vector = planted(LARGE, 1, rank)
+    chosen = CodecSettings(target=target, value=value)
+    encoded = encode_update({"delta": vector}, {"delta": LARGE}, {"samples": 60}, chosen)
+    assert spent(encoded, vector, target) == pytest.approx(value, rel=0.05)
+
+
+@pytest.mark.parametrize("target", ["bits", "nmse", "bytes"])
+@pytest.mark.parametrize("share", [0.03, 0.2, 0.7])
+def test_rate_control_hits_what_can_be_reached_on_small_vectors(example, target, share):
+    """Between the coarsest and a very fine code, on a logarithmic scale."""
+    vectors, layouts = one(example)
+    if example.vector.size < 1000 or not example.vector.any() or example.name in ("constant", "spike"):
+        return  # a code of a few bytes has no finer steps
+    ends = [
+        spent(encode_update(vectors, layouts, {}, CodecSettings(target="step", value=step)), example.vector, target)
+        for step in (8.0, 0.01)
+    ]
+    goal = ends[0] ** (1 - share) * ends[1] ** share
+    encoded = encode_update(vectors, layouts, {}, CodecSettings(target=target, value=goal))
+    # Ten bytes are a value or two; the header counts in bytes of the update, but not in bits of the vector.
+    few = {"bits": 40 * 8 / example.vector.size, "bytes": 10, "nmse": 0}[target]
+    assert spent(encoded, example.vector, target) == pytest.approx(goal, rel=0.05, abs=few)
+
+
+def test_bytes_out_of_reach_end_at_what_is_nearest(conv):
+    vectors, layouts = one(conv)
+    least = encode_update(vectors, layouts, {}, CodecSettings(target="bytes", value=1)).data
+    assert len(least) < 100
+    most = encode_update(vectors, layouts, {}, CodecSettings(target="bytes", value=2.0**34))
+    assert len(most.data) > 1.5 * conv.vector.size
+    assert np.abs(most.residual).max() < 1e-4 * np.abs(conv.vector).max()
+
+
+def test_many_tiny_tensors_pay_no_header_each():
+    layout = Layout(tuple(TensorSpec(f"lora{i}", (4, 4) if i % 2 else (16,)) for i in range(200)))
+    vector = planted(layout, 1)
+    nothing = encode_update({"delta": np.zeros_like(vector)}, {"delta": layout}, {}, CodecSettings()).data
+    assert len(nothing) < 32
+    little = encode_update({"delta": vector}, {"delta": layout}, {}, CodecSettings(value=0.1)).data
+    assert len(little) < 0.1 * layout.size / 8 + 60
+
+
+def test_adapters_cost_no_more_than_one_matrix_of_their_size():
+    many = Layout(tuple(TensorSpec(f"lora{i}", (4, 300)) for i in range(40)))
+    one_matrix = Layout((TensorSpec("w", (160, 300)),))
+    vector = np.random.default_rng(1).laplace(size=many.size).astype(np.float32)
+    sent = CodecSettings(target="step", value=2.0)
+    sizes = [len(encode_update({"delta": vector}, {"delta": layout}, {}, sent).data) for layout in (many, one_matrix)]
+    assert sizes[0] < 1.05 * sizes[1] + 200
+
+
+@pytest.fixture
+def several():
+    """Layouts, vectors and bytes of an update with every kind of vector, in small blocks."""
+    layouts = dict.fromkeys(("delta", "control", "zero", "lost"), PLANTED)
+    vectors = {name: planted(PLANTED, number) for number, name in enumerate(layouts)}
+    vectors["zero"][:] = 0
+    vectors["lost"][5] = math.inf
+    with small_blocks():
+        yield layouts, vectors, encode_update(vectors, layouts, {"samples": 3}, CodecSettings()).data
+
+
+def test_blocks_are_those_slices_of_the_whole(several):
+    layouts, vectors, data = several
+    reader = UpdateReader(data, layouts)
+    assert reader.scalars == {"samples": 3}
+    whole = decode_update(data, layouts).vectors
+    np.testing.assert_array_equal(whole["control"], vectors["control"])
+    cut = blocks(PLANTED, SMALL)
+    for name in layouts:
+        np.testing.assert_array_equal(reader.vector(name), whole[name])
+        for number, block in enumerate(cut):
+            np.testing.assert_array_equal(reader.block(name, number), whole[name][block.where])
+
+
+def test_reading_a_block_decodes_only_that(several, monkeypatch):
+    layouts, _, data = several
+    decoded = []
+    original = vector_module._decode_block
+
+    def spy(data, block, step, out, what):
+        decoded.append(block.start)
+        original(data, block, step, out, what)
+
+    monkeypatch.setattr(vector_module, "_decode_block", spy)
+    reader = UpdateReader(data, layouts)
+    reader.block("control", 0)
+    assert decoded == []
+    found = reader.block("delta", 2)
+    cut = blocks(PLANTED, SMALL)
+    assert decoded == [cut[2].start]
+    assert found.shape == (cut[2].layout.size,)
+
+
+def test_readers_refuse_what_decoding_refuses(several, logistic):
+    layouts, _, data = several
+    with pytest.raises(CodecError, match="another bundle"):
+        UpdateReader(data, {**layouts, "delta": logistic.layout})
+    with pytest.raises(CodecError, match="cut off"):
+        UpdateReader(data[:-1], layouts)
+    with pytest.raises(CodecError, match="too many"):
+        UpdateReader(data + b"\0", layouts)

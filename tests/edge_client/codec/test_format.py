@@ -1,0 +1,271 @@
+"""The specification, ``edge_client/codec/FORMAT.md``, is enough: a decoder written from it gives the same bits.
+
+The golden files hold the formats still. Where a format changes on purpose, its version number does, and ``write`` makes
+the files anew:
+
+    python -c "from tests.edge_client.codec.test_format import write; write()"
+"""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_client.codec.entropy import encode_levels
+from edge_client.codec.integers import pack
+from edge_client.codec.lattice import (
+    LatticeState,
+    RawState,
+    apply_delta,
+    encode_delta,
+    origin,
+    pack_state,
+    unpack_state,
+)
+from edge_client.codec.layout import Layout, TensorSpec
+from edge_client.codec.model import Model, apply_model_delta, encode_model_delta, pack_model, unpack_model
+from edge_client.codec.update import CodecSettings, decode_update, encode_update
+from tests.edge_client.codec import reference_decoder as reference
+from tests.edge_client.codec.conftest import PLANTED, SMALL, planted, small_blocks
+
+GOLDEN = Path(__file__).parent / "golden"
+LAYOUT = Layout((TensorSpec("w", (64, 100)), TensorSpec("b", (64,)), TensorSpec("v", (9, 80))))
+BUFFERS = Layout((TensorSpec("mean", (3,)),))
+BOTH = {"delta": LAYOUT, "buffers": BUFFERS}
+ONE = {"delta": LAYOUT}
+
+
+def plain(layout):
+    return [(tensor.name, tensor.shape) for tensor in layout.tensors]
+
+
+def same(found, vector):
+    """Equal bits, except that any NaN is as good as another."""
+    np.testing.assert_array_equal(np.array(found, np.float32), vector)
+
+
+def coordinates(layout, seed, scale):
+    rng = np.random.default_rng(seed)
+    return np.rint(scale * rng.standard_t(3, layout.size) * (rng.random(layout.size) < 0.4)).astype(np.int32)
+
+
+@pytest.mark.parametrize("step", [3.0, 0.3, 0.01])
+@pytest.mark.parametrize("small", [False, True])
+def test_updates(example, step, small):
+    layouts = {"delta": example.layout}
+    with small_blocks() if small else contextlib.nullcontext():
+        data = encode_update(
+            {"delta": example.vector}, layouts, {"samples": 70000}, CodecSettings(target="step", value=step)
+        ).data
+        vector = decode_update(data, layouts).vectors["delta"]
+    limit = SMALL if small else reference.BLOCK_LIMIT
+    found, scalars = reference.update(data, {"delta": plain(example.layout)}, limit)
+    same(found["delta"], vector)
+    assert scalars == {"samples": 70000}
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [1.0, np.nan, 0.0], [1.5, -2.25, 1e-7]])
+def test_vectors_that_are_not_quantized(values):
+    vectors = {"delta": np.zeros(LAYOUT.size, np.float32), "buffers": np.array(values, np.float32)}
+    data = encode_update(vectors, BOTH, {}, CodecSettings()).data
+    found, _ = reference.update(data, {name: plain(layout) for name, layout in BOTH.items()})
+    for name, vector in decode_update(data, BOTH).vectors.items():
+        same(found[name], vector)
+
+
+@st.composite
+def sparse(draw):
+    shapes = draw(st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), min_size=1, max_size=4))
+    layout = Layout(tuple(TensorSpec(str(i), shape) for i, shape in enumerate(shapes)))
+    places = draw(st.sets(st.integers(0, layout.size - 1))) if layout.size else set()
+    values = st.integers(-(2**31) + 1, 2**31 - 1) | st.integers(-2, 2)
+    return layout, np.array(sorted(places), np.int64), np.array([draw(values.filter(bool)) for _ in places], np.int32)
+
+
+@given(sparse())
+@settings(max_examples=60, deadline=None)
+def test_levels(case):
+    layout, index, level = case
+    data = encode_levels(index, level, layout)
+    dense = np.zeros(layout.size, np.int64)
+    dense[index] = level
+    assert reference.levels(data, plain(layout)) == dense.tolist()
+
+
+@given(st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 3), max_size=60) | st.lists(st.just(7), min_size=1))
+def test_lists(values):
+    assert reference.integers(pack(np.array(values, np.uint32)), len(values)) == values
+
+
+@pytest.mark.parametrize("exponents", [(-3, -3), (-3, -5), (-5, -3)])
+def test_lattice_versions(exponents):
+    old, new = (
+        LatticeState(exponent, coordinates(PLANTED, seed, 30)) for seed, exponent in enumerate(exponents, start=1)
+    )
+    with small_blocks():
+        steps = [(origin(PLANTED.size, 0), old), (old, new), (new, origin(PLANTED.size, -3))]
+        deltas = [(before, encode_delta(before, after, PLANTED), after) for before, after in steps]
+        packed = pack_state(new)
+    for before, data, after in deltas:
+        found = reference.delta(data, (before.exponent, before.k.tolist()), plain(PLANTED), SMALL)
+        assert found == (after.exponent, after.k.tolist())
+    assert reference.packed_state(packed, PLANTED.size, SMALL) == (new.exponent, new.k.tolist())
+    base = np.random.default_rng(5).standard_normal(PLANTED.size).astype(np.float32)
+    same(reference.parameters((new.exponent, new.k.tolist()), base.tolist()), new.parameters(base))
+
+
+def test_raw_versions():
+    old, new = (RawState(planted(LAYOUT, seed)) for seed in (1, 2))
+    found = reference.delta(encode_delta(old, new, LAYOUT), old.values.tolist(), plain(LAYOUT))
+    same(found, new.values)
+    same(reference.packed_state(pack_state(new), LAYOUT.size), new.values)
+
+
+def test_damage_is_refused_by_both():
+    data = make()["update"]
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        bad = bytearray(data)
+        bad[rng.integers(len(bad))] ^= 1 << int(rng.integers(8))
+        outcomes = []
+        for decode, error in ((reference_update, reference.RefusedError), (first_update, Exception)):
+            try:
+                outcomes.append(decode(bytes(bad), BOTH))
+            except (error, ValueError, TypeError, AttributeError):
+                outcomes.append(None)
+        assert (outcomes[0] is None) == (outcomes[1] is None)
+        if outcomes[0] is not None:
+            for name in BOTH:
+                same(outcomes[0][name], outcomes[1][name])
+
+
+def reference_update(data, layouts, limit=reference.BLOCK_LIMIT):
+    return reference.update(data, {name: plain(layout) for name, layout in layouts.items()}, limit)[0]
+
+
+def first_update(data, layouts):
+    return decode_update(data, layouts).vectors
+
+
+def make():
+    """What the golden files hold, by name."""
+    vectors = {"delta": planted(LAYOUT, 1), "buffers": np.array([1.5, -2.25, 1e-7], np.float32)}
+    scalars = {"samples": 600, "loss": 0.5}
+    sent = CodecSettings(target="step", value=0.5)
+    old, new = LatticeState(-3, coordinates(LAYOUT, 1, 3)), LatticeState(-4, coordinates(LAYOUT, 2, 300))
+    model = Model(new, np.array([0.5, -2.0], np.float32))
+    made = {
+        "update": encode_update(vectors, BOTH, scalars, sent).data,
+        "delta": encode_delta(old, new, LAYOUT),
+        "first": encode_delta(origin(LAYOUT.size), old, LAYOUT),
+        "state": pack_state(new),
+        "raw": pack_state(RawState(vectors["buffers"])),
+        "model": pack_model(model),
+        "model_delta": encode_model_delta(Model(old, np.zeros(2, np.float32)), model, LAYOUT),
+    }
+    with small_blocks():
+        made["blocks"] = encode_update({"delta": vectors["delta"]}, ONE, scalars, sent).data
+    return made
+
+
+def write():
+    """Write the golden files: bytes, and SHA-256 of what they decode to."""
+    GOLDEN.mkdir(exist_ok=True)
+    for old in GOLDEN.iterdir():
+        old.unlink()
+    made = make()
+    for name, data in made.items():
+        (GOLDEN / f"{name}.bin").write_bytes(data)
+    hashes = {name: decoded[0] for name, decoded in decode(made).items()}
+    (GOLDEN / "decoded.json").write_text(json.dumps(hashes, indent=2) + "\n")
+
+
+def decode(files):
+    """SHA-256 of what each file decodes to, by the codec and by the reference decoder."""
+    here = apply_delta(origin(LAYOUT.size), files["first"], LAYOUT)
+    there = reference.delta(files["first"], (0, [0] * LAYOUT.size), plain(LAYOUT))
+    with small_blocks():
+        in_blocks = first_update(files["blocks"], ONE)
+    moved = apply_model_delta(Model(here, np.zeros(2, np.float32)), files["model_delta"], LAYOUT)
+    stored = unpack_model(files["model"], LAYOUT)
+    found = {
+        "update": (first_update(files["update"], BOTH), reference_update(files["update"], BOTH)),
+        "blocks": (in_blocks, reference_update(files["blocks"], ONE, SMALL)),
+        "first": (here, there),
+        "delta": (
+            apply_delta(here, files["delta"], LAYOUT),
+            reference.delta(files["delta"], there, plain(LAYOUT)),
+        ),
+        "state": (unpack_state(files["state"], LAYOUT), reference.packed_state(files["state"], LAYOUT.size)),
+        "raw": (unpack_state(files["raw"], BUFFERS), reference.packed_state(files["raw"], BUFFERS.size)),
+        "model": (
+            stored,
+            reference.model(files["model"], lambda inner: reference.packed_state(inner, LAYOUT.size)),
+        ),
+        "model_delta": (
+            moved,
+            reference.model(files["model_delta"], lambda inner: reference.delta(inner, there, plain(LAYOUT))),
+        ),
+    }
+    return {name: tuple(fingerprint(one) for one in both) for name, both in found.items()}
+
+
+def fingerprint(found):
+    """SHA-256 over all values of whatever a decoder returned."""
+    sha = hashlib.sha256()
+    match found:
+        case Model():
+            found = (found.state, found.buffers)
+        case LatticeState():
+            found = (found.exponent, found.k)
+        case RawState():
+            found = found.values
+        case dict():
+            found = tuple(found[name] for name in sorted(found))
+    if isinstance(found, tuple):
+        for one in found:
+            sha.update(fingerprint(one).encode())
+    elif isinstance(found, int):
+        sha.update(str(found).encode())
+    else:
+        array = np.asarray(found)
+        sha.update(array.astype("<i4" if array.dtype.kind == "i" else "<f4").tobytes())
+    return sha.hexdigest()
+
+
+def test_golden_files_decode_to_the_same_values_with_both():
+    files = {path.stem: path.read_bytes() for path in GOLDEN.glob("*.bin")}
+    hashes = json.loads((GOLDEN / "decoded.json").read_text())
+    assert files.keys() == hashes.keys()
+    for name, (first, second) in decode(files).items():
+        assert first == hashes[name], name
+        assert second == hashes[name], name
+
+
+def test_golden_files_hold_what_they_should(monkeypatch):
+    files = {path.stem: path.read_bytes() for path in GOLDEN.glob("*.bin")}
+    assert {name: data[:3].hex() for name, data in files.items()} == {
+        "update": "465502",
+        "blocks": "465502",
+        "delta": "464402",
+        "first": "464402",
+        "state": "465302",
+        "raw": "465302",
+        "model": "464201",
+        "model_delta": "464201",
+    }
+    assert b"pco!" in files["delta"], "they must pin pcodec's bytes too"
+    ranks = []
+    product = reference.product
+    monkeypatch.setattr(
+        reference, "product", lambda a, b, offsets, rank, step: ranks.append(rank) or product(a, b, offsets, rank, step)
+    )
+    for name, limit in (("update", reference.BLOCK_LIMIT), ("blocks", SMALL)):
+        ranks.clear()
+        reference_update(files[name], BOTH if name == "update" else ONE, limit)
+        assert max(ranks) > 1, "they must pin factors too"
