@@ -175,7 +175,7 @@ class Transfer(_Section, frozen=True):
     """``[transfer]``: how blobs cross the broker."""
 
     chunk: Annotated[int, Meta(ge=1024, le=1_048_576)] = 65_536
-    """Bytes in one chunk."""
+    """Bytes in one chunk; fewer where the broker takes no larger messages."""
     window: Annotated[int, Meta(ge=1, le=1024)] = 16
     """Chunks that one client may have under way."""
     uploads: Annotated[int, Meta(ge=1, le=100_000)] = 16

@@ -13,6 +13,7 @@ import numpy as np
 
 from broker_server.config import Federation
 from broker_server.ledger import Round
+from broker_server.packets import fitted
 from broker_server.server import Outcome, Server, broker, locked, read_bundle, server_link
 from edge_client.bundle import Bundle
 from edge_client.data import load_arrays
@@ -66,6 +67,7 @@ async def simulate(
     with locked(settings) as lock:
         settings, data = await asyncio.to_thread(_reserve, settings)
         with broker(settings, log) as address:
+            settings = await fitted(settings, address, log, attempts=5)
             link = server_link(settings, address, attempts=5)
             server = Server(settings, log, link, on_round=finished, lock=lock)
             serving = asyncio.ensure_future(server.run())

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import click
 
-from edge_client import runtime
 from edge_client.data import ArraySource, DataSource, open_data, split
-from edge_client.device import Device, Workshop
+from edge_client.doctor import broker, device, finding
 from edge_client.errors import ConfigError, FedgeError
 from edge_client.manifest import Manifest
 from edge_client.store import FileCopies, Store, claimed
@@ -119,6 +118,10 @@ def join(
     URL is the broker's, mqtt://[user:password@]host[:port][/federation]. A broker that cannot be reached is tried
     again, with growing pauses, until it can.
     """
+    # ONNX Runtime kills the process on some processors: whoever asks the doctor why must not load it.
+    from edge_client import runtime
+    from edge_client.device import Device, Workshop
+
     address = Address.parse(url)
     name = federation or address.federation or "default"
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}", client):
@@ -165,6 +168,31 @@ def join(
     runtime.spare_memory()
     with claimed(folder):
         asyncio.run(run())
+
+
+@click.command()
+@click.argument("url", required=False)
+@click.option("--broker", "probed", metavar="URL", default=None, help="Examine this broker instead of the device.")
+@click.option("--state", type=click.Path(path_type=Path), default=None, help="Folder for this device's state.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings for a program.")
+def doctor(url: str | None, probed: str | None, state: Path | None, as_json: bool) -> None:
+    """Say whether fedge will work here, and what to set.
+
+    Examines this device, and whether it reaches the broker at URL where one is given. With --broker it examines what
+    that broker does instead; name the server's user there, who may read and write fedge/#. The exit status is 1 where
+    something has to be changed first.
+    """
+    reports = []
+    if probed is not None:
+        reports.append(broker.examine(Address.parse(probed)))
+    if probed is None or url is not None:
+        folder = state or Path.home() / ".local" / "state" / "fedge"
+        reports.append(device.examine(folder, None if url is None else Address.parse(url)))
+    if as_json:
+        click.echo(finding.to_json(reports))
+    else:
+        finding.tell(reports, click.echo)
+    sys.exit(0 if all(one.works for one in reports) else 1)
 
 
 async def run_until_signal(

@@ -8,7 +8,7 @@ and storing are actions that a driver carries out, whose results come back as ev
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edge_client import events as e
 from edge_client.download import Download, Pull, check_blob
@@ -114,6 +114,11 @@ class ClientSession:
         return self._offer is not None and self._offer.bundle.sha256 == self._bundle
 
     @property
+    def _chunk(self) -> int:
+        """Bytes that the broker is known to take: the server has measured what it offers in."""
+        return self.settings.chunk if self._offer is None else min(self.settings.chunk, self._offer.bundle.chunk)
+
+    @property
     def _wanted(self) -> bool:
         """Whether the bundle on offer is to be fetched."""
         return self._offer is not None and self._offer.bundle.sha256 not in (self._bundle, self._rejected)
@@ -207,6 +212,8 @@ class ClientSession:
         check_blob(offer.bundle, self.settings.blob_limit)
         known = None if self._offer is None or self._hello_at is None else self._offer.epoch
         greeted, self._offer = known == offer.epoch, offer
+        if self._upload is not None and self._upload.ref.chunk != self._chunk:
+            self._upload = replace(self._announcement(self._upload.pending), at=self._upload.at)
         if offer.finished:
             yield e.Done()
         if not self._wanted:
@@ -391,7 +398,7 @@ class ClientSession:
             yield self._say(m.Upload(upload.pending.epoch, upload.pending.task, upload.ref, traffic))
 
     def _announcement(self, pending: Pending) -> Announcement:
-        return announce(pending, self.settings.chunk, self.settings.inline, self.settings.patience)
+        return announce(pending, self._chunk, min(self.settings.inline, self._chunk), self.settings.patience)
 
     def _say(self, message: m.Message) -> e.Publish:
         return e.Publish(self._topics.up(self.settings.client), m.encode(message))

@@ -27,6 +27,7 @@ SERVER = {
     "broker_server",
     *SHARED,
     "edge_client.data",
+    "edge_client.doctor",
     "edge_client.events",
     "edge_client.trainer",
     "edge_client.transport",
