@@ -65,5 +65,8 @@ def _within(settings: Federation, address: Address, limit: int, log: Callable[[s
             f"broker {address} takes messages of at most {limit:,} bytes; fedge needs {LEAST:,}: raise its limit"
         )
     chunk, inline = fitting(limit, transfer.chunk), fitting(limit, transfer.inline)
-    log(f"broker {address} takes messages of {limit:,} bytes: chunks have {chunk:,} instead of {transfer.chunk:,}")
+    log(
+        f"broker {address} takes messages of {limit:,} bytes: chunks have at most {chunk:,}, "
+        f"and what travels within a message {inline:,}"
+    )
     return msgspec.structs.replace(settings, transfer=msgspec.structs.replace(transfer, chunk=chunk, inline=inline))

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from edge_client.doctor.broker import reach
-from edge_client.doctor.finding import Finding, Report, bits, report
+from edge_client.doctor.finding import Finding, Report, report
 from edge_client.transport import Address
 
 _MIB = 2**20
@@ -32,28 +32,28 @@ _PAHO = (2, 2)
 
 
 @dataclass(frozen=True)
-class Tells:
-    """Where this system tells about itself."""
+class Kernel:
+    """Where Linux and systemd tell about themselves."""
 
     proc: Path = Path("/proc")
     sys: Path = Path("/sys")
     run: Path = Path("/run")
 
 
-def examine(state: Path, broker: Address | None = None, tells: Tells | None = None) -> Report:
+def examine(state: Path, broker: Address | None = None, kernel: Kernel | None = None) -> Report:
     """Examine the device that this runs on; ``state`` is the folder in which it would keep its state."""
-    return report(f"this device ({platform.node() or 'unnamed'})", _findings(state, broker, tells or Tells()))
+    return report(f"this device ({platform.node() or 'unnamed'})", _findings(state, broker, kernel or Kernel()))
 
 
-def _findings(state: Path, broker: Address | None, tells: Tells) -> Iterator[Finding]:
+def _findings(state: Path, broker: Address | None, kernel: Kernel) -> Iterator[Finding]:
     yield system()
     yield _paho()
     yield trial()
     yield _telemetry()
-    yield memory(tells)
+    yield memory(kernel)
     yield disk(state)
-    yield clock(tells)
-    yield from temperature(tells)
+    yield clock(kernel)
+    yield from temperature(kernel)
     if broker is not None:
         yield reach(broker)
 
@@ -117,10 +117,10 @@ def _telemetry() -> Finding:
     return Finding(name, "note", f"ORT_DISABLE_TELEMETRY is {value!r}", advice)
 
 
-def memory(tells: Tells) -> Finding:
+def memory(kernel: Kernel) -> Finding:
     """Memory that a process may still have."""
     try:
-        lines = (tells.proc / "meminfo").read_text(encoding="ascii").splitlines()
+        lines = (kernel.proc / "meminfo").read_text(encoding="ascii").splitlines()
         fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
         free, total = fields["MemAvailable"], fields["MemTotal"]
     except (OSError, KeyError, ValueError, IndexError):
@@ -152,16 +152,16 @@ def disk(state: Path) -> Finding:
     return Finding("disk", "good", found)
 
 
-def clock(tells: Tells, now: float | None = None) -> Finding:
+def clock(kernel: Kernel, now: float | None = None) -> Finding:
     """Whether the time can be true: it is not before this file was installed. Boards without a clock start anywhere."""
     now = time.time() if now is None else now
     found = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
     if now < Path(__file__).stat().st_mtime - _DAY:
         advice = "let it be synchronised (timedatectl set-ntp true): certificates are refused until it is"
         return Finding("clock", "note", f"{found}, which is before fedge was installed here", advice)
-    if not (tells.run / "systemd" / "system").is_dir():
+    if not (kernel.run / "systemd" / "system").is_dir():
         return Finding("clock", "good", f"{found}; nobody here tells whether it is synchronised")
-    if (tells.run / "systemd" / "timesync" / "synchronized").exists() or _synchronised():
+    if (kernel.run / "systemd" / "timesync" / "synchronized").exists() or _synchronised():
         return Finding("clock", "good", f"{found}, synchronised")
     return Finding("clock", "note", f"{found}, not synchronised", "timedatectl set-ntp true")
 
@@ -177,10 +177,10 @@ def _synchronised() -> bool:
     return False
 
 
-def temperature(tells: Tells) -> Iterator[Finding]:
+def temperature(kernel: Kernel) -> Iterator[Finding]:
     """The hottest sensor, where there is one."""
     degrees = []
-    for path in tells.sys.glob("class/thermal/thermal_zone*/temp"):
+    for path in kernel.sys.glob("class/thermal/thermal_zone*/temp"):
         with contextlib.suppress(OSError, ValueError):
             degrees.append(int(path.read_text(encoding="ascii")) / 1000)
     if degrees:
