@@ -26,6 +26,7 @@ from edge_client.wire.messages import Traffic
 QOS = 1
 _SETTLED = 10.0
 """Seconds after which a connection counts as one that lasts: the pauses between attempts start anew."""
+_LOST = "connection lost"
 _DOUBTFUL = 4
 """Short connections in a row after which another client of the same name is suspected."""
 
@@ -201,7 +202,8 @@ class MqttLink:
             failures += not accepted
             short = 0 if loop.time() - began >= _SETTLED else short + 1
             # Brokers end a connection without a word when another one of the same name comes.
-            doubt = f"; is there another client named {self.client_id!r}?" if accepted and short >= _DOUBTFUL else ""
+            doubtful = short >= _DOUBTFUL and self._reason.startswith(_LOST)
+            doubt = f"; is there another client named {self.client_id!r}?" if doubtful else ""
             handler.disconnected(f"broker {self.address}: {self._reason}{doubt}")
             if self.attempts and failures >= self.attempts:
                 raise TransportError(
@@ -246,15 +248,17 @@ class MqttLink:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[str] = loop.create_future()
         client = self._make(loop, handler, answer)
-        self._client = client
+        self._client, self._reason = client, ""
         try:
             await loop.run_in_executor(None, client.connect, self.address.host, self.address.port, self.keepalive)
-            self._reason = await asyncio.wait_for(answer, 20.0)
+            refusal = await asyncio.wait_for(answer, 20.0)
         except TimeoutError:
-            self._reason = "no answer within 20 s"
+            refusal = "no answer within 20 s"
         except (OSError, ValueError) as error:
-            self._reason = str(error) or type(error).__name__
-        return not self._reason
+            refusal = str(error) or type(error).__name__
+        # An accepted connection may be lost already, and why it was is known then.
+        self._reason = refusal or self._reason
+        return not refusal
 
     def _make(self, loop: asyncio.AbstractEventLoop, handler: Handler, answer: "asyncio.Future[str]") -> _Client:
         client = _Client(CallbackAPIVersion.VERSION2, self.client_id, protocol=mqtt.MQTTv311)
@@ -304,8 +308,14 @@ class MqttLink:
         def lost(_c: mqtt.Client, _u: Any, _f: mqtt.DisconnectFlags, code: ReasonCode, _p: Any) -> None:
             if not answer.done():
                 answer.set_result(f"connection closed: {code}")
-            self._reason = f"connection lost: {code}"
+            self._reason = f"{_LOST}: {code}"
             on_loop(self._lost.set)
+
+        def granted(_c: mqtt.Client, _u: Any, _mid: int, codes: list[ReasonCode], _p: Any) -> None:
+            # Deaf on one topic is deaf for ever. A cluster that has just lost a member refuses for a while.
+            if any(code.is_failure for code in codes):
+                self._reason = "the broker refuses a subscription; do its access rules allow it?"
+                on_loop(self._lost.set)
 
         def arrived(_c: mqtt.Client, _u: Any, message: mqtt.MQTTMessage) -> None:
             handler.message(message.topic, bytes(message.payload))
@@ -317,6 +327,7 @@ class MqttLink:
         client.on_connect = accepted
         client.on_disconnect = lost
         client.on_message = arrived
+        client.on_subscribe = granted
         return client
 
     def _retire(self) -> None:

@@ -32,7 +32,7 @@ class Node:
     def __init__(self, folder: Path, number: int, nodes: int, ports: list[list[int]]) -> None:
         client, self.mqtt, route = ports[number]
         folder.mkdir(parents=True)
-        routes = " ".join(f'"nats://127.0.0.1:{other[2]}"' for other in ports)
+        routes = ", ".join(f'"nats://127.0.0.1:{other[2]}"' for other in ports)
         cluster = f'cluster {{ name: fedge, listen: "127.0.0.1:{route}", routes: [ {routes} ] }}' if nodes > 1 else ""
         (folder / "nats.conf").write_text(f"""
             server_name: n{number}
@@ -69,7 +69,7 @@ def nats(folder: Path, nodes: int = 1):
 def answers(node: Node, seconds: float = 30.0) -> None:
     """Wait until a message that a node takes is delivered: JetStream has found its leaders then."""
     deadline, address = time.monotonic() + seconds, Address("127.0.0.1", node.mqtt)
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and node.process.poll() is None:
         with suppress(TransportError), Peer(address, f"ready{node.mqtt}") as peer:
             if peer.subscribe(["ready"]) == [True] and peer.publish("ready", b"yes") is not None:
                 return

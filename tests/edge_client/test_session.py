@@ -508,6 +508,22 @@ def test_a_task_that_ends_while_offline_is_announced_after_the_next_offer():
     assert isinstance(upload, m.Upload)
 
 
+def test_an_update_travels_in_chunks_that_the_server_has_measured():
+    """A broker may take less than the client was set to send; what waits from an earlier life is cut anew."""
+    update = bytes(range(256)) * 40
+    machine = Machine(held(pending=Pending(1, 1, update)), chunk=8192, inline=16_384)
+    machine.feed(e.Connected())
+    (upload,) = said(machine.offered(bundle=INLINE, epoch=2), m.Upload)
+    assert upload.blob == refer(update, chunk=INLINE.chunk, inline=INLINE.chunk)
+    assert upload.blob.inline is None
+    grants = machine.told(m.Credit(upload.blob.sha256, tuple(range(count(upload.blob)))))
+    assert [len(action.payload) for action in only(grants, e.Publish)] == [1024] * 10
+    wider = refer(b"bundle", chunk=65_536)
+    assert wider.sha256 == INLINE.sha256
+    (upload,) = said(machine.offered(bundle=wider, epoch=3), m.Upload)
+    assert upload.blob.chunk == 8192
+
+
 def test_a_version_that_is_not_held_gives_hello_instead_of_work():
     machine = joined()
     (hello,) = said(machine.told(invitation(held=7, version=9, digest=V2, delta=refer(b"d", chunk=1024))))

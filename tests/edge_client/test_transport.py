@@ -389,6 +389,37 @@ def test_tls_hands_over_every_message_of_a_record(tmp_path, monkeypatch):
     asyncio.run(play())
 
 
+def test_a_refused_subscription_ends_the_connection_and_is_tried_again():
+    """A cluster that has just lost a node refuses for a while; a client that stays would hear nothing for ever."""
+
+    async def play():
+        packets = []
+
+        async def serve(reader, writer):
+            await reader.readuntil(b"picky")
+            writer.write(b"\x20\x02\x00\x00")
+            subscribe = await reader.readuntil(b"two\x01")
+            packets.append(subscribe)
+            granted = b"\x01" if len(packets) == 3 else b"\x80"
+            writer.write(b"\x90\x04\x00\x01\x01" + granted)
+            if len(packets) == 3:
+                writer.write(b"\x30\x06\x00\x03onex")
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        link = MqttLink(Address("127.0.0.1", server.sockets[0].getsockname()[1]), "picky", slowest=0.01)
+        recorder = Recorder(link, ("one", "two"))
+        async with running(link, recorder):
+            await recorder.heard("one", b"x")
+        kinds = [event[0] for event in recorder.events]
+        assert kinds[:6] == ["connected", "disconnected", "connected", "disconnected", "connected", "one"]
+        assert "refuses a subscription" in recorder.events[1][1]
+        server.close()
+
+    asyncio.run(play())
+
+
 URLS = {
     "mqtt://host": Address("host", 1883),
     "mqtts://host": Address("host", 8883, tls=True),
