@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +62,8 @@ class Server:
     _retained: set[str] = field(init=False, default_factory=set)
     _online: bool = field(init=False, default=False)
     _unswept: list[BlobRef] = field(init=False, default_factory=list)
+    _cleared: list[str] = field(init=False, default_factory=list)
+    """Topics whose clearing is under way: the ledger keeps them until the connection has outlived it."""
 
     async def run(self) -> Outcome:
         """Serve until a stop condition holds or `stop` is called; then write the models."""
@@ -110,6 +112,8 @@ class Server:
         """The broker has accepted the connection."""
         self._online = True
         unswept, self._unswept = self._unswept, []
+        for topic in self._unsure():
+            self.link.publish(topic, b"", retain=True)
         for ref in unswept:
             self._queue.put_nowait(e.Sweep(ref))
         self._feed(e.Connected())
@@ -190,7 +194,7 @@ class Server:
                 case e.Sweep(ref):
                     await self._sweep(ref)
                 case e.Clear(topics):
-                    await self._in_worker(lambda topics=topics: self._worker.release(topics))  # type: ignore[misc]
+                    await self._release(topics)
                 case _:
                     answer = await self._in_worker(lambda action=action: self._worker.perform(action))  # type: ignore[misc]
                     if answer is not None:
@@ -216,7 +220,16 @@ class Server:
         for name in names:
             self.link.publish(name, b"", retain=True)
         self._retained.difference_update(names)
-        await self._in_worker(lambda: self._worker.release(names, ref))
+        await self._release(names, ref)
+
+    async def _release(self, topics: Iterable[str], ref: BlobRef | None = None) -> None:
+        """Forget a blob, and the topics that were cleared before these: a clearing that is not read yet may be lost."""
+        sure, self._cleared = self._unsure(), list(topics)
+        await self._in_worker(lambda: self._worker.release(sure, ref))
+
+    def _unsure(self) -> list[str]:
+        """Topics that were cleared, and that nothing has been retained on since."""
+        return [topic for topic in self._cleared if topic not in self._retained]
 
     def _clear(self) -> None:
         """Leave nothing on a broker that outlives this server but the offer, which says whether all is over."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from broker_server.broker import EmbeddedBroker, find_mosquitto
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -58,6 +60,8 @@ def kind(language: str, text: str) -> str:
         return "bench"
     if language == "sh" and lines == {"make demo"}:
         return "demo"
+    if language == "sh" and any(line.startswith("fedge doctor --broker") for line in lines):
+        return "doctor"
     return "walk"
 
 
@@ -67,6 +71,7 @@ def test_every_block_is_of_a_kind_that_is_run():
     assert kinds.count("demo") == 1
     assert kinds.count("bench") == 2
     assert kinds.count("elsewhere") == 1
+    assert kinds.count("doctor") == 1
     assert kinds.count("walk") >= 9
 
 
@@ -88,6 +93,13 @@ def test_walk_through(tmp_path):
     assert (tmp_path / "results.json").exists()
 
 
+def test_the_doctor_is_content_with_our_own_broker(tmp_path):
+    (text,) = [text for language, _, text in BLOCKS if kind(language, text) == "doctor"]
+    with EmbeddedBroker.start(tmp_path / "broker", port=free_port()) as broker:
+        text = text.replace("mqtt://127.0.0.1:1883", broker.url)
+        run(["bash", "-euo", "pipefail", "-c", text], tmp_path, environment(), 60)
+
+
 def test_make_demo_is_the_demo_command():
     """tests/test_demo.py runs the command; make only has to call it."""
     said = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -100,8 +112,6 @@ def test_make_demo_is_the_demo_command():
     "line", [line for la, _, text in BLOCKS if kind(la, text) == "bench" for line in text.split("\n") if line]
 )
 def test_benchmark_commands_run_small(line, tmp_path):
-    from broker_server.broker import find_mosquitto
-
     if find_mosquitto() is None:
         pytest.skip("needs the Debian package mosquitto")
     small = environment(FEDGE_BUILD=str(tmp_path), FEDGE_ROUNDS="1", FEDGE_PAIRS="1")

@@ -254,8 +254,8 @@ class _Laboratory:
             if fate != _CUT:
                 break
         if came >= _BURST:
-            return Finding(name, "good", f"{_BURST:,} messages wait for a subscriber that is slow; none is lost")
-        found = f"the broker keeps {came:,} of {_BURST:,} messages for a subscriber that is slow, and {fate}"
+            return Finding(name, "good", f"{_BURST:,} messages wait for a slow subscriber; none is lost")
+        found = f"keeps {came:,} of {_BURST:,} messages for a slow subscriber, {fate}"
         if came < _UPLOADS:
             advice = f"keep transfer.uploads * transfer.window below {came}, or raise the broker's queue"
         else:

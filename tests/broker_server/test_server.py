@@ -23,6 +23,7 @@ from edge_client.memory import MemoryBroker, MemoryLink
 from edge_client.store import FileCopies, Store
 from edge_client.transport import Address
 from edge_client.wire import messages as m
+from edge_client.wire.messages import BlobRef
 from edge_client.wire.topics import Topics
 from tests.toy import toy_bundle, toy_data
 
@@ -143,7 +144,7 @@ async def test_everything_in_chunks(tmp_path):
 
 @together
 async def test_what_earlier_runs_left_on_the_broker_is_cleared_and_forgotten(tmp_path):
-    config = settings(tmp_path, transfer={"spread": 0.0, "inline": 0, "chunk": 1024}, stop={"rounds": 1})
+    config = settings(tmp_path, transfer={"spread": 0.0, "inline": 0, "chunk": 1024}, stop={"rounds": 3})
     async with Hall(tmp_path) as hall:
         left = TOPICS.published(bytes(32), 0)
         hall.join("c1", "c2", "c3")
@@ -155,7 +156,7 @@ async def test_what_earlier_runs_left_on_the_broker_is_cleared_and_forgotten(tmp
             ledger.retain([left])
         await hall.server(config).run()
     with Ledger.read(tmp_path / "state" / "ledger.db") as ledger:
-        assert len(ledger.rounds()) == 1
+        assert len(ledger.rounds()) == 3
         assert left not in ledger.retained()
         assert ledger.retained()  # the bundle's chunks are noted after the old ones are forgotten
 
@@ -409,6 +410,32 @@ async def test_chunks_are_cleared_after_an_outage_and_not_forgotten_during_it(tm
         server.stop("enough")
         await life
     assert hall.hub.retained(topic) is None
+
+
+@together
+async def test_a_clearing_that_may_be_lost_is_sent_again_and_not_forgotten_before(tmp_path):
+    config = settings(tmp_path, transfer={"spread": 0.0, "inline": 0, "chunk": 1024})
+    one, two = (BlobRef(bytes([number] * 32), 1024, 1024) for number in (1, 2))
+    names = [TOPICS.published(ref.sha256, 0) for ref in (one, two)]
+    async with Hall(tmp_path) as hall:
+        server = hall.server(config)
+        life = asyncio.ensure_future(server.run())
+        while not server._online:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await server._queue.join()
+        await server._in_worker(lambda: server._worker.retain(names))
+        await server._sweep(one)
+        hall.hub.publish(names[0], b"the clearing was lost with the connection", retain=True)
+        server.disconnected("a test")
+        server.connected()
+        assert hall.hub.retained(names[0]) is None
+        with Ledger.read(tmp_path / "state" / "ledger.db") as ledger:
+            assert set(names) <= set(ledger.retained())
+        await server._sweep(two)
+        with Ledger.read(tmp_path / "state" / "ledger.db") as ledger:
+            assert set(names) & set(ledger.retained()) == {names[1]}
+        server.stop("enough")
+        await life
 
 
 @pytest.mark.parametrize("stop", [{"target": 0.9}, {"patience": 2}])
