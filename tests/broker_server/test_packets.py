@@ -1,6 +1,7 @@
 """Chunks that fit the broker: measured by the server, taken over by its clients."""
 
 import asyncio
+import signal
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from edge_client.transport import Address, MqttLink
 from tests.broker_server.test_server import settings
 from tests.edge_client.doctor.test_broker import PLAIN, mosquitto, needs_mosquitto
 from tests.nats import free_ports
+from tests.test_end_to_end import federation as processes
 from tests.toy import toy_bundle, toy_data
 
 
@@ -126,3 +128,12 @@ def wide(hidden):
 
 def wide_data(count, seed):
     return toy_data(count, features=64, seed=seed)
+
+
+def test_a_server_that_waits_for_its_broker_can_be_stopped(tmp_path):
+    with processes(tmp_path, 'url = "mqtt://127.0.0.1:{port}"') as run:
+        server = run.serve()
+        server.says("trying again")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.ends() == 0, server.lines
+        assert server.lines[-1] == "ended: stopped by signal"
