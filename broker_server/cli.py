@@ -4,6 +4,7 @@ import asyncio
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import click
@@ -25,7 +26,6 @@ from edge_client.bundle import Bundle
 from edge_client.data import open_data
 from edge_client.errors import ConfigError, LedgerError
 
-_STOPPED = "stopped by signal"
 _FILE = click.argument("file", type=click.Path(path_type=Path))
 
 
@@ -44,14 +44,11 @@ def serve(file: Path) -> None:
         with locked(settings) as lock, broker(settings, log) as address:
             # A broker of ours that died does not come back: give up, and whoever watches the server starts both anew.
             link = server_link(settings, address, attempts=0 if settings.broker.url else 5)
-            measuring = asyncio.ensure_future(fitted(settings, address, log))
-            _on_signal(measuring.cancel)
-            try:
-                fit = await measuring
-            except asyncio.CancelledError:
-                return Outcome(_STOPPED, {}, 0)
-            server = Server(fit, log, link, on_round=lambda done: log(_line(done)), lock=lock)
-            _on_signal(server.stop, _STOPPED)
+            fit = partial(fitted, address=address, log=log)
+            server = Server(settings, log, link, on_round=lambda done: log(_line(done)), lock=lock, fit=fit)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, server.stop, "stopped by signal")
             return await server.run()
 
     _tell(console, asyncio.run(run()))
@@ -235,12 +232,6 @@ def _line(done: Round) -> str:
     shown = "".join(f" · {name} {value:.4f}" for name, value in sorted(done.metrics.items()))
     traffic = f"up {human_bytes(done.bytes_up)} · down {human_bytes(done.bytes_down)}"
     return f"round {done.round} · {done.clients} clients · {done.seconds:.1f} s · {traffic}{shown}"
-
-
-def _on_signal(call: Callable[..., object], *arguments: object) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, call, *arguments)
 
 
 def _tell(console: Console, outcome: Outcome) -> None:

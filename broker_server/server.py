@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,8 @@ class Server:
     on_start: Callable[[e.Restored], None] = lambda _: None
     lock: Lock | None = None
     """The lock on the federation's ledger (`locked`), where it was taken before; else `run` takes it."""
+    fit: Callable[[Federation], Awaitable[Federation]] | None = None
+    """Finds the settings that fit the broker (`packets.fitted`), before anything is cut into chunks."""
     _pool: ThreadPoolExecutor = field(init=False)
     _worker: Worker = field(init=False)
     _coordinator: Coordinator = field(init=False)
@@ -73,6 +75,14 @@ class Server:
         tasks: list[asyncio.Future[None]] = []
         try:
             self._worker = await self._in_worker(self._open)
+            if self.fit is not None:
+                fitting = asyncio.ensure_future(self.fit(self.settings))
+                await asyncio.wait((fitting, self._ended), return_when=asyncio.FIRST_COMPLETED)
+                if not fitting.done():
+                    fitting.cancel()
+                    return Outcome(self._ended.result(), {}, 0)
+                self.settings = fitting.result()
+                self._worker.limits = self.settings.transfer
             restored = await self._in_worker(self._worker.start)
             self._coordinator = Coordinator(self.settings, restored)
             for answer in await self._in_worker(lambda: list(self._worker.replay(restored))):

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,9 @@ async def simulate(
     with locked(settings) as lock:
         settings, data = await asyncio.to_thread(_reserve, settings)
         with broker(settings, log) as address:
-            settings = await fitted(settings, address, log, attempts=5)
             link = server_link(settings, address, attempts=5)
-            server = Server(settings, log, link, on_round=finished, lock=lock)
+            fit = partial(fitted, address=address, log=log, attempts=5)
+            server = Server(settings, log, link, on_round=finished, lock=lock, fit=fit)
             serving = asyncio.ensure_future(server.run())
             fleet = await _start(settings, address, data)
             told = asyncio.ensure_future(_report(fleet))

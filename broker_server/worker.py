@@ -55,6 +55,8 @@ class Worker:
     def __init__(self, settings: Federation, bundle_bytes: bytes, lock: Lock | None = None) -> None:
         self.bundle = Bundle.from_bytes(bundle_bytes)
         self._settings = settings
+        self.limits = settings.transfer
+        """How blobs are cut; to be set, where the broker asks for it, before `start`."""
         self._state = Path(settings.federation.state)
         self._state.mkdir(parents=True, exist_ok=True)
         held_out = settings.evaluation.data
@@ -80,7 +82,7 @@ class Worker:
         self._layouts = update_layouts(self.bundle.manifest)
         self._kind: Literal["train", "evaluate"] = "train"
         self._blobs: dict[bytes, bytes] = {}
-        self._bundle_ref = self._blob(bundle_bytes)
+        self._bundle_bytes = bundle_bytes
 
     def start(self) -> e.Restored:
         """Begin a new epoch where the ledger left off."""
@@ -92,7 +94,7 @@ class Worker:
             epoch=self._ledger.new_epoch(),
             version=self._publication.version,
             digest=self._publication.digest,
-            bundle=self._bundle_ref,
+            bundle=self._blob(self._bundle_bytes),
             update_limit=max_update_bytes(self._layouts),
             last_task=self._ledger.last_task(),
             rounds=rounds,
@@ -234,8 +236,7 @@ class Worker:
         return e.Answered(action.epoch, action.task, action.client, status)
 
     def _blob(self, data: bytes) -> BlobRef:
-        limits = self._settings.transfer
-        ref = transfer.refer(data, chunk=limits.chunk, inline=limits.inline)
+        ref = transfer.refer(data, chunk=self.limits.chunk, inline=self.limits.inline)
         if ref.inline is None:
             self._blobs[ref.sha256] = data
         return ref

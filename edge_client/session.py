@@ -60,6 +60,7 @@ class ClientSession:
     dropped: int = 0
     """Messages that were malformed, foreign or too large, and were dropped."""
     _topics: Topics = field(init=False)
+    _chunk: int = field(init=False)
     _connected: bool = False
     _available: bool = True
     _traffic: m.Traffic = field(default_factory=m.Traffic)
@@ -82,7 +83,7 @@ class ClientSession:
     _measured: float = 0.0
 
     def __post_init__(self) -> None:
-        self._topics = Topics(self.settings.federation)
+        self._topics, self._chunk = Topics(self.settings.federation), self.settings.chunk
         self._bundle, self._version, self._digest = self.held.bundle, self.held.version, self.held.digest
         self._samples = self.held.samples
         if self.held.pending is not None:
@@ -112,11 +113,6 @@ class ClientSession:
     @property
     def _ready(self) -> bool:
         return self._offer is not None and self._offer.bundle.sha256 == self._bundle
-
-    @property
-    def _chunk(self) -> int:
-        """Bytes that the broker is known to take: the server has measured what it offers in."""
-        return self.settings.chunk if self._offer is None else min(self.settings.chunk, self._offer.bundle.chunk)
 
     @property
     def _wanted(self) -> bool:
@@ -210,8 +206,8 @@ class ClientSession:
         if self._offer is not None and offer.epoch < self._offer.epoch:
             return
         check_blob(offer.bundle, self.settings.blob_limit)
-        known = None if self._offer is None or self._hello_at is None else self._offer.epoch
-        greeted, self._offer = known == offer.epoch, offer
+        greeted = self._offer is not None and self._hello_at is not None and self._offer.epoch == offer.epoch
+        self._offer, self._chunk = offer, min(self.settings.chunk, offer.bundle.chunk)  # what the broker takes
         if self._upload is not None and self._upload.ref.chunk != self._chunk:
             self._upload = replace(self._announcement(self._upload.pending), at=self._upload.at)
         if offer.finished:
