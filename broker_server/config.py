@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import msgspec
 from msgspec import Meta, inspect
 
+from edge_client.codec.update import TARGETS
 from edge_client.errors import ConfigError
 
 Count = Annotated[int, Meta(ge=0, le=10_000_000)]
@@ -380,7 +381,7 @@ def _check_together(federation: Federation) -> None:
 
 
 def _check_rates(codec: Codec) -> None:
-    most = {"step": 1000.0, "bits": 32.0, "nmse": 1.0}.get(codec.target, math.inf)
+    most = TARGETS[codec.target]
     for key, value in {
         "value": codec.value,
         **{f"clients.{name}": rate for name, rate in codec.clients.items()},

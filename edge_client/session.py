@@ -40,7 +40,7 @@ class SessionSettings:
     federation: str
     software: str = ""
     uplink: float = 0.0
-    """Bytes a second that the client can send; 0 is not known."""
+    """Bytes a second that the client can send; 0 is not known, and the last upload in chunks tells."""
     window: int = 16
     blob_limit: int = 512 * 2**20
     chunk: int = 64 * 1024
@@ -79,6 +79,7 @@ class ClientSession:
     _waiting: m.Invitation | None = None
     _upload: Announcement | None = None
     _failures: int = 0
+    _measured: float = 0.0
 
     def __post_init__(self) -> None:
         self._topics = Topics(self.settings.federation)
@@ -140,7 +141,7 @@ class ClientSession:
             case e.Disconnected():
                 self._connected, self._hello_at = False, None
                 if self._upload is not None:
-                    self._upload.at = math.inf
+                    self._upload.interrupt()
             case e.Received(topic, payload):
                 yield from self._received(topic, payload, now)
             case e.Counted(traffic):
@@ -249,6 +250,7 @@ class ClientSession:
         if receipt.status == "refused":
             yield e.Log(f"update for task {receipt.task} refused: {receipt.detail}")
         if self._upload is not None and self._upload.identity == (receipt.epoch, receipt.task):
+            self._measured = self._upload.speed(now) or self._measured
             self._upload = None
             yield from self._next(now)
 
@@ -380,7 +382,7 @@ class ClientSession:
         if self._hello_at is not None and now >= self._hello_at and self._ready:
             self._hello_at = now + self._offer.heartbeat * self.rng.uniform(0.75, 1.25)
             held = self._bundle, self._version, self._digest, self._samples
-            about = self._available, self._traffic, self.settings.software, self.settings.uplink
+            about = self._available, self._traffic, self.settings.software, self.settings.uplink or self._measured
             yield self._say(m.Hello(self._offer.epoch, self.boot, *held, *about))
         upload = self._upload
         if upload is not None and upload.due(now):

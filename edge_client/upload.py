@@ -37,7 +37,8 @@ class Announcement:
     patience: float
     at: float = math.inf
     _attempts: int = 0
-    _granted: bool = False
+    _granted: float | None = None
+    """When the first chunks were; for ever ago where the connection has been lost since, and the time says nothing."""
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -47,7 +48,22 @@ class Announcement:
     @property
     def coming(self) -> int:
         """Bytes of the update that the transport has not counted yet."""
-        return 0 if self._granted else self.ref.size
+        return 0 if self._granted is not None else self.ref.size
+
+    def speed(self, now: float) -> float:
+        """Bytes a second from the first grant to the receipt, which is ``now``; 0 where that says nothing.
+
+        Only of chunks, because what travels in one message takes the time of an answer and not that of its bytes.
+        """
+        if self._granted is None or now <= self._granted:
+            return 0.0
+        return self.ref.size / (now - self._granted)
+
+    def interrupt(self) -> None:
+        """The connection is lost: it is announced again when the server is known to be there."""
+        self.at = math.inf
+        if self._granted is not None:
+            self._granted = -math.inf
 
     def due(self, now: float) -> bool:
         """Whether to announce it now; the next time is then set."""
@@ -59,7 +75,8 @@ class Announcement:
 
     def pieces(self, indices: tuple[int, ...], now: float) -> Iterator[tuple[int, bytes]]:
         """The granted chunks, each once; the server is there, so patience starts anew."""
-        self._attempts, self._granted = 0, True
+        self._attempts = 0
+        self._granted = now if self._granted is None else self._granted
         self.at = now + self.patience * 2
         for index in dict.fromkeys(indices):
             if index < transfer.count(self.ref):

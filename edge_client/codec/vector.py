@@ -30,7 +30,10 @@ from edge_client.codec.lowrank import Coefficients, Factors, Matrix, Sketch, fac
 from edge_client.codec.quantize import LEVEL_LIMIT, Quantized, centroids, peak, quantize, rms
 from edge_client.errors import CodecError
 
-DEAD_ZONE = 0.7
+_DEAD_ZONE = 0.7
+"""In steps, where few elements are told; narrower where many are, by up to ``_NARROWER``, as an entropy-coded scalar
+quantizer wants it: both for Gaussian and for Laplacian elements."""
+_NARROWER, _MANY, _MOST = 0.15, 0.2, 0.45
 _STEP = struct.Struct("<f")
 _OFFSETS = struct.Struct("<3b")
 
@@ -83,13 +86,13 @@ class VectorEncoder:
             self._factorize((block.start, number), left[where].reshape(part.matrix))
             for number, (part, where) in enumerate(parts)
         ]
-        told = [one for one in found if one is not None]
+        factors = [one for one in found if one is not None]
         moved = (
             centroids(
-                np.concatenate([fitted.ravel() for _, fitted in told]),
-                np.concatenate([factors.right.ravel() for factors, _ in told]),
+                np.concatenate([fitted.ravel() for _, fitted in factors]),
+                np.concatenate([one.right.ravel() for one, _ in factors]),
             )
-            if told
+            if factors
             else (0, 0, 0)
         )
         for (part, where), one in zip(parts, found, strict=True):
@@ -97,7 +100,11 @@ class VectorEncoder:
                 matrix = left[where].reshape(part.matrix)
                 for rows, product in one[0].product(self.step, moved):
                     matrix[rows] -= product
-        quantized = quantize(left, self.step, DEAD_ZONE)
+        quantized = quantize(left, self.step, _DEAD_ZONE)
+        told = len(quantized.index) / len(left)
+        if told > _MANY:
+            narrower = _DEAD_ZONE - _NARROWER * min(1.0, (told - _MANY) / (_MOST - _MANY))
+            quantized = quantize(left, self.step, narrower)
         left[quantized.index] -= quantized.values()
         if not code:
             return b""
@@ -106,10 +113,10 @@ class VectorEncoder:
         index, level = [quantized.index], [quantized.level]
         if parts:
             head.append(section(pack(ranks)))
-        if told:
+        if factors:
             head.append(_OFFSETS.pack(*moved))
         start = block.layout.size
-        for side in (side for factors, _ in told for side in (factors.left, factors.right)):
+        for side in (side for one, _ in factors for side in (one.left, one.right)):
             at = np.flatnonzero(side)
             index.append(at + start)
             level.append(side.ravel()[at])

@@ -83,7 +83,8 @@ def held(version=1, digest=V1, pending=None):
 
 def joined(**settings):
     """A client that has said hello, holding version 1 of the bundle."""
-    machine = Machine(held(**{k: settings.pop(k) for k in ("version", "digest", "pending") if k in settings}))
+    known = {k: settings.pop(k) for k in ("version", "digest", "pending") if k in settings}
+    machine = Machine(held(**known), **settings)
     machine.feed(e.Connected())
     machine.offered()
     return machine
@@ -354,6 +355,39 @@ def test_from_delta_to_receipt_in_chunks():
     assert said([again]) == [upload.__class__(1, 1, upload.blob, m.Traffic())]
     assert machine.told(m.Receipt(1, 1, "late"))[0] == e.Settle(1, 1, recorded=False)
     assert said(machine.feed(e.Available(True)))[0].version == 2
+
+
+def uploaded(machine, task=1, seconds=5.0, lost=False, size=3000):
+    """An update in chunks, from the grant to the receipt; what the client says of its uplink then."""
+    machine.told(invitation(task))
+    (upload,) = said(worked(machine, task, update=bytes(size)), m.Upload)
+    machine.wait(2.0)
+    machine.told(m.Credit(upload.blob.sha256, (0, 1)))
+    machine.wait(seconds / 2)
+    if lost:
+        machine.feed(e.Disconnected())
+        machine.feed(e.Connected())
+        machine.offered()
+    machine.told(m.Credit(upload.blob.sha256, (2,)))
+    machine.wait(seconds / 2)
+    machine.told(m.Receipt(1, task, "recorded"))
+    return said(machine.feed(e.Available(True)), m.Hello)[0].uplink
+
+
+def test_an_upload_in_chunks_tells_how_fast_the_link_is():
+    machine = joined()
+    assert uploaded(machine) == pytest.approx(3000 / 5)
+    assert uploaded(machine, 2, lost=True) == pytest.approx(3000 / 5)  # nothing new
+    assert uploaded(machine, 3, seconds=10.0) == pytest.approx(3000 / 10)
+    machine.told(invitation(4))
+    worked(machine, 4)
+    machine.wait(1.0)
+    machine.told(m.Receipt(1, 4, "recorded"))
+    assert said(machine.feed(e.Available(True)), m.Hello)[0].uplink == pytest.approx(3000 / 10)
+
+
+def test_what_is_said_of_a_link_goes_before_what_is_measured():
+    assert uploaded(joined(uplink=70.0)) == 70.0
 
 
 def test_an_inline_delta_goes_to_work_at_once():

@@ -21,7 +21,7 @@ def test_rate_and_distortion_stay_near_the_bound(step):
 
 
 def test_dead_zone_and_rounding():
-    vector = np.array([0.69, 0.71, -0.71, 1.69, 1.71, -2.71, 0], np.float32)
+    vector = np.array([0.69, 0.71, -0.71, 1.69, 1.71, -2.8, 0], np.float32)
     found = quantize(vector, 1.0, 0.7)
     assert found.index.tolist() == [1, 2, 3, 4, 5]
     assert found.level.tolist() == [1, -1, 1, 2, -3]

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import math
 
 import msgspec
@@ -60,11 +61,14 @@ def test_truncation(example):
         decode_update(encoded.data + b"\0", layouts)
 
 
+_encoded = functools.lru_cache(lambda example: encode(example).data)
+
+
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=150, deadline=None)
 def test_corruption_decodes_or_raises(conv, seed):
     rng = np.random.default_rng(seed)
-    data = bytearray(encode(conv).data)
+    data = bytearray(_encoded(conv))
     for _ in range(int(rng.integers(1, 5))):
         data[rng.integers(len(data))] = rng.integers(256)
     with contextlib.suppress(CodecError):
@@ -175,7 +179,7 @@ def test_rate_control_hits_its_target_on_large_vectors(rank, target, value):
 
 
 @pytest.mark.parametrize("target", ["bits", "nmse", "bytes"])
-@pytest.mark.parametrize("share", [0.03, 0.2, 0.7])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.7])
 def test_rate_control_hits_what_can_be_reached_on_small_vectors(example, target, share):
     """Between the coarsest and a very fine code, on a logarithmic scale."""
     vectors, layouts = one(example)
