@@ -129,7 +129,7 @@ def seeds() -> dict[str, list[bytes]]:
 
 
 def feed(name: str, data: bytes) -> bool:
-    """Whether a decoder takes ``data``; other errors than CodecError, warnings and wrong shapes come out as they are."""
+    """Whether a decoder takes ``data``. Other errors than CodecError, warnings and wrong shapes come out."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:

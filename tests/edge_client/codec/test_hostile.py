@@ -125,10 +125,8 @@ def test_ranks_above_the_limit_are_refused_before_anything_is_made(ranks):
 @pytest.mark.parametrize("step", [1e-45, 1.0, 3.4e38])
 @pytest.mark.parametrize("moved", [b"\x7f\x7f\x7f", b"\x80\x80\x80"])
 def test_factors_of_any_levels(level, step, moved):
-    sides = [
-        TensorSpec("", (side, rank)) for rank, shape in zip(ranks, ((30, 120), (9, 36)), strict=True) for side in shape
-    ]
-    told = Layout((*LAYOUT.tensors, *sides))
+    sides = [(30, 15), (120, 15), (9, 4), (36, 4)]
+    told = Layout((*LAYOUT.tensors, *(TensorSpec("", side) for side in sides)))
     values = np.full(told.size, level, np.int32)
     values[::2] *= -1
     data = vector_of((15, 4), encode_levels(np.arange(told.size), values, told), step, moved)
