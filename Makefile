@@ -7,7 +7,7 @@ SECONDS ?= 300
 # Threads are fedge's to place; libraries that each start their own pool take the cores from one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory clean
+.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory bench-codec bench-bytes clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,8 @@ help:
 	@echo "make bench-round     seconds per round beside a plain PyTorch loop; results in build/bench/round.json"
 	@echo "make bench-training  a training step, memory, start and size beside PyTorch's; results in build/bench/training.json"
 	@echo "make bench-memory    memory and time of a training step with memory budgets; results in build/bench/memory.json"
+	@echo "make bench-bytes     bytes until as accurate as fp32 FedAvg, beside it and STC; hours, resumed; results in build/bench/bytes.json"
+	@echo "make bench-codec     bits and distortion of updates beside other codecs'; results in build/bench/codec.json"
 	@echo "make bench           every benchmark"
 	@echo "make clean           remove build results and caches, keep $(VENV)"
 
@@ -46,7 +48,14 @@ bench-training: $(VENV)/.dev
 bench-memory: $(VENV)/.dev
 	$(BIN)/python tests/bench/memory.py $(ARGS)
 
-bench: bench-round bench-training bench-memory
+bench-bytes: $(VENV)/.dev
+	$(BIN)/python tests/bench/bytes.py $(ARGS)
+
+# NNCodec is built from its source distribution, in an environment of its own.
+bench-codec: $(VENV)/.dev
+	$(BIN)/python tests/bench/codec.py $(ARGS)
+
+bench: bench-round bench-training bench-memory bench-codec bench-bytes
 	for run in fashion-mnist mnist-writers shakespeare; do $(BIN)/python tests/bench/real.py $$run || exit 1; done
 
 clean:

@@ -108,8 +108,10 @@ class Codec(_Section, frozen=True):
     bits where ``value`` would take longer. 0 is no bound."""
     feedback: Literal["residual", "none"] = "residual"
     """Whether a client carries what quantization left over into its next update."""
-    lattice: Factor = 10.0
+    lattice: Factor = 20.0
     """Lattice step of the global model, in standard deviations of a round's global update."""
+    hysteresis: Annotated[float, Meta(ge=0.5, le=1)] = 0.75
+    """A parameter stays where it is on the lattice while it is at most this many steps from where it should be."""
 
     def rate(self, client: str) -> float:
         """The value of ``target`` for one client."""

@@ -53,6 +53,8 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     """What rounding to the lattice left over."""
     optimizer: bytes = b""
     """The server optimizer's packed state."""
+    pace: float = 0.0
+    """Standard deviation of the steps that led here, averaged; the lattice's step follows it."""
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
@@ -252,8 +254,9 @@ class Ledger:
             if closes is not None:
                 self.close_task(*closes, "done")
             self._database.write(
-                "INSERT INTO versions (version, round, state, remainder, optimizer) VALUES (?, ?, ?, ?, ?)",
-                *(version.version, version.round, version.state, version.remainder, version.optimizer),
+                "INSERT INTO versions (version, round, state, remainder, optimizer, pace) VALUES (?, ?, ?, ?, ?, ?)",
+                *(version.version, version.round, version.state),
+                *(version.remainder, version.optimizer, version.pace),
             )
 
     def version(self, number: int) -> Version | None:
@@ -344,8 +347,6 @@ class Ledger:
                     )
 
     def _version(self, where: str, *values: object) -> Version | None:
-        row = self._database.one(f"SELECT version, round, state, remainder, optimizer FROM versions {where}", *values)  # noqa: S608
-        if row is None:
-            return None
-        number, made_in, state, remainder, optimizer = row
-        return Version(version=number, round=made_in, state=state, remainder=remainder, optimizer=optimizer)
+        columns = ", ".join(Version.__struct_fields__)
+        row = self._database.one(f"SELECT {columns} FROM versions {where}", *values)  # noqa: S608
+        return None if row is None else Version(**dict(zip(Version.__struct_fields__, row, strict=True)))

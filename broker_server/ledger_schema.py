@@ -61,4 +61,5 @@ MIGRATIONS: Migrations = (
         "ALTER TABLE rounds ADD COLUMN finished INTEGER NOT NULL DEFAULT 1",
         "UPDATE rounds SET finished = 0 WHERE round IN (SELECT round FROM tasks WHERE outcome IS NULL)",
     ),
+    ("ALTER TABLE versions ADD COLUMN pace REAL NOT NULL DEFAULT 0",),
 )

@@ -27,6 +27,12 @@ from edge_client.errors import LedgerError
 
 _ROOM = 2**20
 """Lattice steps between base and model that a finer step must not exceed: the model can move on from there."""
+_RECENT = 10
+"""Rounds over which the size of steps is averaged, about: one round's varies by a factor of two."""
+_OUTLIER = 4.0
+"""A step counts as at most this many times the average."""
+_DELTAS = 2**20
+"""Bytes of deltas kept, or those of one model in floats: memory is O(model) however many versions are in use."""
 _CACHED = 8
 """Versions kept unpacked; others are read from the ledger when a client that holds one comes back."""
 
@@ -37,6 +43,7 @@ class _Head:
     model: Model
     remainder: Vector
     optimizer: Vector
+    pace: float
 
 
 class Publication:
@@ -55,6 +62,7 @@ class Publication:
         self._optimizer = optimizer
         self._buffers = bundle.initial_buffers()
         self._models: OrderedDict[int, Model] = OrderedDict()
+        self._deltas: OrderedDict[int, bytes] = OrderedDict()
         self._head = self._restore()
 
     @property
@@ -76,8 +84,15 @@ class Publication:
         return self._model(version).buffers
 
     def delta(self, held: int) -> bytes:
-        """What leads a client from version ``held`` to the newest one."""
-        return encode_model_delta(self._model(held), self._head.model, self._layout)
+        """What leads a client from version ``held`` to the newest one; built once while that is the newest."""
+        found = self._deltas.pop(held, None)
+        if found is None:
+            found = encode_model_delta(self._model(held), self._head.model, self._layout)
+        self._deltas[held] = found
+        room = max(_DELTAS, 4 * self._layout.size)
+        while len(self._deltas) > 1 and sum(map(len, self._deltas.values())) > room:
+            self._deltas.popitem(last=False)
+        return found
 
     def advance(
         self,
@@ -101,7 +116,7 @@ class Publication:
         step, optimizer = self._optimizer.step(head.optimizer, aggregate)
         target = head.model.parameters(self._base).astype(np.float64)
         target += step
-        clipped = 0
+        clipped, pace = 0, 0.0
         if self._codec.kind == "none":
             state: State = RawState(target.astype(np.float32))
             remainder = np.zeros(0, np.float32)
@@ -110,15 +125,18 @@ class Publication:
                 target += head.remainder
             before = head.model.state
             previous = before.exponent if isinstance(before, LatticeState) and head.version else None
-            exponent = choose_exponent(float(np.std(step)), self._codec.lattice, previous)
+            pace = self._pace(step)
+            exponent = choose_exponent(pace, self._codec.lattice, previous)
             exponent = self._bounded(exponent, previous, target)
             # What is out of the lattice's reach stays at its edge: an aggregate that diverged must not end the server.
             reach = math.ldexp(K_LIMIT - 1, exponent)
             clipped = int(np.count_nonzero(np.abs(target - self._base) > reach))
             np.clip(target, self._base - np.float64(reach), self._base + np.float64(reach), out=target)
-            state, remainder = place(target, self._base, exponent)
+            held = before if isinstance(before, LatticeState) else None
+            state, remainder = place(target, self._base, exponent, held, self._codec.hysteresis)
         model = Model(state, head.model.buffers if buffers is None else buffers)
-        self._head = _Head(head.version + 1, model, remainder, optimizer)
+        self._head = _Head(head.version + 1, model, remainder, optimizer, pace)
+        self._deltas.clear()
         with self._ledger.group():
             self._ledger.publish(
                 Version(
@@ -127,6 +145,7 @@ class Publication:
                     state=pack_model(model),
                     remainder=remainder.astype("<f4").tobytes(),
                     optimizer=pack(optimizer),
+                    pace=pace,
                 ),
                 closes=closes,
             )
@@ -134,6 +153,16 @@ class Publication:
             self._ledger.prune({*keep, head.version})
         self._remember(self._head.version, model)
         return clipped
+
+    def _pace(self, step: Vector) -> float:
+        """Standard deviation of the latest steps, averaged.
+
+        The exponent never rises again, so that it must not follow the smallest round that there was.
+        """
+        before, found = self._head.pace, float(np.std(step, dtype=np.float64))
+        if not (before > 0 and math.isfinite(found)):
+            return found if math.isfinite(found) else before
+        return before + (min(found, _OUTLIER * before) - before) / min(self._head.version + 1, _RECENT)
 
     def _bounded(self, exponent: int, previous: int | None, target: npt.NDArray[np.float64]) -> int:
         """The exponent, or a larger one where that would be too fine for where the model is; never above the last."""
@@ -146,12 +175,12 @@ class Publication:
         latest = self._ledger.latest()
         start = self._optimizer.init(self._layout.size)
         if latest is None:
-            return _Head(0, self._untrained(), np.zeros(0, np.float32), start)
+            return _Head(0, self._untrained(), np.zeros(0, np.float32), start, 0.0)
         model = unpack_model(latest.state, self._layout)
         if isinstance(model.state, RawState) != (self._codec.kind == "none"):
             raise LedgerError("the ledger was written with another codec.kind; set it back, or use a new state folder")
         remainder = np.frombuffer(latest.remainder, "<f4").astype(np.float32)
-        return _Head(latest.version, model, remainder, unpack(latest.optimizer, start))
+        return _Head(latest.version, model, remainder, unpack(latest.optimizer, start), latest.pace)
 
     def _untrained(self) -> Model:
         return untrained(self._layout.size, self._buffers)

@@ -1,6 +1,6 @@
 """Real data sets for tests and benchmarks, as arrays and as the ``.npz`` files that a federation reads.
 
-    python tests/datasets.py fashion-mnist|mnist-writers|shakespeare build/data
+    python tests/datasets.py fashion-mnist|mnist|mnist-writers|shakespeare|shakespeare-64 build/data
 
 The files lie beside the repository in ``../shared/data``, or where the environment variable ``FEDGE_DATA`` says.
 """
@@ -135,6 +135,7 @@ LOADERS = {
     "mnist": lambda: images("mnist"),
     "mnist-writers": mnist_writers,
     "shakespeare": shakespeare,
+    "shakespeare-64": lambda: shakespeare(64),
 }
 
 

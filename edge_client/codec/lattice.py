@@ -156,13 +156,25 @@ def origin(n: int, exponent: int = 0) -> LatticeState:
     return LatticeState(exponent, np.zeros(n, np.int8))
 
 
-def place(target: npt.NDArray[np.floating], base: Vector, exponent: int) -> tuple[LatticeState, Vector]:
-    """The lattice point nearest to ``target``.
+def place(
+    target: npt.NDArray[np.floating],
+    base: Vector,
+    exponent: int,
+    held: LatticeState | None = None,
+    reach: float = 0.5,
+) -> tuple[LatticeState, Vector]:
+    """The lattice point nearest to ``target``, or the held one where that is near enough.
+
+    A parameter on a noisy walk crosses the border between two points again and again, and each crossing is sent to
+    every client. With hysteresis it has to go further than half a step before it moves, and then moves to the nearest
+    point, away from all borders.
 
     Args:
         target: ``[n]`` float32 or float64, the parameters that the server would like to publish.
         base: ``[n] float32``.
-        exponent: of the new state.
+        exponent: of the new state, not above that of ``held``.
+        held: the version before; without it, all go to their nearest points.
+        reach: a parameter at most this many steps from where it is held stays there; from 0.5, which is no hysteresis.
 
     Returns:
         The state, and what it leaves out: ``target - state.parameters(base)``, ``[n] float32``, for the server to add
@@ -175,14 +187,18 @@ def place(target: npt.NDArray[np.floating], base: Vector, exponent: int) -> tupl
         raise CodecError(f"target has shape {list(target.shape)}; expected {list(base.shape)}")
     distance = np.subtract(target, base, dtype=np.float64)
     distance *= math.ldexp(1.0, -exponent)
-    np.rint(distance, out=distance)
     highest = float(np.abs(distance).max()) if distance.size else 0.0
-    if not highest < K_LIMIT:
+    if not highest < K_LIMIT - 0.5:
         raise CodecError(
             f"parameters are {highest} steps of 2^{exponent} from the base; expected fewer than {K_LIMIT}: "
             "the model diverged, or the step is too fine"
         )
-    state = LatticeState(exponent, distance.astype(np.int32))
+    k = np.rint(distance).astype(np.int32)
+    if held is not None and reach > 0.5:
+        before = _rescale(held, exponent)
+        distance -= before
+        np.copyto(k, before, where=np.abs(distance, out=distance) <= reach)
+    state = LatticeState(exponent, k)
     return state, np.subtract(target, state.parameters(base), dtype=np.float64).astype(np.float32)
 
 

@@ -3,8 +3,8 @@
 A value ``x`` becomes 0 inside the dead zone, ``|x| < dead_zone * step``, else
 ``sign(x) * floor(|x| / step + 1 - dead_zone)``. The decoder puts a level where the encoder's values of that level lie
 on average (their centroid), not at the middle of the interval: with the peaked distributions of model updates that
-lowers the distortion, for three bytes (Sullivan 1996, "Efficient scalar quantization of exponential and Laplacian random
-variables").
+lowers the distortion, for three bytes (Sullivan 1996, "Efficient scalar quantization of exponential and Laplacian
+random variables").
 """
 
 from dataclasses import dataclass

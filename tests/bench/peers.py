@@ -17,6 +17,8 @@ class Peer:
 
     packages: tuple[str, ...]
     script: str
+    sources: tuple[str, ...] = ()
+    """Built with those packages from their source distributions, without what they say they need."""
 
 
 PEERS = {
@@ -29,10 +31,10 @@ PEERS = {
 class Environment:
     """A peer's virtual environment, made when first asked for."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, peer: Peer, folder: Path) -> None:
         self.name = name
-        self.script = PEERS[name].script
-        self._packages = PEERS[name].packages
+        self.script = peer.script
+        self._peer = peer
         self._folder = folder / name
         self._failure = ""
 
@@ -44,7 +46,7 @@ class Environment:
         """
         if self._failure:
             raise BenchError(self._failure)
-        wanted = " ".join(self._packages)
+        wanted = " ".join(self._peer.packages + self._peer.sources)
         interpreter, complete = self._folder / "bin" / "python", self._folder / "complete"
         if complete.exists() and complete.read_text() == wanted:
             return interpreter
@@ -53,7 +55,10 @@ class Environment:
         try:
             command([sys.executable, "-m", "venv", str(self._folder)], log)
             pip = [str(interpreter), "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt")]
-            command([*pip, *self._packages], log, timeout=1800.0)
+            command([*pip, *self._peer.packages], log, timeout=1800.0)
+            if self._peer.sources:
+                built = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:", *self._peer.sources]
+                command([*pip, *built], log, timeout=1800.0)
         except BenchError as error:
             self._failure = f"not installed here: {error}"
             raise BenchError(self._failure) from error

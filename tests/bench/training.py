@@ -258,7 +258,7 @@ def beside(wanted: list[str]) -> dict[str, Callable[[Run], Timed]]:
         "compile": lambda run: run.torch("--compile", timeout=300.0),
         "channels_last": lambda run: run.torch("--channels-last"),
     }
-    known |= {name: partial(_peer, Environment(name, BUILD / "bench" / "peers")) for name in PEERS}
+    known |= {name: partial(_peer, Environment(name, peer, BUILD / "bench" / "peers")) for name, peer in PEERS.items()}
     return {name: known[name] for name in wanted}
 
 

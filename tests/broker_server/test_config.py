@@ -65,6 +65,7 @@ value = 0.3
 feedback = "none"
 upload_seconds = 30
 lattice = 30
+hysteresis = 1
 [codec.clients]
 "pi-*" = 0.05
 [evaluation]

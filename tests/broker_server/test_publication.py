@@ -6,7 +6,8 @@ from broker_server.config import Codec
 from broker_server.ledger import BEST, Ledger, Round, Task
 from broker_server.publication import Publication
 from edge_client.bundle import Bundle
-from edge_client.codec.lattice import apply_delta, origin
+from edge_client.codec.lattice import apply_delta, origin, unpack_state
+from edge_client.codec.model import encode_model_delta
 from edge_client.errors import LedgerError
 from tests.toy import toy_bundle
 
@@ -146,9 +147,61 @@ def test_a_version_and_the_close_of_its_task_are_one_step(ledger):
     assert ledger.rounds() == []
 
 
-def test_a_tiny_round_does_not_make_the_step_too_fine(ledger):
+def test_a_delta_is_built_once_for_each_version_in_use(ledger, monkeypatch):
+    built = []
+
+    def build(old, new, layout):
+        built.append(old.digest())
+        return encode_model_delta(old, new, layout)
+
+    monkeypatch.setattr("broker_server.publication.encode_model_delta", build)
+    publication = Publication(BUNDLE, ledger, Codec(lattice=1.0), sgd())
+    for step in steps(3):
+        advance(publication, ledger, step, keep=range(4))
+    first = publication.delta(1)
+    assert [publication.delta(held) for held in (1, 0, 1, 0)] == [first, publication.delta(0)] * 2
+    assert len(built) == 2
+    advance(publication, ledger, steps(4)[3], keep=range(4))
+    assert publication.delta(1) != first
+    assert len(built) == 3
+
+
+def test_cached_deltas_take_no_more_than_one_model(ledger, monkeypatch):
+    monkeypatch.setattr("broker_server.publication._DELTAS", 0)
+    publication = Publication(BUNDLE, ledger, Codec(lattice=0.01), sgd())
+    for step in steps(6, scale=1.0):
+        advance(publication, ledger, step, keep=range(7))
+    for held in range(6):
+        publication.delta(held)
+    sizes = [len(data) for data in publication._deltas.values()]
+    assert 1 <= len(sizes) < 6
+    assert sum(sizes) <= 4 * SIZE
+
+
+def exponents(ledger, scales) -> list[int]:
+    publication, found = Publication(BUNDLE, ledger, Codec(), sgd()), []
+    for seed, scale in enumerate(scales):
+        advance(publication, ledger, steps(1, seed, scale)[0])
+        stored = ledger.latest()
+        assert stored is not None
+        found.append(unpack_state(stored.state, BUNDLE.layout).exponent)
+    return found
+
+
+def test_the_lattice_follows_lasting_changes_of_the_steps_and_not_one_odd_round(ledger):
+    typical = exponents(ledger, [0.012] * 12 + [1e-9, 0.012, 0.012, 1e9, 0.012])
+    assert len(set(typical)) == 1
+
+
+def test_the_lattice_is_halved_as_steps_become_smaller(ledger):
+    found = exponents(ledger, [0.08] * 2 + [0.02] * 40)
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == found[0] - 2
+
+
+def test_tiny_rounds_do_not_make_the_step_too_fine(ledger):
     publication = Publication(BUNDLE, ledger, Codec(), sgd())
-    for scale in (0.1, 1e-15, 0.1, 1.0):
+    for scale in (0.1, *[1e-15] * 200, 0.1, 1.0):
         advance(publication, ledger, steps(1, scale=scale)[0])
     expected = BUNDLE.initial() + sum(steps(1, scale=scale)[0] for scale in (0.1, 0.1, 1.0))
     np.testing.assert_allclose(publication.parameters(), expected, atol=1e-4)

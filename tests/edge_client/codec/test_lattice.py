@@ -89,6 +89,31 @@ def test_place_keeps_the_remainder():
     np.testing.assert_array_equal(fine.parameters(base), state.parameters(base))
 
 
+def test_hysteresis_keeps_what_is_near_and_moves_the_rest_to_the_nearest_point():
+    base = np.zeros(7, np.float32)
+    held = LatticeState(0, np.array([2, 2, 2, 2, 2, -1, 0], np.int32))
+    target = np.array([2.5, 2.74, 2.76, 1.26, 0.9, -1.8, 9.6])
+    state, remainder = place(target, base, 0, held, 0.75)
+    assert state.k.tolist() == [2, 2, 3, 2, 1, -2, 10]
+    np.testing.assert_allclose(state.k + remainder, target, atol=1e-6)
+    finer, _ = place(np.full(7, 2.3), base, -1, LatticeState(0, np.full(7, 2, np.int32)), 0.75)
+    assert finer.k.tolist() == [4] * 7
+    assert place(np.full(7, 2.3), base, -1)[0].k.tolist() == [5] * 7
+
+
+def test_hysteresis_makes_a_noisy_walk_change_less():
+    rng, base = np.random.default_rng(3), np.zeros(LAYOUT.size, np.float32)
+    noise = rng.standard_normal((40, LAYOUT.size)) * 0.15
+    moves = {}
+    for reach in (0.5, 0.75, 1.0):
+        state, moves[reach] = origin(LAYOUT.size), 0
+        for target in 0.5 + noise:
+            before = state.k
+            state, _ = place(target, base, 0, state, reach)
+            moves[reach] += np.count_nonzero(state.k != before)
+    assert moves[0.5] > 2 * moves[0.75] > 4 * moves[1.0]
+
+
 @pytest.mark.parametrize(
     ("std", "previous", "expected"),
     [(2**-10, None, -6), (2**-10, -8, -8), (2**-10, -3, -6), (0.0, None, 0), (0.0, -4, -4), (float("nan"), -4, -4)],
