@@ -32,6 +32,7 @@ then row, then column.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,8 @@ from edge_client.errors import CodecError
 
 Indices = npt.NDArray[np.int64]
 Levels = npt.NDArray[np.int32]
+Integers = npt.NDArray[np.uint32]
+Places = npt.NDArray[np.int32]
 Magnitudes = npt.NDArray[np.float64]
 
 ROWS, COLUMNS = 1, 2
@@ -51,6 +54,9 @@ STREAM_BITS = 150
 """What one more stream costs, about: two lists' headers and histograms."""
 LIST_BITS = 160
 """What one more list of classes costs before its content."""
+
+_PIECE = 1 << 16
+"""Values that are looked at at once: what that takes stays in the cache."""
 
 # The least count of each class but the first: cls(c) >= k exactly when c * c >= 2^(k - 1).
 _FLOORS = np.array([math.isqrt(2 ** (k - 1) - 1) + 1 if k > 1 else 1 for k in range(1, CLASSES)], np.int64)
@@ -67,6 +73,7 @@ class _Grid:
 
     start: int
     mode: int
+    total: int
     offset: int
     rows: Indices
     columns: Indices
@@ -160,19 +167,33 @@ def _list_bits(values: Indices) -> float:
     return float(-(count * np.log2(count / len(values))).sum()) + LIST_BITS
 
 
-def _choose_grid(tensor: TensorSpec, start: int, local: Indices, magnitude: Magnitudes) -> _Grid:
+def _pieces(low: int, high: int, least: int = 0) -> Iterator[slice]:
+    """A range cut into runs of ``_PIECE``, or of ``least`` where that is more."""
+    each = max(_PIECE, least)
+    return (slice(at, min(at + each, high)) for at in range(low, high, each))
+
+
+def _sums(at: Places, magnitude: Integers, length: int) -> Magnitudes:
+    """Sum of the magnitudes at each of ``length`` places; as ``numpy.bincount``, which makes copies of 16 bytes each."""
+    sums = np.zeros(length)
+    for piece in _pieces(0, len(at), length):
+        sums += np.bincount(at[piece], magnitude[piece], length)
+    return sums
+
+
+def _choose_grid(tensor: TensorSpec, start: int, local: Places, magnitude: Integers) -> _Grid:
     """The mode of least estimated cost for the magnitudes at ``local`` (ascending) of one tensor."""
     n_rows, n_columns = tensor.matrix
-    mass = float(magnitude.sum())
+    mass = float(magnitude.sum(dtype=np.float64))
     total = int(activity(mass))
     flat = [np.zeros(n, np.int64) for n in (n_rows, n_columns)]
-    best = _Grid(start, 0, _offset(0, n_rows, n_columns, total), *flat)
+    best = _Grid(start, 0, total, _offset(0, n_rows, n_columns, total), *flat)
     if n_rows < 2:
         return best
     least = float(_entropy(np.array(tensor.size), np.array(mass)))
-    row = local // n_columns
-    column = local - row * n_columns
-    sides = [activity(np.bincount(at, magnitude, n)) for at, n in ((row, n_rows), (column, n_columns))]
+    row = local // np.int32(n_columns)
+    column = local - row * np.int32(n_columns)
+    sides = [activity(_sums(at, magnitude, n)) for at, n in ((row, n_rows), (column, n_columns))]
     lists = [_list_bits(side) for side in sides]
     for mode in (ROWS, COLUMNS, ROWS | COLUMNS):
         cost = sum(bits for side, bits in zip((ROWS, COLUMNS), lists, strict=True) if mode & side)
@@ -180,7 +201,9 @@ def _choose_grid(tensor: TensorSpec, start: int, local: Indices, magnitude: Magn
             continue
         a = sides[0] if mode & ROWS else flat[0]
         b = sides[1] if mode & COLUMNS else flat[1]
-        sums = np.bincount(a[row] + b[column], magnitude, 2 * CLASSES)
+        sums = np.zeros(2 * CLASSES)
+        for piece in _pieces(0, len(local)):
+            sums += np.bincount(a[row[piece]] + b[column[piece]], magnitude[piece], 2 * CLASSES)
         heights, widths = np.bincount(a), np.bincount(b)
         if mode & ROWS:
             heights[0] = 0
@@ -189,7 +212,7 @@ def _choose_grid(tensor: TensorSpec, start: int, local: Indices, magnitude: Magn
         sizes = np.convolve(heights, widths)
         cost += float(_entropy(sizes, sums[: len(sizes)]).sum())
         if cost < least:
-            least, best = cost, _Grid(start, mode, _offset(mode, n_rows, n_columns, total), a, b)
+            least, best = cost, _Grid(start, mode, total, _offset(mode, n_rows, n_columns, total), a, b)
     return best
 
 
@@ -236,40 +259,51 @@ def encode_levels(index: Indices, level: Levels, layout: Layout) -> bytes:
     """
     if len(index) == 0:
         return varint(0)
-    weight = np.abs(level.astype(np.float64))
+    magnitude = np.abs(level).view(np.uint32)
     grids, spans, modes = [], [], np.zeros(len(layout.tensors), np.uint32)
     for number, (tensor, where) in enumerate(layout.slices()):
-        low, high = np.searchsorted(index, (where.start, where.stop))
+        low, high = np.searchsorted(index, (where.start, where.stop)).tolist()
         if low < high:
-            grid = _choose_grid(tensor, where.start, index[low:high] - where.start, weight[low:high])
-            modes[number] = 4 * int(activity(weight[low:high].sum())) + grid.mode
+            local = (index[low:high] - where.start).astype(np.int32)
+            grid = _choose_grid(tensor, where.start, local, magnitude[low:high])
+            modes[number] = 4 * grid.total + grid.mode
             grids.append(grid)
-            spans.append((int(low), int(high)))
+            spans.append((low, high))
     blocks = _blocks(grids)
     expectation, owner, a, b, _, _, height, width = blocks
-    block = np.empty(len(index), np.int64)
-    within = np.empty(len(index), np.int64)
+    block, within = np.empty(len(index), np.int32), np.empty(len(index), np.int32)
     for number, (grid, (low, high)) in enumerate(zip(grids, spans, strict=True)):
-        local = index[low:high] - grid.start
         mine = np.flatnonzero(owner == number)
         if grid.mode == 0:
             # One block in the tensor's own order. Ranks would take 60 bytes for each row and column.
-            block[low:high], within[low:high] = mine[0], local
+            block[low:high] = mine[0]
+            np.subtract(index[low:high], grid.start, out=within[low:high], casting="same_kind")
             continue
-        row = local // grid.shape[1]
-        column = local - row * grid.shape[1]
         table = np.zeros((CLASSES, CLASSES), np.int64)
         table[a[mine], b[mine]] = mine
-        block[low:high] = table[grid.rows[row], grid.columns[column]]
-        within[low:high] = _ranks(grid.rows)[row] * width[block[low:high]] + _ranks(grid.columns)[column]
-    edges = _choose_edges(expectation, height * width, np.bincount(block, weight, len(owner)))
+        ranks = _ranks(grid.rows), _ranks(grid.columns)
+        for piece in _pieces(low, high):
+            local = (index[piece] - grid.start).astype(np.int32)
+            row = local // np.int32(grid.shape[1])
+            column = local - row * np.int32(grid.shape[1])
+            found = table[grid.rows[row], grid.columns[column]]
+            block[piece] = found
+            within[piece] = ranks[0][row] * width[found] + ranks[1][column]
+    edges = _choose_edges(expectation, height * width, _sums(block, magnitude, len(owner)))
     streams, order = _streams(blocks, edges)
     base = np.empty(len(order), np.int64)
     base[order] = streams.base
     # Sorting value and place as one integer is several times faster than an argsort.
-    keys = np.sort(((base[block] + within) << 32) | level.view(np.uint32))
-    position, level = keys >> 32, keys.astype(np.uint32).view(np.int32)
+    keys = base[block]
+    keys += within
+    keys <<= 32
+    keys |= level.view(np.uint32)
+    del block, within
+    keys.sort()
+    level = keys.astype(np.uint32).view(np.int32)
     magnitude = np.abs(level).view(np.uint32)
+    keys >>= 32
+    position = keys
     parts = [varint(len(index)), section(pack(modes))]
     for grid in grids:
         parts += [section(pack(side.astype(np.uint32))) for bit, side in grid.sides() if grid.mode & bit]
@@ -342,7 +376,7 @@ def _read_grids(reader: Reader, layout: Layout) -> list[_Grid]:
                     f"{reader.what} is corrupt: class {int(side.max())} in tensor {tensor.name!r}; fetch it again"
                 )
             sides.append(side)
-        grids.append(_Grid(where.start, mode, _offset(mode, n_rows, n_columns, total), *sides))
+        grids.append(_Grid(where.start, mode, total, _offset(mode, n_rows, n_columns, total), *sides))
     return grids
 
 
@@ -382,16 +416,18 @@ def _read_streams(reader: Reader, ends: Indices, count: int) -> tuple[Indices, n
 
 
 def _locate(position: Indices, streams: _Streams, grids: list[_Grid]) -> Indices:
-    """Turn positions in the streams into places in the flat vector."""
+    """Turn positions in the streams into places in the flat vector, where they are."""
     orders = [(_order(grid.rows), _order(grid.columns)) for grid in grids]
     shapes = np.array([(grid.start, *grid.shape) for grid in grids], np.int64)
     rows = np.concatenate([row for row, _ in orders])
     columns = np.concatenate([column for _, column in orders])
     first = np.cumsum(shapes[:, 1:], axis=0) - shapes[:, 1:]
-    block = np.searchsorted(streams.base, position, side="right") - 1
-    row, column = np.divmod(position - streams.base[block], streams.width[block])
-    grid = streams.grid[block]
-    row += streams.row[block] + first[grid, 0]
-    column += streams.column[block] + first[grid, 1]
-    places: Indices = shapes[grid, 0] + rows[row] * shapes[grid, 2] + columns[column]
-    return places
+    for piece in _pieces(0, len(position)):
+        found = position[piece]
+        block = np.searchsorted(streams.base, found, side="right") - 1
+        row, column = np.divmod(found - streams.base[block], streams.width[block])
+        grid = streams.grid[block]
+        row += streams.row[block] + first[grid, 0]
+        column += streams.column[block] + first[grid, 1]
+        position[piece] = shapes[grid, 0] + rows[row] * shapes[grid, 2] + columns[column]
+    return position

@@ -34,6 +34,8 @@ _DEAD_ZONE = 0.7
 """In steps, where few elements are told; narrower where many are, by up to ``_NARROWER``, as an entropy-coded scalar
 quantizer wants it: both for Gaussian and for Laplacian elements."""
 _NARROWER, _MANY, _MOST = 0.15, 0.2, 0.45
+_PIECE = 1 << 16
+"""Values that are added at once."""
 _STEP = struct.Struct("<f")
 _OFFSETS = struct.Struct("<3b")
 
@@ -204,7 +206,9 @@ def _decode_block(data: memoryview, block: Block, step: float, out: Vector, what
             for rows, product in factors.product(step, moved):
                 matrix[rows] = product
     with np.errstate(over="ignore"):
-        out[index] += Quantized(step, offsets, index, level).values()
+        for at in range(0, len(index), _PIECE):
+            piece = slice(at, at + _PIECE)
+            out[index[piece]] += Quantized(step, offsets, index[piece], level[piece]).values()
 
 
 def _suitable(block: Block) -> list[tuple[TensorSpec, slice]]:
