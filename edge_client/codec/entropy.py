@@ -174,7 +174,7 @@ def _pieces(low: int, high: int, least: int = 0) -> Iterator[slice]:
 
 
 def _sums(at: Places, magnitude: Integers, length: int) -> Magnitudes:
-    """Sum of the magnitudes at each of ``length`` places; as ``numpy.bincount``, which makes copies of 16 bytes each."""
+    """Sum of the magnitudes at each of ``length`` places: ``numpy.bincount``, but for its copies of 16 bytes each."""
     sums = np.zeros(length)
     for piece in _pieces(0, len(at), length):
         sums += np.bincount(at[piece], magnitude[piece], length)

@@ -18,6 +18,7 @@ float32 before they are added in float32.
 
 import math
 import struct
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +35,7 @@ _DEAD_ZONE = 0.7
 """In steps, where few elements are told; narrower where many are, by up to ``_NARROWER``, as an entropy-coded scalar
 quantizer wants it: both for Gaussian and for Laplacian elements."""
 _NARROWER, _MANY, _MOST = 0.15, 0.2, 0.45
-_PIECE = 1 << 16
-"""Values that are added at once."""
+_Integer = TypeVar("_Integer", bound=np.signedinteger)
 _STEP = struct.Struct("<f")
 _OFFSETS = struct.Struct("<3b")
 
@@ -107,7 +107,7 @@ class VectorEncoder:
         if told > _MANY:
             narrower = _DEAD_ZONE - _NARROWER * min(1.0, (told - _MANY) / (_MOST - _MANY))
             quantized = quantize(left, self.step, narrower)
-        left[quantized.index] -= quantized.values()
+        quantized.add(left, -1.0)
         if not code:
             return b""
         head = [_OFFSETS.pack(*quantized.offsets)]
@@ -123,7 +123,8 @@ class VectorEncoder:
             index.append(at + start)
             level.append(side.ravel()[at])
             start += side.size
-        return b"".join([*head, encode_levels(np.concatenate(index), np.concatenate(level), _told(block, ranks))])
+        del quantized
+        return b"".join([*head, encode_levels(_joined(index), _joined(level), _told(block, ranks))])
 
     def _factorize(self, key: tuple[int, int], matrix: Matrix) -> tuple[Factors, Coefficients] | None:
         if not self._factors:
@@ -206,9 +207,14 @@ def _decode_block(data: memoryview, block: Block, step: float, out: Vector, what
             for rows, product in factors.product(step, moved):
                 matrix[rows] = product
     with np.errstate(over="ignore"):
-        for at in range(0, len(index), _PIECE):
-            piece = slice(at, at + _PIECE)
-            out[index[piece]] += Quantized(step, offsets, index[piece], level[piece]).values()
+        Quantized(step, offsets, index, level).add(out)
+
+
+def _joined(arrays: list[npt.NDArray[_Integer]]) -> npt.NDArray[_Integer]:
+    """All of them end to end; the list is left empty, so that they do not stay beside it."""
+    whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    arrays.clear()
+    return whole
 
 
 def _suitable(block: Block) -> list[tuple[TensorSpec, slice]]:
