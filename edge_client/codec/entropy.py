@@ -50,9 +50,9 @@ Magnitudes = npt.NDArray[np.float64]
 
 ROWS, COLUMNS = 1, 2
 CLASSES = 64
-STREAM_BITS = 150
+STREAM_BITS = 100
 """What one more stream costs, about: two lists' headers and histograms."""
-LIST_BITS = 160
+LIST_BITS = 100
 """What one more list of classes costs before its content."""
 
 _PIECE = 1 << 16

@@ -38,7 +38,7 @@ _SIDE = 8
 _DEAD_ZONE = 0.6
 _PRICE = 0.1
 """Energy, in squared steps, that a bit must bring: what a bit brings elsewhere."""
-_TOLD = 0.12
+_TOLD = 0.1
 """Variance, in squared steps, from which elements are told."""
 _OCTAVES = 20
 _FLOOR = 0.33
@@ -195,7 +195,7 @@ def _rest(found: Sketch, count: int, step: float) -> Coefficients:
     """What elements cost, in distortion and bits, after none, the first, ... all ``count`` directions are taken out.
 
     Where elements of variance ``v``, in squared steps, are far below the step, all of it is lost; where they are told,
-    each halving saves half a bit. ``v`` up to 0.12, and ``0.12 * (1 + ln(v / 0.12))`` above it, is near an
+    each halving saves half a bit. ``v`` up to 0.1, and ``0.1 * (1 + ln(v / 0.1))`` above it, is near an
     entropy-coded scalar quantizer of a Gaussian. An element's variance is what is left of its row times what is left of
     its column; rows and columns count by octaves of it.
     """
