@@ -8,43 +8,21 @@ tensors, form one *stream* with its own statistics. Rows and columns without any
 class. In a stream, the gaps between non-zeros are coded instead of the zeros: the same entropy, and the coder's time
 goes with the non-zeros.
 
-Byte format of an integer vector (lists and varints as in ``integers``; *section*: varint length, then that many bytes)
---------------------------------------------------------------------------------------------------------------------------
-Activity of a count ``c``: ``cls(0) = 0``, else ``cls(c) = 1 + floor(log2(c * c))``, half octaves, exact in integers.
-
-1. varint: number of non-zeros ``m``. If 0, nothing follows.
-2. section: list of one integer for each tensor, ``4 * cls(t) + mode``, with ``t`` its non-zeros. Mode is 0 (no
-   classes), 1 (of rows), 2 (of columns) or 3 (both). A tensor is the matrix ``[shape[0], rest]``; with fewer than two
-   dimensions or elements it is ``[1, size]`` and its mode 0.
-3. for each tensor with ``cls(t) > 0``, in order: in mode 1 and 3 a section with the list of ``cls`` of each row's
-   non-zeros, then in mode 2 and 3 a section with that of the columns.
-4. varint: number of streams less one, ``S - 1``; then ``S - 1`` bytes, ascending: the edges, biased by 128.
-5. for each stream: varint, its non-zeros ``h``; then if ``h > 0``, a section with the list of ``h`` gaps (zeros of the
-   stream since the non-zero before), and a section with the list of ``h`` magnitudes less one.
-6. section: the signs of all non-zeros, stream after stream, one bit each (1: negative) from the most significant bit
-   of each byte.
-
-With ``a`` the row's class and ``b`` the column's (the class of an unclassed dimension is 0), an element's expectation
-is ``e = a + b - o``, where ``o`` is ``cls(size) - cls(t)`` in mode 0, ``cls(columns)`` in mode 1, ``cls(rows)`` in
-mode 2, ``cls(t)`` in mode 3. Its stream is the number of edges ``<= e``. Elements of a classed row or column of class
-0, and of tensors with ``cls(t) = 0``, are zero and in no stream. A stream's order: by tensor, then ``a``, then ``b``,
-then row, then column.
+The bytes are *levels* in ``FORMAT.md``.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.codec.integers import Reader, pack, section, unpack, varint
+from edge_client.codec.integers import Integers, Reader, pack, pieces, section, unpack, varint
 from edge_client.codec.layout import Layout, TensorSpec
 from edge_client.errors import CodecError
 
 Indices = npt.NDArray[np.int64]
 Levels = npt.NDArray[np.int32]
-Integers = npt.NDArray[np.uint32]
 Places = npt.NDArray[np.int32]
 Magnitudes = npt.NDArray[np.float64]
 
@@ -55,8 +33,6 @@ STREAM_BITS = 100
 LIST_BITS = 100
 """What one more list of classes costs before its content."""
 
-_PIECE = 1 << 16
-"""Values that are looked at at once: what that takes stays in the cache."""
 
 # The least count of each class but the first: cls(c) >= k exactly when c * c >= 2^(k - 1).
 _FLOORS = np.array([math.isqrt(2 ** (k - 1) - 1) + 1 if k > 1 else 1 for k in range(1, CLASSES)], np.int64)
@@ -74,7 +50,6 @@ class _Grid:
     start: int
     mode: int
     total: int
-    offset: int
     rows: Indices
     columns: Indices
 
@@ -82,15 +57,16 @@ class _Grid:
     def shape(self) -> tuple[int, int]:
         return len(self.rows), len(self.columns)
 
+    @property
+    def offset(self) -> int:
+        """What the classes of a row and a column are above the logarithm of their expectation."""
+        rows, columns = self.shape
+        if self.mode == 0:
+            return int(activity(rows * columns)) - self.total
+        return (0, int(activity(columns)), int(activity(rows)), self.total)[self.mode]
+
     def sides(self) -> list[tuple[int, Indices]]:
         return [(ROWS, self.rows), (COLUMNS, self.columns)]
-
-
-def _offset(mode: int, rows: int, columns: int, total: int) -> int:
-    """``o`` above; ``total`` is ``cls(t)``."""
-    if mode == 0:
-        return int(activity(rows * columns)) - total
-    return (0, int(activity(columns)), int(activity(rows)), total)[mode]
 
 
 @dataclass(frozen=True)
@@ -167,16 +143,10 @@ def _list_bits(values: Indices) -> float:
     return float(-(count * np.log2(count / len(values))).sum()) + LIST_BITS
 
 
-def _pieces(low: int, high: int, least: int = 0) -> Iterator[slice]:
-    """A range cut into runs of ``_PIECE``, or of ``least`` where that is more."""
-    each = max(_PIECE, least)
-    return (slice(at, min(at + each, high)) for at in range(low, high, each))
-
-
 def _sums(at: Places, magnitude: Integers, length: int) -> Magnitudes:
     """Sum of the magnitudes at each of ``length`` places: ``numpy.bincount``, but for its copies of 16 bytes each."""
     sums = np.zeros(length)
-    for piece in _pieces(0, len(at), length):
+    for piece in pieces(0, len(at), length):
         sums += np.bincount(at[piece], magnitude[piece], length)
     return sums
 
@@ -187,7 +157,7 @@ def _choose_grid(tensor: TensorSpec, start: int, local: Places, magnitude: Integ
     mass = float(magnitude.sum(dtype=np.float64))
     total = int(activity(mass))
     flat = [np.zeros(n, np.int64) for n in (n_rows, n_columns)]
-    best = _Grid(start, 0, total, _offset(0, n_rows, n_columns, total), *flat)
+    best = _Grid(start, 0, total, *flat)
     if n_rows < 2:
         return best
     least = float(_entropy(np.array(tensor.size), np.array(mass)))
@@ -202,7 +172,7 @@ def _choose_grid(tensor: TensorSpec, start: int, local: Places, magnitude: Integ
         a = sides[0] if mode & ROWS else flat[0]
         b = sides[1] if mode & COLUMNS else flat[1]
         sums = np.zeros(2 * CLASSES)
-        for piece in _pieces(0, len(local)):
+        for piece in pieces(0, len(local)):
             sums += np.bincount(a[row[piece]] + b[column[piece]], magnitude[piece], 2 * CLASSES)
         heights, widths = np.bincount(a), np.bincount(b)
         if mode & ROWS:
@@ -212,7 +182,7 @@ def _choose_grid(tensor: TensorSpec, start: int, local: Places, magnitude: Integ
         sizes = np.convolve(heights, widths)
         cost += float(_entropy(sizes, sums[: len(sizes)]).sum())
         if cost < least:
-            least, best = cost, _Grid(start, mode, total, _offset(mode, n_rows, n_columns, total), a, b)
+            least, best = cost, _Grid(start, mode, total, a, b)
     return best
 
 
@@ -282,7 +252,7 @@ def encode_levels(index: Indices, level: Levels, layout: Layout) -> bytes:
         table = np.zeros((CLASSES, CLASSES), np.int64)
         table[a[mine], b[mine]] = mine
         ranks = _ranks(grid.rows), _ranks(grid.columns)
-        for piece in _pieces(low, high):
+        for piece in pieces(low, high):
             local = (index[piece] - grid.start).astype(np.int32)
             row = local // np.int32(grid.shape[1])
             column = local - row * np.int32(grid.shape[1])
@@ -376,7 +346,7 @@ def _read_grids(reader: Reader, layout: Layout) -> list[_Grid]:
                     f"{reader.what} is corrupt: class {int(side.max())} in tensor {tensor.name!r}; fetch it again"
                 )
             sides.append(side)
-        grids.append(_Grid(where.start, mode, total, _offset(mode, n_rows, n_columns, total), *sides))
+        grids.append(_Grid(where.start, mode, total, *sides))
     return grids
 
 
@@ -422,7 +392,7 @@ def _locate(position: Indices, streams: _Streams, grids: list[_Grid]) -> Indices
     rows = np.concatenate([row for row, _ in orders])
     columns = np.concatenate([column for _, column in orders])
     first = np.cumsum(shapes[:, 1:], axis=0) - shapes[:, 1:]
-    for piece in _pieces(0, len(position)):
+    for piece in pieces(0, len(position)):
         found = position[piece]
         block = np.searchsorted(streams.base, found, side="right") - 1
         row, column = np.divmod(found - streams.base[block], streams.width[block])

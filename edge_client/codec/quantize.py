@@ -7,12 +7,12 @@ lowers the distortion, for three bytes (Sullivan 1996, "Efficient scalar quantiz
 random variables").
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from edge_client.codec.integers import pieces
 from edge_client.codec.layout import Vector
 
 LEVEL_LIMIT = 2**22
@@ -22,8 +22,6 @@ CENTROIDS = 3
 OFFSET_UNITS = 128
 """Centroid offsets are integers in units of ``step / 128``."""
 
-_PIECE = 1 << 16
-"""Values that are looked at at once: what that takes stays in the cache."""
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -54,7 +52,7 @@ class Quantized:
 
     def add(self, vector: Vector, sign: float = 1.0) -> None:
         """Add the reconstructed values, or their negatives, to a whole vector."""
-        for piece in _pieces(len(self.index)):
+        for piece in pieces(0, len(self.index)):
             values = Quantized(self.step, self.offsets, self.index[piece], self.level[piece]).values()
             vector[self.index[piece]] += np.float32(sign) * values
 
@@ -101,7 +99,7 @@ def quantize(vector: Vector, step: float, dead_zone: float) -> Quantized:
     index = np.flatnonzero((values >= edge) | (values <= -edge))
     level = np.empty(len(index), np.int32)
     beyond = np.zeros((2, CENTROIDS + 1))
-    for piece in _pieces(len(index)):
+    for piece in pieces(0, len(index)):
         scaled = values[index[piece]].astype(np.float64) / step
         level[piece] = levels(scaled, dead_zone)
         beyond += _beyond(scaled, level[piece])
@@ -134,10 +132,6 @@ def _offsets(beyond: npt.NDArray[np.float64]) -> tuple[int, int, int]:
     units = np.rint(sums / np.maximum(counts, 1) * OFFSET_UNITS)
     first, second, more = np.clip(units, -OFFSET_UNITS, OFFSET_UNITS - 1).astype(int).tolist()
     return first, second, more
-
-
-def _pieces(count: int) -> Iterator[slice]:
-    return (slice(at, at + _PIECE) for at in range(0, count, _PIECE))
 
 
 def reconstruct(level: npt.NDArray[np.int32], offsets: tuple[int, int, int]) -> npt.NDArray[np.float64]:

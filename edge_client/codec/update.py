@@ -1,29 +1,7 @@
 """What a client sends after training: named vectors and named scalars in one run of bytes.
 
-Byte format, version 2
-----------------------
-======================  ==============================================================================================
-``FU``                  two bytes of magic
-``0x02``                version
-varint                  length of the header, at most 16384
-header                  MessagePack array of three: the layouts' digest (8 bytes binary), the scalars (map of name to
-                        integer or float), the vectors (map of name, ascending, to an array ``[kind, length]``)
-payload                 each vector's ``length`` bytes, in the order of the map, and nothing after
-======================  ==============================================================================================
-
-The layouts' digest is the first 8 bytes of SHA-256 over, for each vector in ascending order of its name: the name in
-UTF-8, a 0 byte, the layout's SHA-256 (``Layout.digest``). Integers and varints are as in ``integers``.
-
-====  ===========  ===================================================================================================
-kind  name         payload
-====  ===========  ===================================================================================================
-0     zero         none: all values are 0
-1     non-finite   none: the vector held a NaN or an infinity; it decodes to NaN throughout
-2     raw          float32, little-endian, one for each element
-3     quantized    see ``vector``
-====  ===========  ===================================================================================================
-
-The vector named ``delta`` is quantized, all others travel raw, and so does ``delta`` where that is not larger.
+The vector named ``delta`` is quantized, all others travel raw, and so does ``delta`` where that is not larger. The
+bytes are an *update* in ``FORMAT.md``.
 """
 
 import hashlib

@@ -2,18 +2,7 @@
 
 All of it is quantized with one step, which spends each bit where it saves most (reverse water-filling).
 
-Byte format of a quantized vector
----------------------------------
-The step, float32, little-endian; then blocks (`blocks`). A block is
-
-1. three int8: the centroid offsets of its elements (`quantize.Quantized`);
-2. where it has parts that suit factors (`lowrank.suits`): a section with the list of their ranks, in order;
-3. where any rank is above 0: three int8, the centroid offsets of the right factors;
-4. the levels (`entropy`) of its parts, followed, for each part with a rank ``r`` above 0, in order, by the left factor,
-   a tensor ``[m, r]``, and the right one, ``[n, r]``.
-
-An element's value is that of its level plus, in the part's matrix, the factors' product (`lowrank`), each rounded to
-float32 before they are added in float32.
+The bytes are a *quantized vector* in ``FORMAT.md``.
 """
 
 import math
