@@ -6,9 +6,7 @@ tensor with ``t`` of them cross in a non-zero with probability about ``r * c / t
 Poisson model). That expectation, on a logarithmic scale, is the element's class; the elements of one class, from all
 tensors, form one *stream* with its own statistics. Rows and columns without any non-zero cost nothing beyond their
 class. In a stream, the gaps between non-zeros are coded instead of the zeros: the same entropy, and the coder's time
-goes with the non-zeros.
-
-The bytes are *levels* in ``FORMAT.md``.
+goes with the non-zeros. The bytes are *levels* in ``FORMAT.md``.
 """
 
 import math
@@ -272,8 +270,7 @@ def encode_levels(index: Indices, level: Levels, layout: Layout) -> bytes:
     keys.sort()
     level = keys.astype(np.uint32).view(np.int32)
     magnitude = np.abs(level).view(np.uint32)
-    keys >>= 32
-    position = keys
+    position = np.right_shift(keys, 32, out=keys)
     parts = [varint(len(index)), section(pack(modes))]
     for grid in grids:
         parts += [section(pack(side.astype(np.uint32))) for bit, side in grid.sides() if grid.mode & bit]

@@ -50,7 +50,7 @@ class CodecSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ======  ===========================================================================================
     step    distance of two levels, in root mean squares of the vector, up to 1000
-    bits    bits a parameter of the vector, up to 32
+    bits    bits a parameter of the vector, the header apart, up to 32
     bytes   bytes of the whole update
     nmse    energy of what is lost as a share of the vector's (normalized mean squared error), below 1
     ======  ===========================================================================================
