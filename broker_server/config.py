@@ -106,8 +106,9 @@ class Codec(_Section, frozen=True):
     upload_seconds: Duration = 0.0
     """Seconds that an update may take on the link of its client, where the client says how fast that is: it gets fewer
     bits where ``value`` would take longer. 0 is no bound."""
-    feedback: Literal["residual", "none"] = "residual"
-    """Whether a client carries what quantization left over into its next update."""
+    feedback: Literal["residual", "length", "none"] = "residual"
+    """A client carries what quantization left over into its next update; or, where most come once, makes the update as
+    long as if nothing were left over; or neither."""
     lattice: Factor = 20.0
     """Lattice step of the global model, in standard deviations of a round's global update."""
     hysteresis: Annotated[float, Meta(ge=0.5, le=1)] = 0.75

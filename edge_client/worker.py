@@ -14,7 +14,7 @@ from edge_client.codec.update import CodecSettings, EncodedUpdate, encode_update
 from edge_client.data import DataSource
 from edge_client.errors import CodecError, FedgeError, StoreError, TrainingError
 from edge_client.events import Failed, Finished, Work
-from edge_client.feedback import add_residual, pack_residual
+from edge_client.feedback import add_residual, lengthening, pack_residual
 from edge_client.manifest import update_layouts
 from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
@@ -119,8 +119,12 @@ class Worker:
         encoded = self._encoded(vectors, layouts, scalars, plan)
         if not np.isfinite(delta).all():
             return encoded.data, None  # it will be refused
-        left = pack_residual(encoded.residual, bundle.layout, invitation.version)
-        return encoded.data, left if plan.feedback == "residual" else b""
+        if plan.feedback == "residual":
+            return encoded.data, pack_residual(encoded.residual, bundle.layout, invitation.version)
+        if plan.feedback == "length" and (factor := lengthening(delta, encoded.residual)) > 1:
+            delta *= np.float32(factor)
+            encoded = self._encoded(vectors, layouts, scalars, plan)
+        return encoded.data, b""
 
     def _encoded(
         self,

@@ -50,7 +50,7 @@ class CodecSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ======  ===========================================================================================
     step    distance of two levels, in root mean squares of the vector, up to 1000
-    bits    bits a parameter of the vector, the header apart, up to 32
+    bits    bits of the vector and the header for each parameter, up to 32; vectors that travel raw apart
     bytes   bytes of the whole update
     nmse    energy of what is lost as a share of the vector's (normalized mean squared error), below 1
     ======  ===========================================================================================
@@ -137,6 +137,8 @@ def encode_update(
         else:
             if name == DELTA and settings.kind == "quantized":
                 spent = len(_frame(layouts, scalars, {**payload, name: (QUANTIZED, b"")})) + _LENGTH
+                if settings.target == "bits":
+                    spent -= sum(len(other) for _, other in payload.values())
                 encoder = _quantized(vector, layouts[name], settings, spent)
                 if len(encoder.data) < 4 * vector.size:
                     payload[name] = QUANTIZED, encoder.data
@@ -175,7 +177,8 @@ def _quantized(vector: Vector, layout: Layout, settings: CodecSettings, spent: i
         solve(encoder.noise, settings.value, start, _NOISE_SLOPE, encoder.bounds)
         encoder.encode(encoder.step)
         return encoder
-    goal = settings.value * vector.size / 8 if settings.target == "bits" else max(settings.value - spent, 1.0)
+    whole = settings.value * vector.size / 8 if settings.target == "bits" else settings.value
+    goal = max(whole - spent, 1.0)
     start = _STEP_AT_A_BIT * (vector.size / 8 / goal) ** (-1 / _BYTES_SLOPE) * encoder.rms
     solve(lambda step: float(len(encoder.encode(step))), goal, start, _BYTES_SLOPE, encoder.bounds)
     return encoder

@@ -56,8 +56,9 @@ class UpdatePlan(Struct, frozen=True, forbid_unknown_fields=True):
     kind: Literal["quantized", "none"] = "quantized"
     target: Literal["bits", "nmse", "bytes", "step"] = "bits"
     value: Annotated[float, Meta(gt=0, le=1e12)] = 0.1
-    feedback: Literal["residual", "none"] = "residual"
-    """Whether what the encoding loses is kept and added to the next update (error feedback), or forgotten."""
+    feedback: Literal["residual", "length", "none"] = "residual"
+    """What becomes of what the encoding loses: it is kept and added to the next update (error feedback); or forgotten,
+    and the update made as long as if nothing were lost; or just forgotten."""
     limit: Annotated[int, Meta(ge=0, le=2**34)] = 0
     """Bytes that a quantized update may have at most, because the client's link is slow; 0 is no limit."""
 

@@ -138,7 +138,7 @@ BAD = {
     "far off": ("[codec]\nzzz = 1", r"codec\.zzz is not a known key; known here: kind, target, "),
     "type": ('[round]\ncohort = "ten"', r"round\.cohort is 'ten'; expected a whole number from 1 to 10,000,000"),
     "bool for number": ("[round]\ncohort = true", r"round\.cohort is True; expected a whole number"),
-    "number for bool": ("[codec]\nfeedback = 1", r'codec\.feedback is 1; expected one of "none", "residual"'),
+    "number for bool": ("[codec]\nfeedback = 1", r'codec\.feedback is 1; expected one of "length", "none", "residual"'),
     "too low": ("[round]\nover_select = 0.9", r"round\.over_select is 0\.9; expected a number from 1 to 10"),
     "too high": ("[transfer]\nchunk = 2000000", r"transfer\.chunk is 2000000; .* from 1,024 to 1,048,576"),
     "open bound": (

@@ -5,7 +5,7 @@ import pytest
 
 from edge_client.codec.layout import Layout, TensorSpec
 from edge_client.errors import CodecError
-from edge_client.feedback import add_residual, pack_residual
+from edge_client.feedback import add_residual, lengthening, pack_residual
 
 LAYOUT = Layout((TensorSpec("w", (3, 4)), TensorSpec("b", (3,))))
 SIZE = LAYOUT.size
@@ -131,3 +131,19 @@ def test_its_bytes_are_pinned():
     assert pack_residual(values, flat(4), 300) == b"\x02" + digest + b"\xac\x02" + b"\0\0\x80\x3f" + bytes(
         [0, 64, 129, 13]
     )
+
+
+def test_lengthening_restores_the_length_of_what_is_told():
+    delta = np.array([3.0, 4.0, 12.0], np.float32)
+    residual = np.array([3.0, 4.0, 2.0], np.float32)
+    told = delta - residual
+    assert lengthening(delta, residual) * np.linalg.norm(told) == pytest.approx(13)
+
+
+@pytest.mark.parametrize(
+    ("residual", "factor"),
+    [([0, 0, 0], 1), ([0, 0, -5], 1), ([3, 4, 11], 2), ([3, 4, 12], 1)],
+    ids=["all is told", "too much is told", "little is told", "nothing is told"],
+)
+def test_lengthening_is_from_1_to_2(residual, factor):
+    assert lengthening(np.array([3, 4, 12], np.float32), np.array(residual, np.float32)) == factor

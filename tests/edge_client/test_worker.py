@@ -193,6 +193,25 @@ def test_without_feedback_nothing_is_added_and_what_was_kept_is_forgotten_with_t
     assert worker.store.residual() is None
 
 
+def test_an_update_can_be_made_as_long_as_what_was_learned(tmp_path):
+    pi, tutor, layout = wide(tmp_path)
+
+    def told(feedback, **rate):
+        work = invitation(state=origin(layout.size), update=m.UpdatePlan(feedback=feedback, **rate))
+        update = pi.perform(work, tutor, never).update
+        return len(update), decode_update(update, {"delta": layout}).vectors["delta"]
+
+    _, learned = told("none", kind="none")
+    few, short = told("none", target="step", value=2.0)
+    same, long = told("length", target="step", value=2.0)
+    assert same == pytest.approx(few, rel=0.02)
+    assert np.linalg.norm(short) < 0.97 * np.linalg.norm(learned)
+    assert np.linalg.norm(long) == pytest.approx(np.linalg.norm(learned), rel=0.01)
+    assert np.array_equal(told("length", kind="none")[1], learned)
+    pi.store.settle(1, 1, recorded=True)
+    assert pi.store.residual() is None
+
+
 def test_an_update_that_is_not_finite_leaves_the_residual_as_it_is(worker, trainer):
     worker.perform(invitation(1, update=m.UpdatePlan(target="step", value=4.0)), trainer, never)
     worker.store.settle(1, 1, recorded=True)

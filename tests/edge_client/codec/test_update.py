@@ -145,11 +145,10 @@ def test_settings_are_bounded(options):
 
 
 def spent(encoded, vector, target):
-    """What a target is about: bits a parameter without the header, bytes with it, or the residual's share."""
+    """What a target is about: bits a parameter, bytes, or the residual's share of the vector's energy."""
     if target == "nmse":
         return float((encoded.residual.astype(np.float64) ** 2).sum() / (vector.astype(np.float64) ** 2).sum())
-    length = int.from_bytes(encoded.data[3:4])  # of the header, here below 128
-    return (len(encoded.data) - 4 - length) * 8 / vector.size if target == "bits" else len(encoded.data)
+    return len(encoded.data) * (8 / vector.size if target == "bits" else 1)
 
 
 LARGE = Layout(
@@ -194,6 +193,18 @@ def test_rate_control_hits_what_can_be_reached_on_small_vectors(example, target,
     # Ten bytes are a value or two.
     few = {"bits": 80 / example.vector.size, "bytes": 10, "nmse": 0}[target]
     assert spent(encoded, example.vector, target) == pytest.approx(goal, rel=0.05, abs=few)
+
+
+def test_vectors_that_travel_raw_take_nothing_from_the_bits(conv):
+    """Buffers and control variates are no reason to tell the model's update more coarsely; bytes are of the whole."""
+    raw = planted(LARGE, 2)
+    layouts = {"delta": conv.layout, "control": LARGE}
+    sent = {"delta": conv.vector, "control": raw}
+    encoded = encode_update(sent, layouts, {}, CodecSettings(value=1.0))
+    assert (len(encoded.data) - 4 * raw.size) * 8 / conv.vector.size == pytest.approx(1, rel=0.05)
+    total = 4 * raw.size + 3000
+    encoded = encode_update(sent, layouts, {}, CodecSettings(target="bytes", value=total))
+    assert len(encoded.data) == pytest.approx(total, abs=150)
 
 
 def test_bytes_out_of_reach_end_at_what_is_nearest(conv):
