@@ -3,16 +3,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SECONDS ?= 300
 # Threads are fedge's to place; libraries that each start their own pool take the cores from one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint bench bench-round bench-training bench-memory bench-codec bench-bytes clean
+.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory bench-codec bench-bytes clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo            train the digits on 20 emulated phones; results in build/demo"
 	@echo "make test            run the tests"
 	@echo "make lint            ruff and mypy"
+	@echo "make fuzz            fuzz the codec's decoders for SECONDS=300; what it finds in build/fuzz"
 	@echo "make bench-round     seconds per round beside a plain PyTorch loop; results in build/bench/round.json"
 	@echo "make bench-training  a training step, memory, start and size beside PyTorch's; results in build/bench/training.json"
 	@echo "make bench-memory    memory and time of a training step with memory budgets; results in build/bench/memory.json"
@@ -31,6 +33,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# In an environment of its own: atheris is no part of the developer's extra, as it lacks wheels for most platforms.
+fuzz: build/fuzz/venv/.done
+	PYTHONPATH=. build/fuzz/venv/bin/python tests/edge_client/codec/fuzz.py -max_total_time=$(SECONDS) $(ARGS)
 
 bench-round: $(VENV)/.dev
 	$(BIN)/python tests/bench/round.py $(ARGS)
@@ -65,6 +71,11 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.demo
+
+build/fuzz/venv/.done: pyproject.toml
+	$(PYTHON) -m venv build/fuzz/venv
+	build/fuzz/venv/bin/python -m pip install -q atheris hypothesis msgspec numpy pcodec pytest
+	touch $@
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "fedge needs Python 3.11 or later; no '$(PYTHON)' here: make PYTHON=/path/to/python" >&2; exit 2; }

@@ -4,8 +4,7 @@ The cut follows from the layout alone, so no byte tells it. Tensors are laid in 
 of more than ``BLOCK`` elements is cut into parts of as many whole rows as fit, one with longer rows into runs of
 ``BLOCK`` elements.
 
-*Blocks* in a byte format are a varint for each block but the last, its length in bytes, and then all blocks' bytes: any
-of them can be read without a look at the others.
+The bytes are *blocks* in ``FORMAT.md``: any of them can be read without a look at the others.
 """
 
 import functools

@@ -6,29 +6,7 @@ tensor with ``t`` of them cross in a non-zero with probability about ``r * c / t
 Poisson model). That expectation, on a logarithmic scale, is the element's class; the elements of one class, from all
 tensors, form one *stream* with its own statistics. Rows and columns without any non-zero cost nothing beyond their
 class. In a stream, the gaps between non-zeros are coded instead of the zeros: the same entropy, and the coder's time
-goes with the non-zeros.
-
-Byte format of an integer vector (lists and varints as in ``integers``; *section*: varint length, then that many bytes)
---------------------------------------------------------------------------------------------------------------------------
-Activity of a count ``c``: ``cls(0) = 0``, else ``cls(c) = 1 + floor(log2(c * c))``, half octaves, exact in integers.
-
-1. varint: number of non-zeros ``m``. If 0, nothing follows.
-2. section: list of one integer for each tensor, ``4 * cls(t) + mode``, with ``t`` its non-zeros. Mode is 0 (no
-   classes), 1 (of rows), 2 (of columns) or 3 (both). A tensor is the matrix ``[shape[0], rest]``; with fewer than two
-   dimensions or elements it is ``[1, size]`` and its mode 0.
-3. for each tensor with ``cls(t) > 0``, in order: in mode 1 and 3 a section with the list of ``cls`` of each row's
-   non-zeros, then in mode 2 and 3 a section with that of the columns.
-4. varint: number of streams less one, ``S - 1``; then ``S - 1`` bytes, ascending: the edges, biased by 128.
-5. for each stream: varint, its non-zeros ``h``; then if ``h > 0``, a section with the list of ``h`` gaps (zeros of the
-   stream since the non-zero before), and a section with the list of ``h`` magnitudes less one.
-6. section: the signs of all non-zeros, stream after stream, one bit each (1: negative) from the most significant bit
-   of each byte.
-
-With ``a`` the row's class and ``b`` the column's (the class of an unclassed dimension is 0), an element's expectation
-is ``e = a + b - o``, where ``o`` is ``cls(size) - cls(t)`` in mode 0, ``cls(columns)`` in mode 1, ``cls(rows)`` in
-mode 2, ``cls(t)`` in mode 3. Its stream is the number of edges ``<= e``. Elements of a classed row or column of class
-0, and of tensors with ``cls(t) = 0``, are zero and in no stream. A stream's order: by tensor, then ``a``, then ``b``,
-then row, then column.
+goes with the non-zeros. The bytes are *levels* in ``FORMAT.md``.
 """
 
 import math
@@ -37,12 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edge_client.codec.integers import Reader, pack, section, unpack, varint
+from edge_client.codec.integers import Integers, Reader, pack, pieces, section, unpack, varint
 from edge_client.codec.layout import Layout, TensorSpec
 from edge_client.errors import CodecError
 
 Indices = npt.NDArray[np.int64]
 Levels = npt.NDArray[np.int32]
+Places = npt.NDArray[np.int32]
 Magnitudes = npt.NDArray[np.float64]
 
 ROWS, COLUMNS = 1, 2
@@ -51,6 +30,7 @@ STREAM_BITS = 100
 """What one more stream costs, about: two lists' headers and histograms."""
 LIST_BITS = 100
 """What one more list of classes costs before its content."""
+
 
 # The least count of each class but the first: cls(c) >= k exactly when c * c >= 2^(k - 1).
 _FLOORS = np.array([math.isqrt(2 ** (k - 1) - 1) + 1 if k > 1 else 1 for k in range(1, CLASSES)], np.int64)
@@ -67,7 +47,7 @@ class _Grid:
 
     start: int
     mode: int
-    offset: int
+    total: int
     rows: Indices
     columns: Indices
 
@@ -75,15 +55,16 @@ class _Grid:
     def shape(self) -> tuple[int, int]:
         return len(self.rows), len(self.columns)
 
+    @property
+    def offset(self) -> int:
+        """What the classes of a row and a column are above the logarithm of their expectation."""
+        rows, columns = self.shape
+        if self.mode == 0:
+            return int(activity(rows * columns)) - self.total
+        return (0, int(activity(columns)), int(activity(rows)), self.total)[self.mode]
+
     def sides(self) -> list[tuple[int, Indices]]:
         return [(ROWS, self.rows), (COLUMNS, self.columns)]
-
-
-def _offset(mode: int, rows: int, columns: int, total: int) -> int:
-    """``o`` above; ``total`` is ``cls(t)``."""
-    if mode == 0:
-        return int(activity(rows * columns)) - total
-    return (0, int(activity(columns)), int(activity(rows)), total)[mode]
 
 
 @dataclass(frozen=True)
@@ -160,19 +141,27 @@ def _list_bits(values: Indices) -> float:
     return float(-(count * np.log2(count / len(values))).sum()) + LIST_BITS
 
 
-def _choose_grid(tensor: TensorSpec, start: int, local: Indices, magnitude: Magnitudes) -> _Grid:
+def _sums(at: Places, magnitude: Integers, length: int) -> Magnitudes:
+    """Sum of the magnitudes at each of ``length`` places: ``numpy.bincount``, but for its copies of 16 bytes each."""
+    sums = np.zeros(length)
+    for piece in pieces(0, len(at), length):
+        sums += np.bincount(at[piece], magnitude[piece], length)
+    return sums
+
+
+def _choose_grid(tensor: TensorSpec, start: int, local: Places, magnitude: Integers) -> _Grid:
     """The mode of least estimated cost for the magnitudes at ``local`` (ascending) of one tensor."""
     n_rows, n_columns = tensor.matrix
-    mass = float(magnitude.sum())
+    mass = float(magnitude.sum(dtype=np.float64))
     total = int(activity(mass))
     flat = [np.zeros(n, np.int64) for n in (n_rows, n_columns)]
-    best = _Grid(start, 0, _offset(0, n_rows, n_columns, total), *flat)
+    best = _Grid(start, 0, total, *flat)
     if n_rows < 2:
         return best
     least = float(_entropy(np.array(tensor.size), np.array(mass)))
-    row = local // n_columns
-    column = local - row * n_columns
-    sides = [activity(np.bincount(at, magnitude, n)) for at, n in ((row, n_rows), (column, n_columns))]
+    row = local // np.int32(n_columns)
+    column = local - row * np.int32(n_columns)
+    sides = [activity(_sums(at, magnitude, n)) for at, n in ((row, n_rows), (column, n_columns))]
     lists = [_list_bits(side) for side in sides]
     for mode in (ROWS, COLUMNS, ROWS | COLUMNS):
         cost = sum(bits for side, bits in zip((ROWS, COLUMNS), lists, strict=True) if mode & side)
@@ -180,7 +169,9 @@ def _choose_grid(tensor: TensorSpec, start: int, local: Indices, magnitude: Magn
             continue
         a = sides[0] if mode & ROWS else flat[0]
         b = sides[1] if mode & COLUMNS else flat[1]
-        sums = np.bincount(a[row] + b[column], magnitude, 2 * CLASSES)
+        sums = np.zeros(2 * CLASSES)
+        for piece in pieces(0, len(local)):
+            sums += np.bincount(a[row[piece]] + b[column[piece]], magnitude[piece], 2 * CLASSES)
         heights, widths = np.bincount(a), np.bincount(b)
         if mode & ROWS:
             heights[0] = 0
@@ -189,7 +180,7 @@ def _choose_grid(tensor: TensorSpec, start: int, local: Indices, magnitude: Magn
         sizes = np.convolve(heights, widths)
         cost += float(_entropy(sizes, sums[: len(sizes)]).sum())
         if cost < least:
-            least, best = cost, _Grid(start, mode, _offset(mode, n_rows, n_columns, total), a, b)
+            least, best = cost, _Grid(start, mode, total, a, b)
     return best
 
 
@@ -236,40 +227,50 @@ def encode_levels(index: Indices, level: Levels, layout: Layout) -> bytes:
     """
     if len(index) == 0:
         return varint(0)
-    weight = np.abs(level.astype(np.float64))
+    magnitude = np.abs(level).view(np.uint32)
     grids, spans, modes = [], [], np.zeros(len(layout.tensors), np.uint32)
     for number, (tensor, where) in enumerate(layout.slices()):
-        low, high = np.searchsorted(index, (where.start, where.stop))
+        low, high = np.searchsorted(index, (where.start, where.stop)).tolist()
         if low < high:
-            grid = _choose_grid(tensor, where.start, index[low:high] - where.start, weight[low:high])
-            modes[number] = 4 * int(activity(weight[low:high].sum())) + grid.mode
+            local = (index[low:high] - where.start).astype(np.int32)
+            grid = _choose_grid(tensor, where.start, local, magnitude[low:high])
+            modes[number] = 4 * grid.total + grid.mode
             grids.append(grid)
-            spans.append((int(low), int(high)))
+            spans.append((low, high))
     blocks = _blocks(grids)
     expectation, owner, a, b, _, _, height, width = blocks
-    block = np.empty(len(index), np.int64)
-    within = np.empty(len(index), np.int64)
+    block, within = np.empty(len(index), np.int32), np.empty(len(index), np.int32)
     for number, (grid, (low, high)) in enumerate(zip(grids, spans, strict=True)):
-        local = index[low:high] - grid.start
         mine = np.flatnonzero(owner == number)
         if grid.mode == 0:
             # One block in the tensor's own order. Ranks would take 60 bytes for each row and column.
-            block[low:high], within[low:high] = mine[0], local
+            block[low:high] = mine[0]
+            np.subtract(index[low:high], grid.start, out=within[low:high], casting="same_kind")
             continue
-        row = local // grid.shape[1]
-        column = local - row * grid.shape[1]
         table = np.zeros((CLASSES, CLASSES), np.int64)
         table[a[mine], b[mine]] = mine
-        block[low:high] = table[grid.rows[row], grid.columns[column]]
-        within[low:high] = _ranks(grid.rows)[row] * width[block[low:high]] + _ranks(grid.columns)[column]
-    edges = _choose_edges(expectation, height * width, np.bincount(block, weight, len(owner)))
+        ranks = _ranks(grid.rows), _ranks(grid.columns)
+        for piece in pieces(low, high):
+            local = (index[piece] - grid.start).astype(np.int32)
+            row = local // np.int32(grid.shape[1])
+            column = local - row * np.int32(grid.shape[1])
+            found = table[grid.rows[row], grid.columns[column]]
+            block[piece] = found
+            within[piece] = ranks[0][row] * width[found] + ranks[1][column]
+    edges = _choose_edges(expectation, height * width, _sums(block, magnitude, len(owner)))
     streams, order = _streams(blocks, edges)
     base = np.empty(len(order), np.int64)
     base[order] = streams.base
     # Sorting value and place as one integer is several times faster than an argsort.
-    keys = np.sort(((base[block] + within) << 32) | level.view(np.uint32))
-    position, level = keys >> 32, keys.astype(np.uint32).view(np.int32)
+    keys = base[block]
+    keys += within
+    keys <<= 32
+    keys |= level.view(np.uint32)
+    del block, within
+    keys.sort()
+    level = keys.astype(np.uint32).view(np.int32)
     magnitude = np.abs(level).view(np.uint32)
+    position = np.right_shift(keys, 32, out=keys)
     parts = [varint(len(index)), section(pack(modes))]
     for grid in grids:
         parts += [section(pack(side.astype(np.uint32))) for bit, side in grid.sides() if grid.mode & bit]
@@ -342,7 +343,7 @@ def _read_grids(reader: Reader, layout: Layout) -> list[_Grid]:
                     f"{reader.what} is corrupt: class {int(side.max())} in tensor {tensor.name!r}; fetch it again"
                 )
             sides.append(side)
-        grids.append(_Grid(where.start, mode, _offset(mode, n_rows, n_columns, total), *sides))
+        grids.append(_Grid(where.start, mode, total, *sides))
     return grids
 
 
@@ -382,16 +383,18 @@ def _read_streams(reader: Reader, ends: Indices, count: int) -> tuple[Indices, n
 
 
 def _locate(position: Indices, streams: _Streams, grids: list[_Grid]) -> Indices:
-    """Turn positions in the streams into places in the flat vector."""
+    """Turn positions in the streams into places in the flat vector, where they are."""
     orders = [(_order(grid.rows), _order(grid.columns)) for grid in grids]
     shapes = np.array([(grid.start, *grid.shape) for grid in grids], np.int64)
     rows = np.concatenate([row for row, _ in orders])
     columns = np.concatenate([column for _, column in orders])
     first = np.cumsum(shapes[:, 1:], axis=0) - shapes[:, 1:]
-    block = np.searchsorted(streams.base, position, side="right") - 1
-    row, column = np.divmod(position - streams.base[block], streams.width[block])
-    grid = streams.grid[block]
-    row += streams.row[block] + first[grid, 0]
-    column += streams.column[block] + first[grid, 1]
-    places: Indices = shapes[grid, 0] + rows[row] * shapes[grid, 2] + columns[column]
-    return places
+    for piece in pieces(0, len(position)):
+        found = position[piece]
+        block = np.searchsorted(streams.base, found, side="right") - 1
+        row, column = np.divmod(found - streams.base[block], streams.width[block])
+        grid = streams.grid[block]
+        row += streams.row[block] + first[grid, 0]
+        column += streams.column[block] + first[grid, 1]
+        position[piece] = shapes[grid, 0] + rows[row] * shapes[grid, 2] + columns[column]
+    return position

@@ -1,27 +1,11 @@
 """Lists of small non-negative integers in few bytes, and a bounds-checked cursor over received bytes.
 
-The primitive that the rest of the codec is written in. Two coders stand behind one tag: pcodec for long lists (within
-half a percent of the entropy), Golomb-Rice codes for short ones, where pcodec's forty bytes of header would be the
-larger part.
-
-Byte formats
-------------
-*varint*: little-endian base 128, at most five bytes: seven bits a byte, high bit set on all but the last.
-
-*list* of ``count`` integers below 2^32 (``count`` is known to the reader; a list of none is no bytes):
-
-=========  ===========================================================================================================
-tag byte   what follows
-=========  ===========================================================================================================
-0 .. 31    Golomb-Rice with parameter ``k = tag`` (Golomb 1966, Rice 1979), at most 4096 integers. First every quotient
-           ``value >> k`` in unary, as that many 0 bits and one 1 bit; then every remainder, ``k`` bits, most
-           significant first; then 0 bits to the byte. Bits fill a byte from its most significant end.
-32         all integers are the same: one varint
-33         one pcodec standalone file with exactly ``count`` uint32
-34         mostly zeros, at most 4096 integers: a varint ``h``, its non-zeros, at most half of all; a section with the
-           list of ``h`` gaps (zeros since the non-zero before); the list of ``h`` values less one
-=========  ===========================================================================================================
+The primitive that the rest of the codec is written in. Coders stand behind one tag: pcodec for long lists (within half
+a percent of the entropy), Golomb-Rice codes for short ones, where pcodec's forty bytes of header would be the larger
+part; short lists of mostly zeros skip these. The bytes are *lists*, *varints* and *sections* in ``FORMAT.md``.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +15,8 @@ from edge_client.errors import CodecError
 
 Integers = npt.NDArray[np.uint32]
 
+PIECE = 1 << 16
+"""Values of a long array that are looked at at once: what that takes stays small, and in the cache."""
 CONSTANT = 32
 PCODEC = 33
 SPARSE = 34
@@ -103,6 +89,12 @@ def varint(value: int) -> bytes:
 def section(data: bytes) -> bytes:
     """``data`` with its length before it, as ``Reader.section`` reads it."""
     return varint(len(data)) + data
+
+
+def pieces(low: int, high: int, least: int = 0) -> Iterator[slice]:
+    """The range from ``low`` to ``high`` cut into runs of ``PIECE``, or of ``least`` where that is more."""
+    each = max(PIECE, least)
+    return (slice(at, min(at + each, high)) for at in range(low, high, each))
 
 
 def pack(values: Integers) -> bytes:

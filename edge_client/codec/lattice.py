@@ -5,25 +5,7 @@ float32, so the sum is rounded once, the same way on every machine: equal ``k`` 
 falls (``k`` doubles), so the difference of any two versions is an integer vector at the finer exponent, and deltas add
 up without loss. With codec ``none`` a version is its float32 values, and a delta is all of them.
 
-Byte formats, version 2
------------------------
-*Digest of a state*: BLAKE2b, 32 bytes. A lattice state's is over the byte ``L``, its exponent as int32, a byte ``w``
-and all ``k`` as integers of ``w`` bytes, little-endian; ``w`` is 1 if all ``|k| < 2^7``, else 2 if all ``|k| < 2^15``,
-else 4, and where all ``k`` are zero the exponent is taken as 0. A raw state's is over the byte ``R`` and its float32
-values, little-endian.
-
-*Delta*: ``FD``, version byte 2, kind byte, the first 8 bytes of the old state's digest, the first 16 of the new one's,
-then
-
-- kind 0, lattice: two int8, the delta's exponent ``f`` and the new state's exponent ``e >= f``; then blocks (`blocks`)
-  of levels (`entropy`): ``new - old``, both in units of ``2^f``. An old state whose ``k`` are all zero counts as zero
-  whatever its exponent;
-- kind 1, raw: the new values, float32, little-endian.
-
-*State*: ``FS``, version byte 2, kind byte, the first 16 bytes of the digest, then
-
-- kind 0, lattice: int8, the exponent; then blocks of the levels of ``k``, over a layout of one tensor of shape ``[n]``;
-- kind 1, raw: the values, float32, little-endian.
+The bytes of states and deltas, and what their digests are over, are in ``FORMAT.md``.
 """
 
 import hashlib

@@ -8,11 +8,8 @@ A matrix ``M = U S V'`` is told as ``A = U S`` and ``B = V S``. An error of ``e`
 product ``A S^-1 B'`` about ``e^2``, just as in an element told by itself: reverse water-filling gives all of them the
 same step. ``A`` is quantized first and ``B`` is then fitted to it, which mends most of what quantizing ``A`` broke.
 
-Element ``(j, k)`` of the product is, in float64 and in steps, ``sum_i a[j, i] * c[k, i]``, where ``a`` are the levels
-of A, ``c[k, i] = rint(2^q * value(b[k, i]) / norm_i) / 2^q``, ``value`` adds the level's centroid, and ``norm_i`` is
-the integer part of the root of ``sum_j a[j, i]^2``, at least 1. ``q`` is the integer that puts the largest
-``|2^q * c|`` between 2^23 and 2^24: every sum is then exact, and no order of summation, thread or processor changes a
-bit.
+The product is exact in float64, so that no order of summation, thread or processor changes a bit; ``FORMAT.md`` has its
+arithmetic.
 """
 
 import math

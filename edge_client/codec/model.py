@@ -3,13 +3,7 @@
 Buffers (running statistics, counters) are float32 whatever their dtype, outside lattice and residual. A model without
 any has exactly the bytes and the digest of its parameters.
 
-Byte formats, version 1, where there are buffers
-------------------------------------------------
-*Digest*: BLAKE2b, 32 bytes, over the byte ``B``, the digest of the parameters' state, and the buffers, float32,
-little-endian.
-
-*Delta and packed model*: ``FB``, version byte 1, a varint and that many bytes, which are the delta or the packed state
-of the parameters; the buffers, float32, little-endian; the first 16 bytes of the new model's digest.
+The bytes are *models with buffers* in ``FORMAT.md``.
 """
 
 import hashlib

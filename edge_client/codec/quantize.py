@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from edge_client.codec.integers import pieces
 from edge_client.codec.layout import Vector
 
 LEVEL_LIMIT = 2**22
@@ -48,6 +49,12 @@ class Quantized:
         value *= self.step
         np.clip(value, -_LARGEST, _LARGEST, out=value)
         return value.astype(np.float32)
+
+    def add(self, vector: Vector, sign: float = 1.0) -> None:
+        """Add the reconstructed values, or their negatives, to a whole vector."""
+        for piece in pieces(0, len(self.index)):
+            values = Quantized(self.step, self.offsets, self.index[piece], self.level[piece]).values()
+            vector[self.index[piece]] += np.float32(sign) * values
 
     def scatter(self, size: int) -> Vector:
         """The whole reconstructed vector, ``[size] float32``."""
@@ -90,9 +97,13 @@ def quantize(vector: Vector, step: float, dead_zone: float) -> Quantized:
     # Comparing both ways reads the vector twice but writes only masks: cheaper than a copy of magnitudes.
     edge = values.dtype.type(dead_zone * step)
     index = np.flatnonzero((values >= edge) | (values <= -edge))
-    scaled = values[index].astype(np.float64) / step
-    level = levels(scaled, dead_zone)
-    return Quantized(step, centroids(scaled, level), index, level)
+    level = np.empty(len(index), np.int32)
+    beyond = np.zeros((2, CENTROIDS + 1))
+    for piece in pieces(0, len(index)):
+        scaled = values[index[piece]].astype(np.float64) / step
+        level[piece] = levels(scaled, dead_zone)
+        beyond += _beyond(scaled, level[piece])
+    return Quantized(step, _offsets(beyond), index, level)
 
 
 def levels(scaled: npt.NDArray[np.float64], dead_zone: float) -> npt.NDArray[np.int32]:
@@ -105,14 +116,22 @@ def levels(scaled: npt.NDArray[np.float64], dead_zone: float) -> npt.NDArray[np.
 
 def centroids(scaled: npt.NDArray[np.float64], level: npt.NDArray[np.int32]) -> tuple[int, int, int]:
     """``Quantized.offsets`` for values in steps and their levels, both of one shape."""
+    return _offsets(_beyond(scaled.ravel(), level.ravel()))
+
+
+def _beyond(scaled: npt.NDArray[np.float64], level: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    """How many there are of each magnitude, and how far they lie beyond their level in all: ``[2, CENTROIDS + 1]``."""
     magnitude = np.abs(level)
     beyond = np.abs(scaled) - magnitude
-    offsets = []
-    for number in range(1, CENTROIDS + 1):
-        members = magnitude == number if number < CENTROIDS else magnitude >= number
-        mean = float(beyond[members].mean()) if members.any() else 0.0
-        offsets.append(max(-OFFSET_UNITS, min(OFFSET_UNITS - 1, round(mean * OFFSET_UNITS))))
-    return offsets[0], offsets[1], offsets[2]
+    classes = np.minimum(magnitude, CENTROIDS)
+    return np.stack([np.bincount(classes, weights, CENTROIDS + 1) for weights in (None, beyond)])
+
+
+def _offsets(beyond: npt.NDArray[np.float64]) -> tuple[int, int, int]:
+    counts, sums = beyond[:, 1:]
+    units = np.rint(sums / np.maximum(counts, 1) * OFFSET_UNITS)
+    first, second, more = np.clip(units, -OFFSET_UNITS, OFFSET_UNITS - 1).astype(int).tolist()
+    return first, second, more
 
 
 def reconstruct(level: npt.NDArray[np.int32], offsets: tuple[int, int, int]) -> npt.NDArray[np.float64]:

@@ -1,29 +1,7 @@
 """What a client sends after training: named vectors and named scalars in one run of bytes.
 
-Byte format, version 2
-----------------------
-======================  ==============================================================================================
-``FU``                  two bytes of magic
-``0x02``                version
-varint                  length of the header, at most 16384
-header                  MessagePack array of three: the layouts' digest (8 bytes binary), the scalars (map of name to
-                        integer or float), the vectors (map of name, ascending, to an array ``[kind, length]``)
-payload                 each vector's ``length`` bytes, in the order of the map, and nothing after
-======================  ==============================================================================================
-
-The layouts' digest is the first 8 bytes of SHA-256 over, for each vector in ascending order of its name: the name in
-UTF-8, a 0 byte, the layout's SHA-256 (``Layout.digest``). Integers and varints are as in ``integers``.
-
-====  ===========  ===================================================================================================
-kind  name         payload
-====  ===========  ===================================================================================================
-0     zero         none: all values are 0
-1     non-finite   none: the vector held a NaN or an infinity; it decodes to NaN throughout
-2     raw          float32, little-endian, one for each element
-3     quantized    see ``vector``
-====  ===========  ===================================================================================================
-
-The vector named ``delta`` is quantized, all others travel raw, and so does ``delta`` where that is not larger.
+The vector named ``delta`` is quantized, all others travel raw, and so does ``delta`` where that is not larger. The
+bytes are an *update* in ``FORMAT.md``.
 """
 
 import hashlib
@@ -72,7 +50,7 @@ class CodecSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ======  ===========================================================================================
     step    distance of two levels, in root mean squares of the vector, up to 1000
-    bits    bits of the whole update for each parameter of the vector, up to 32
+    bits    bits of the vector and the header for each parameter, up to 32; vectors that travel raw apart
     bytes   bytes of the whole update
     nmse    energy of what is lost as a share of the vector's (normalized mean squared error), below 1
     ======  ===========================================================================================
@@ -159,6 +137,8 @@ def encode_update(
         else:
             if name == DELTA and settings.kind == "quantized":
                 spent = len(_frame(layouts, scalars, {**payload, name: (QUANTIZED, b"")})) + _LENGTH
+                if settings.target == "bits":
+                    spent -= sum(len(other) for _, other in payload.values())
                 encoder = _quantized(vector, layouts[name], settings, spent)
                 if len(encoder.data) < 4 * vector.size:
                     payload[name] = QUANTIZED, encoder.data

@@ -2,22 +2,12 @@
 
 All of it is quantized with one step, which spends each bit where it saves most (reverse water-filling).
 
-Byte format of a quantized vector
----------------------------------
-The step, float32, little-endian; then blocks (`blocks`). A block is
-
-1. three int8: the centroid offsets of its elements (`quantize.Quantized`);
-2. where it has parts that suit factors (`lowrank.suits`): a section with the list of their ranks, in order;
-3. where any rank is above 0: three int8, the centroid offsets of the right factors;
-4. the levels (`entropy`) of its parts, followed, for each part with a rank ``r`` above 0, in order, by the left factor,
-   a tensor ``[m, r]``, and the right one, ``[n, r]``.
-
-An element's value is that of its level plus, in the part's matrix, the factors' product (`lowrank`), each rounded to
-float32 before they are added in float32.
+The bytes are a *quantized vector* in ``FORMAT.md``.
 """
 
 import math
 import struct
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +24,7 @@ _DEAD_ZONE = 0.7
 """In steps, where few elements are told; narrower where many are, by up to ``_NARROWER``, as an entropy-coded scalar
 quantizer wants it: both for Gaussian and for Laplacian elements."""
 _NARROWER, _MANY, _MOST = 0.15, 0.2, 0.45
+_Integer = TypeVar("_Integer", bound=np.signedinteger)
 _STEP = struct.Struct("<f")
 _OFFSETS = struct.Struct("<3b")
 
@@ -105,7 +96,7 @@ class VectorEncoder:
         if told > _MANY:
             narrower = _DEAD_ZONE - _NARROWER * min(1.0, (told - _MANY) / (_MOST - _MANY))
             quantized = quantize(left, self.step, narrower)
-        left[quantized.index] -= quantized.values()
+        quantized.add(left, -1.0)
         if not code:
             return b""
         head = [_OFFSETS.pack(*quantized.offsets)]
@@ -121,7 +112,8 @@ class VectorEncoder:
             index.append(at + start)
             level.append(side.ravel()[at])
             start += side.size
-        return b"".join([*head, encode_levels(np.concatenate(index), np.concatenate(level), _told(block, ranks))])
+        del quantized
+        return b"".join([*head, encode_levels(_joined(index), _joined(level), _told(block, ranks))])
 
     def _factorize(self, key: tuple[int, int], matrix: Matrix) -> tuple[Factors, Coefficients] | None:
         if not self._factors:
@@ -204,7 +196,14 @@ def _decode_block(data: memoryview, block: Block, step: float, out: Vector, what
             for rows, product in factors.product(step, moved):
                 matrix[rows] = product
     with np.errstate(over="ignore"):
-        out[index] += Quantized(step, offsets, index, level).values()
+        Quantized(step, offsets, index, level).add(out)
+
+
+def _joined(arrays: list[npt.NDArray[_Integer]]) -> npt.NDArray[_Integer]:
+    """All of them end to end; the list is left empty, so that they do not stay beside it."""
+    whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    arrays.clear()
+    return whole
 
 
 def _suitable(block: Block) -> list[tuple[TensorSpec, slice]]:

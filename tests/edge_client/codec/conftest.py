@@ -90,7 +90,8 @@ def _flat(n: int) -> Layout:
     return Layout((TensorSpec("w", (n,)),))
 
 
-def _examples() -> list[Example]:
+def examples() -> list[Example]:
+    """The table."""
     rng = np.random.default_rng(7)
     spike = np.zeros(CONV.size, np.float32)
     spike[1234] = -3.5
@@ -116,7 +117,7 @@ def _examples() -> list[Example]:
     ]
 
 
-@pytest.fixture(params=_examples(), ids=lambda example: example.name)
+@pytest.fixture(params=examples(), ids=lambda example: example.name)
 def example(request: pytest.FixtureRequest) -> Example:
     found: Example = request.param
     return found
@@ -124,9 +125,9 @@ def example(request: pytest.FixtureRequest) -> Example:
 
 @pytest.fixture(scope="session")
 def conv() -> Example:
-    return _examples()[0]
+    return examples()[0]
 
 
 @pytest.fixture(scope="session")
 def logistic() -> Example:
-    return _examples()[1]
+    return examples()[1]

@@ -1,0 +1,109 @@
+"""Large models are encoded and decoded in bounded memory, measured on processes of their own.
+
+``FEDGE_MODEL=100000000`` tries a hundred million parameters (about a minute and 1 GiB).
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from edge_client.codec.blocks import BLOCK
+from edge_client.codec.lattice import LatticeState, apply_delta, encode_delta, origin
+from edge_client.codec.layout import Layout, TensorSpec
+from edge_client.codec.update import CodecSettings, decode_update, encode_update
+
+ROOT = Path(__file__).parents[3]
+SIDE = 2000
+PARAMETERS = int(os.environ.get("FEDGE_MODEL", 24_000_000))
+LAYOUT = Layout(tuple(TensorSpec(f"t{i}", (SIDE, SIDE)) for i in range(PARAMETERS // SIDE**2)))
+
+
+def resident() -> int:
+    """Most bytes of memory that this process had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def vector() -> np.ndarray:
+    """A few directions and noise in each tensor, made without much memory beside it."""
+    rng = np.random.default_rng(1)
+    whole = np.empty(LAYOUT.size, np.float32)
+    for _, where in LAYOUT.slices():
+        matrix = whole[where].reshape(SIDE, SIDE)
+        rng.standard_normal(out=matrix, dtype=np.float32)
+        for at in range(0, SIDE, 100):
+            left, right = rng.standard_normal((100, 4), np.float32), rng.standard_normal((4, SIDE), np.float32)
+            matrix[at : at + 100] += left @ right
+    return whole
+
+
+def encode(path: str, step: float) -> int:
+    """Bytes that encoding took beside the vector."""
+    delta = vector()
+    before = resident()
+    data = encode_update({"delta": delta}, {"delta": LAYOUT}, {}, CodecSettings(target="step", value=step)).data
+    taken = resident() - before
+    Path(path).write_bytes(data)
+    return taken
+
+
+def decode(path: str) -> int:
+    """Bytes that decoding took, the model itself with them."""
+    data = Path(path).read_bytes()
+    before = resident()
+    decode_update(data, {"delta": LAYOUT})
+    return resident() - before
+
+
+def version(n: int) -> LatticeState:
+    rng = np.random.default_rng(2)
+    k = np.zeros(n, np.int8)
+    for at in range(0, n, BLOCK):
+        k[at : at + BLOCK] = rng.integers(0, 200, len(k[at : at + BLOCK]), np.uint8) < 8
+    return LatticeState(-8, k)
+
+
+def send_delta(path: str) -> int:
+    """Bytes that a composite delta took beside the versions that it leads from and to."""
+    old, new = origin(LAYOUT.size, -8), version(LAYOUT.size)
+    before = resident()
+    Path(path).write_bytes(encode_delta(old, new, LAYOUT))
+    return resident() - before
+
+
+def take_delta(path: str) -> int:
+    """Bytes that applying it took, the new version with them."""
+    old, data = origin(LAYOUT.size, -8), Path(path).read_bytes()
+    before = resident()
+    apply_delta(old, data, LAYOUT)
+    return resident() - before
+
+
+def measured(call: str) -> int:
+    script = f"import json; from tests.edge_client.codec.test_memory import *; print(json.dumps({call}))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: int = json.loads(done.stdout)
+    return found
+
+
+def test_an_update(tmp_path):
+    size = 4 * LAYOUT.size
+    path = str(tmp_path / "update")
+    assert measured(f"encode({path!r}, 1.0)") < 3 * size
+    # The model, and what a block of four million elements takes.
+    assert measured(f"decode({path!r})") < size + 30 * BLOCK
+
+
+def test_a_delta(tmp_path):
+    path = str(tmp_path / "delta")
+    assert measured(f"send_delta({path!r})") < 40 * BLOCK
+    # Coordinates are int32 while they are added up, and a byte each in the end.
+    assert measured(f"take_delta({path!r})") < 5.5 * LAYOUT.size + 30 * BLOCK
