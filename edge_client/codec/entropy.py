@@ -149,8 +149,8 @@ def _sums(at: Places, magnitude: Integers, length: int) -> Magnitudes:
     return sums
 
 
-def _choose_grid(tensor: TensorSpec, start: int, local: Places, magnitude: Integers) -> _Grid:
-    """The mode of least estimated cost for the magnitudes at ``local`` (ascending) of one tensor."""
+def _choose_grid(tensor: TensorSpec, start: int, index: Indices, magnitude: Integers) -> _Grid:
+    """The mode of least estimated cost for the magnitudes at ``index`` of one tensor, which begins at ``start``."""
     n_rows, n_columns = tensor.matrix
     mass = float(magnitude.sum(dtype=np.float64))
     total = int(activity(mass))
@@ -159,8 +159,9 @@ def _choose_grid(tensor: TensorSpec, start: int, local: Places, magnitude: Integ
     if n_rows < 2:
         return best
     least = float(_entropy(np.array(tensor.size), np.array(mass)))
-    row = local // np.int32(n_columns)
-    column = local - row * np.int32(n_columns)
+    column = (index - start).astype(np.int32)
+    row = column // np.int32(n_columns)
+    column -= row * np.int32(n_columns)
     sides = [activity(_sums(at, magnitude, n)) for at, n in ((row, n_rows), (column, n_columns))]
     lists = [_list_bits(side) for side in sides]
     for mode in (ROWS, COLUMNS, ROWS | COLUMNS):
@@ -170,7 +171,7 @@ def _choose_grid(tensor: TensorSpec, start: int, local: Places, magnitude: Integ
         a = sides[0] if mode & ROWS else flat[0]
         b = sides[1] if mode & COLUMNS else flat[1]
         sums = np.zeros(2 * CLASSES)
-        for piece in pieces(0, len(local)):
+        for piece in pieces(0, len(row)):
             sums += np.bincount(a[row[piece]] + b[column[piece]], magnitude[piece], 2 * CLASSES)
         heights, widths = np.bincount(a), np.bincount(b)
         if mode & ROWS:
@@ -232,8 +233,7 @@ def encode_levels(index: Indices, level: Levels, layout: Layout) -> bytes:
     for number, (tensor, where) in enumerate(layout.slices()):
         low, high = np.searchsorted(index, (where.start, where.stop)).tolist()
         if low < high:
-            local = (index[low:high] - where.start).astype(np.int32)
-            grid = _choose_grid(tensor, where.start, local, magnitude[low:high])
+            grid = _choose_grid(tensor, where.start, index[low:high], magnitude[low:high])
             modes[number] = 4 * grid.total + grid.mode
             grids.append(grid)
             spans.append((low, high))
@@ -251,13 +251,12 @@ def encode_levels(index: Indices, level: Levels, layout: Layout) -> bytes:
         table[a[mine], b[mine]] = mine
         ranks = _ranks(grid.rows), _ranks(grid.columns)
         for piece in pieces(low, high):
-            local = (index[piece] - grid.start).astype(np.int32)
-            row = local // np.int32(grid.shape[1])
-            column = local - row * np.int32(grid.shape[1])
+            row, column = np.divmod((index[piece] - grid.start).astype(np.int32), np.int32(grid.shape[1]))
             found = table[grid.rows[row], grid.columns[column]]
             block[piece] = found
             within[piece] = ranks[0][row] * width[found] + ranks[1][column]
     edges = _choose_edges(expectation, height * width, _sums(block, magnitude, len(owner)))
+    del index, magnitude  # where most elements are told, each of them is as large as the vector
     streams, order = _streams(blocks, edges)
     base = np.empty(len(order), np.int64)
     base[order] = streams.base
@@ -271,7 +270,7 @@ def encode_levels(index: Indices, level: Levels, layout: Layout) -> bytes:
     level = keys.astype(np.uint32).view(np.int32)
     magnitude = np.abs(level).view(np.uint32)
     position = np.right_shift(keys, 32, out=keys)
-    parts = [varint(len(index)), section(pack(modes))]
+    parts = [varint(len(level)), section(pack(modes))]
     for grid in grids:
         parts += [section(pack(side.astype(np.uint32))) for bit, side in grid.sides() if grid.mode & bit]
     parts += [varint(len(edges)), bytes((edges + 128).tolist())]

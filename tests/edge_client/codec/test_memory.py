@@ -8,14 +8,17 @@ import os
 import resource
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from edge_client.codec.blocks import BLOCK
 from edge_client.codec.lattice import LatticeState, apply_delta, encode_delta, origin
 from edge_client.codec.layout import Layout, TensorSpec
 from edge_client.codec.update import CodecSettings, decode_update, encode_update
+from tests.edge_client.codec.conftest import planted
 
 ROOT = Path(__file__).parents[3]
 SIDE = 2000
@@ -107,3 +110,16 @@ def test_a_delta(tmp_path):
     assert measured(f"send_delta({path!r})") < 40 * BLOCK
     # Coordinates are int32 while they are added up, and a byte each in the end.
     assert measured(f"take_delta({path!r})") < 5.5 * LAYOUT.size + 30 * BLOCK
+
+
+@pytest.mark.parametrize("bits", [0.1, 1.0])
+def test_a_model_of_one_block(bits):
+    """Beside the vector: what is left out, which is as large, and what the encoder needs."""
+    layout = Layout((TensorSpec("w", (1000, 1500)), TensorSpec("b", (1000,))))
+    delta = planted(layout, 1)
+    tracemalloc.start()
+    try:
+        encode_update({"delta": delta}, {"delta": layout}, {}, CodecSettings(value=bits))
+        assert tracemalloc.get_traced_memory()[1] < 3 * delta.nbytes
+    finally:
+        tracemalloc.stop()
