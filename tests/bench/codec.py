@@ -150,7 +150,7 @@ def table(result: Row) -> str:
     head = ["source", "bits", "NMSE", "to NNCodec", "NNCodec, no RDO", "to EDEN", "to QSGD", "to STC"]
     fields = [f"ratio_to_{name}" for name in (NNCODEC, DEFAULT, "eden", "qsgd", "stc")]
     points = [
-        (row["source"], f"{row['codec_bits']:.3f}", f"{row['nmse']:.4f}", *(_shown(row[field]) for field in fields))
+        (row["source"], f"{row['codec_bits']:.3f}", _shown(row["nmse"]), *(_shown(row[field]) for field in fields))
         for row in result["points"]
     ]
     head_speeds = ["bits", "encode Mparams/s", "decode Mparams/s", "extra memory"]
@@ -203,7 +203,7 @@ def main() -> int:
             for source, paths in collect(name).items():
                 rows, result["curves"][source] = compare(source, paths, rivals.points)
                 result["points"] += rows
-                said = ", ".join(f"{row['codec_bits']:.3f} {row['nmse']:.4f}" for row in rows)
+                said = ", ".join(f"{row['codec_bits']:.3f} {_shown(row['nmse'])}" for row in rows)
                 print(f"{source}: {said}", flush=True)
         rounds = list(collect(sources[0]).values())
         chosen = rounds[len(rounds) // 2][0]

@@ -21,7 +21,7 @@ STYLES = {
     "int8_zstd": ("int8 + zstd", "#555555", "s"),
 }
 THEORY = "scalar theory"
-BITS, NMSE = (0.03, 8.0), (1e-3, 1.2)
+BITS, NMSE = (0.028, 8.0), (1e-3, 1.2)
 
 
 def chosen(curves: dict[str, dict[str, list[Point]]]) -> dict[str, dict[str, list[Point]]]:
@@ -71,4 +71,4 @@ def plot(curves: dict[str, dict[str, list[Point]]], path: Path) -> None:
 
 
 def _seen(points: list[Point]) -> list[Point]:
-    return [(bits, nmse) for bits, nmse in points if BITS[0] <= bits <= BITS[1] and NMSE[0] <= nmse <= 2]
+    return [(bits, nmse) for bits, nmse in points if BITS[0] <= bits <= BITS[1] and NMSE[0] / 100 <= nmse <= 2]

@@ -20,8 +20,12 @@ KEPT = BUILD / "bench" / "contenders.json"
 NNCODEC = "nncodec"
 DEFAULT = "nncodec_default"
 """NNCodec as its own interface calls it. That of its coder has a rate-distortion weight besides, which helps it."""
+_FINE = "nncodec_fine"
 _PEER = Peer(("numpy<2", "pybind11", "setuptools", "wheel"), "contenders/nncodec_points.py", ("nncodec==2.1.3",))
 _STEPS = np.geomspace(0.06, 32, 15).tolist()
+_FINER = np.geomspace(0.004, 0.042, 6).tolist()
+"""Steps for vectors of which few values are large, so that they too take as many bits as are of interest."""
+_MOST = 4.2
 _WEIGHTS = (0.5, 1.0)
 
 CODECS: dict[str, Callable[[Update], list[Point]]] = {
@@ -33,7 +37,7 @@ CODECS: dict[str, Callable[[Update], list[Point]]] = {
 }
 NAMES = (NNCODEC, *CODECS)
 _SOURCES = {name: f"{name}.py" for name in ("stc", "eden", "qsgd")} | dict.fromkeys(("int8_zstd", "fp16"), "plain.py")
-_SOURCES |= dict.fromkeys((NNCODEC, DEFAULT), "nncodec_points.py")
+_SOURCES |= dict.fromkeys((NNCODEC, DEFAULT, _FINE), "nncodec_points.py")
 
 
 class Rivals:
@@ -53,8 +57,10 @@ class Rivals:
         }
         if NNCODEC in self._wanted and NNCODEC not in self.failed:
             try:
-                found[DEFAULT] = self._once(DEFAULT, update, partial(self._nncodec, path, (0.0,)))
-                more = self._once(NNCODEC, update, partial(self._nncodec, path, _WEIGHTS))
+                found[DEFAULT] = self._once(DEFAULT, update, partial(self._nncodec, path, _STEPS, (0.0,)))
+                more = self._once(NNCODEC, update, partial(self._nncodec, path, _STEPS, _WEIGHTS))
+                if max(bits for bits, _ in found[DEFAULT]) < _MOST:
+                    found[DEFAULT] += self._once(_FINE, update, partial(self._nncodec, path, _FINER, (0.0,)))
                 found[NNCODEC] = found[DEFAULT] + more
             except BenchError as error:
                 self.failed[NNCODEC] = str(error)
@@ -65,11 +71,11 @@ class Rivals:
         kept = self._parts.get(f"{name} {state.hexdigest()[:16]}", measure, say=lambda points: f"{len(points)} points")
         return [(bits, nmse) for bits, nmse in kept]
 
-    def _nncodec(self, path: Path, weights: tuple[float, ...]) -> list[Point]:
+    def _nncodec(self, path: Path, steps: list[float], weights: tuple[float, ...]) -> list[Point]:
         python, folder = self._environment.python(), KEPT.parent / NNCODEC
         request, answer = folder / "request.json", folder / "answer.json"
         settings = [{"use_dq": True, "row_skipping": True, "lambda_scale": weight} for weight in weights]
-        write_json(request, {"updates": [[str(path), _STEPS]], "settings": settings})
+        write_json(request, {"updates": [[str(path), steps]], "settings": settings})
         program = [str(python), str(HERE / "nncodec_points.py"), str(request), str(answer)]
         command(program, folder / "log.txt", timeout=3600.0)
         (points,) = json.loads(answer.read_text())
