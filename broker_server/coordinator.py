@@ -43,6 +43,8 @@ class Coordinator:
     _roster: Roster = field(init=False)
     _progress: Progress = field(init=False)
     _open: OpenTask | None = field(init=False, default=None)
+    _void: dict[tuple[int, int], OpenTask] = field(init=False, default_factory=dict)
+    """Tasks that are void, and not yet so in the ledger."""
     _task: int = field(init=False)
     _version: int = field(init=False)
     _digests: dict[int, bytes] = field(init=False, default_factory=dict)
@@ -122,6 +124,9 @@ class Coordinator:
                     if clipped:
                         yield e.Log(_diverged(version, clipped))
                     yield from self._measure(now)
+            case e.Closed(epoch, task):
+                if void := self._void.pop((epoch, task), None):
+                    yield from void.voided()
             case e.Evaluated(version, metrics):
                 if self.phase == "measure" and version == self._version:
                     self._round.measured(metrics)
@@ -273,6 +278,7 @@ class Coordinator:
                 self._open = None
                 came = f"{task.results} of {task.fewest} updates came in time"
                 yield e.Log(f"round {self._round.number}: {came}; asking again")
+                self._void[task.identity] = task
                 yield from task.void()
                 self.phase, self._retry = "waiting", now + _RETRY
 

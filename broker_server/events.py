@@ -101,6 +101,14 @@ class Aggregated:
 
 
 @dataclass(frozen=True)
+class Closed:
+    """A task is closed in the ledger, without a new version."""
+
+    epoch: int
+    task: int
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """The global model's metrics on the server's held-out data."""
 
@@ -119,6 +127,7 @@ Event = (
     | Answered
     | Prepared
     | Aggregated
+    | Closed
     | Evaluated
 )
 
@@ -193,7 +202,10 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class CloseTask:
-    """Close a task without a new version: done when it was an evaluation, void when too few updates came."""
+    """Close a task without a new version: done when it was an evaluation, void when too few updates came.
+
+    Answer with Closed.
+    """
 
     epoch: int
     task: int

@@ -236,13 +236,13 @@ class OpenTask:
         return [e.Sweep(delta) for delta in self.blobs()]
 
     def void(self) -> list[e.Action]:
-        """Too few results came: none of them counts."""
+        """Too few results came: none of them counts. Once the ledger says so, their clients are told (`voided`)."""
+        return [*self.sweep(), e.CloseTask(*self.identity, "void")]
+
+    def voided(self) -> list[e.Action]:
+        """Tell those who were told that theirs is recorded."""
         told = [client for client, state in self._members.items() if state == "recorded"]
-        return [
-            *self.sweep(),
-            e.CloseTask(*self.identity, "void"),
-            *(self._tell(client, m.Receipt(*self.identity, "void")) for client in told),
-        ]
+        return [self._tell(client, m.Receipt(*self.identity, "void")) for client in told]
 
     # Small things.
 
