@@ -142,7 +142,7 @@ class Coordinator:
             self._gather = now + self.settings.transfer.spread + _GATHER if self.restored.rounds else 0.0
             if self.restored.leftovers:
                 yield e.Clear(self.restored.leftovers)
-        yield e.Subscribe((self._topics.every_up,))
+        yield e.Subscribe((self._topics.every_up, self._topics.offer))
         if self.restored.bundle.inline is None:
             yield e.Spread(self.restored.bundle)
         yield e.Retain(self._topics.offer, m.encode(self._offer()))
@@ -178,6 +178,9 @@ class Coordinator:
 
     def _received(self, topic: str, payload: bytes, now: float) -> Iterator[e.Action]:
         try:
+            if topic == self._topics.offer:
+                yield from self._offered(m.decode(payload))
+                return
             client, chunk = self._topics.parse_up(topic)
             if chunk is None:
                 yield from self._said(client, m.decode(payload), now)
@@ -189,6 +192,15 @@ class Coordinator:
             self.dropped += 1
             if self.dropped == 1:
                 yield e.Log(f"dropped a message on {_printable(topic[:100])}: {error} (further ones are only counted)")
+
+    def _offered(self, offer: m.Message) -> Iterator[e.Action]:
+        """An offer is retained: this server's own, one of an older server, or of a newer one that takes over."""
+        if not isinstance(offer, m.Offer):
+            raise WireError(f"{type(offer).__name__} is no offer")
+        if offer.epoch > self.restored.epoch:
+            yield e.Fenced(offer.epoch)
+        elif offer.epoch < self.restored.epoch:
+            yield e.Retain(self._topics.offer, m.encode(self._offer()))
 
     def _said(self, client: str, message: m.Message, now: float) -> Iterator[e.Action]:
         match message:
@@ -208,7 +220,8 @@ class Coordinator:
                 if task := self._task_of(epoch, number, client):
                     yield from task.announce(client, blob, now)
                     yield from self._go_on(now)
-                else:
+                elif epoch <= self.restored.epoch:
+                    # Of an epoch to come this ledger knows nothing: a newer server does, and will say.
                     yield e.Inquire(epoch, number, client)
             case m.Missing(sha256, indices):
                 known = [self.restored.bundle, *(self._open.blobs() if self._open is not None else ())]

@@ -250,6 +250,13 @@ class FinishRound:
 
 
 @dataclass(frozen=True)
+class Fenced:
+    """Another server of this federation has a higher epoch, and clients follow it: end, and leave its topics alone."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
 class Stop:
     """A stop condition holds."""
 
@@ -273,5 +280,6 @@ Action = (
     | Sweep
     | Clear
     | FinishRound
+    | Fenced
     | Stop
 )

@@ -378,6 +378,13 @@ class ServerNode(Node):
             lock.close()
         return True
 
+    def excused(self, error: FedgeError) -> bool:
+        if "another server has taken the federation over" in str(error):
+            newest = max(view.epoch for view in self.site.oracle.ledgers)
+            self.retired = newest > self.view.epoch
+            return self.retired
+        return super().excused(error)
+
     def second(self) -> None:
         """Someone starts the server once more on the same folder: it must refuse while the first one lives."""
         if not self.alive:

@@ -112,10 +112,13 @@ def draw(seed: int, size: Size = "mixed") -> Plan:
             clients = rng.randint(60, 200)
         rounds = rng.randint(30, 90) if clients <= 20 else rng.randint(5, 20)
     cohort = rng.randint(2, min(clients, 5) if clients <= 20 else clients // 3)
-    deadline = rng.choice([30.0, 60.0, 120.0])
+    training = rng.choice([1.0, 5.0, 12.0])
+    deadline = rng.choice([2.0, 5.0, 20.0]) * max(training, 4.0)
     chunked = rng.random() < 0.5
-    length = rounds * rng.choice([5.0, 15.0, 30.0])
-    count = rng.choice([0, 1, 2, 4, 8, 16]) if size == "small" else rng.randint(0, 40)
+    length = rounds * (2.0 + training)
+    count = rng.choice([0, 1, 2, 4, 8, 16]) if size == "small" else rng.randint(0, 60)
+    weather = (_weather(rng, length) for _ in range(rng.choice([0, 0, 1, 2])))
+    faults = [*weather, *(_fault(rng, clients, length) for _ in range(count))]
     return Plan(
         seed=seed,
         clients=clients,
@@ -123,7 +126,7 @@ def draw(seed: int, size: Size = "mixed") -> Plan:
         rounds=rounds,
         cohort=cohort,
         over_select=rng.choice([1.0, 1.0, 1.5]),
-        minimum=rng.randint(1, cohort),
+        minimum=rng.choice([1, cohort, rng.randint(1, cohort)]),
         deadline=deadline,
         kind=rng.choice(["quantized", "quantized", "none"]),
         feedback=rng.random() < 0.8,
@@ -138,9 +141,15 @@ def draw(seed: int, size: Size = "mixed") -> Plan:
         evaluators=rng.choice([0, 2]),
         server_data=rng.random() < 0.5,
         queue=rng.choice([20, 100, 1000]),
-        training=rng.choice([1.0, 5.0]),
-        faults=tuple(sorted((_fault(rng, clients, length) for _ in range(count)), key=lambda fault: fault.at)),
+        training=training,
+        faults=tuple(sorted(faults, key=lambda fault: fault.at)),
     )
+
+
+def _weather(rng: random.Random, length: float) -> Fault:
+    """Trouble for everyone, most of the time."""
+    kind = rng.choice(["loss", "duplication", "reordering", "delay"])
+    return Fault(0.0, kind, "everyone", rng.uniform(0.5, 1.5) * length, rng.uniform(0.0, 0.5), 0)
 
 
 def _fault(rng: random.Random, clients: int, length: float) -> Fault:
