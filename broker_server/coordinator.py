@@ -232,6 +232,9 @@ class Coordinator:
                 raise WireError(f"{type(message).__name__} is not for the server")
 
     def _greeted(self, client: str, hello: m.Hello, now: float) -> Iterator[e.Action]:
+        if hello.epoch < self.restored.epoch:
+            # It has missed this epoch's offer.
+            yield self._tell(client, self._offer())
         if hello.epoch != self.restored.epoch or hello.bundle != self.restored.bundle.sha256:
             return
         self._roster.hello(client, hello)

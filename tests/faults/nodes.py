@@ -106,6 +106,7 @@ class Node:
             life = self.life
             try:
                 if await self.lives():
+                    self.alive = False
                     return
             except (PowerCut, asyncio.CancelledError):
                 if self.alive and self.life == life:
