@@ -189,6 +189,11 @@ class Oracle:
         view.digests[version], view.bits[version] = model.digest(), published.tobytes()
         self.world.note("oracle", f"version {version} of {len(members)} updates")
 
+    @property
+    def newest(self) -> LedgerView:
+        """The ledger that clients follow."""
+        return max(self.ledgers, key=lambda view: view.epoch)
+
     def view_of(self, epoch: int) -> LedgerView | None:
         """The ledger that an epoch belongs to."""
         ahead = [view for view in self.ledgers if view.epoch >= epoch]
@@ -258,13 +263,17 @@ class Oracle:
             return now
         key = (*identity, client)
         view = self.view_of(identity[0])
-        if recorded and (view is None or key not in view.rows):
+        if view is not self.newest:
+            # A ledger was given up; of what it counted, the one that replaced it knows nothing.
+            view = None
+        if recorded and not any(key in known.rows for known in self.ledgers):
             self.world.violated(f"{client} takes {identity} for recorded; the ledger has no such update")
         fate = recorded if now.fate is None else now.fate and recorded
         if not fate:
-            if view is not None and key in view.counted:
-                self.world.violated(f"{client} takes {identity} for not recorded; it is counted")
-            self.denied.add(key)
+            if view is not None:
+                if key in view.counted:
+                    self.world.violated(f"{client} takes {identity} for not recorded; it is counted")
+                self.denied.add(key)
         return ClientView(now.after if fate else now.before, identity, now.before, now.after, fate)
 
     def stored(self, client: str, view: ClientView, store: Store) -> None:

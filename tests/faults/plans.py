@@ -96,6 +96,13 @@ class Plan:
     def disk_faults(self) -> bool:
         return any(fault.kind in ("full disk", "ambiguous commit") for fault in self.faults)
 
+    def also(self, kinds: tuple[str, ...]) -> "Plan":
+        """This plan with more faults of these kinds, on top of what goes wrong anyway."""
+        rng = random.Random(f"{self.seed}/also")
+        length = self.rounds * (2.0 + self.training)
+        more = [_fault(rng, self.clients, length, kind) for kind in kinds for _ in range(4)]
+        return replace(self, faults=tuple(sorted((*self.faults, *more), key=lambda fault: fault.at)))
+
     def without(self, gone: set[int]) -> "Plan":
         """This plan without some of its faults, by their place."""
         return replace(self, faults=tuple(f for place, f in enumerate(self.faults) if place not in gone))
@@ -152,10 +159,11 @@ def _weather(rng: random.Random, length: float) -> Fault:
     return Fault(0.0, kind, "everyone", rng.uniform(0.5, 1.5) * length, rng.uniform(0.0, 0.5), 0)
 
 
-def _fault(rng: random.Random, clients: int, length: float) -> Fault:
-    kind = rng.choice(KINDS)
-    if kind == "new state folder" and rng.random() < 0.8:
-        kind = "server power cut"
+def _fault(rng: random.Random, clients: int, length: float, kind: str = "") -> Fault:
+    if not kind:
+        kind = rng.choice(KINDS)
+        if kind == "new state folder" and rng.random() < 0.8:
+            kind = "server power cut"
     someone = f"c{rng.randrange(clients)}"
     who = "server" if kind.startswith("server") or kind in ("second server", "new state folder") else someone
     if kind in ("loss", "duplication", "reordering", "delay", "slow link", "partition", "broken connection"):

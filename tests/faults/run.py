@@ -209,8 +209,9 @@ class Run:
     def _replace_server(self, fault: Fault) -> None:
         """Someone starts a new server on an empty folder while the old one still runs; the old one ends later."""
         world, old = self.world, self.server
-        if old.outcome is not None or world.wall() < max(view.epoch for view in self.site.oracle.ledgers) + 100:
-            return  # a clock that runs behind the old epochs makes a server that no client follows
+        epochs = [view.epoch for view in self.site.oracle.ledgers]
+        if old.outcome is not None or not all(epochs) or world.wall() < max(epochs) + 2:
+            return  # a clock that runs behind the old epochs makes a server that refuses, and no client would follow it
         world.strike("new state folder", "server")
         self.server = ServerNode(self.site, next(self.folders))
         world.spawn(self.server.supervise())

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_client.errors import WireError
+from edge_client.errors import FedgeError, WireError
 from edge_client.wire import messages as m
 
 EPOCH = 1_800_000_000.0
@@ -34,8 +34,12 @@ class _Nothing:
 
     def __init__(self, loop: "VirtualLoop") -> None:
         self._loop = loop
+        self._spins = 0
 
     def select(self, timeout: float | None) -> list[Any]:
+        self._spins = self._spins + 1 if timeout == 0 else 0
+        if self._spins > 100_000:
+            raise Violation(f"things happen for ever at {self._loop.now:.3f} s: a node spins")
         if timeout is None:
             raise Violation("nothing will ever happen again, and the run is not over")
         self._loop.now += timeout
@@ -137,7 +141,8 @@ class World:
 
     def _unexpected(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        if not isinstance(error, PowerCut | asyncio.CancelledError):
+        # What a dead life never looked at may be an error that ended it.
+        if not isinstance(error, PowerCut | asyncio.CancelledError | FedgeError):
             self.fail(error if error is not None else Violation(context["message"]))
 
     def run(self, until: Callable[[], bool], *, limit: float = float("inf")) -> None:
