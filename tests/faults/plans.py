@@ -60,6 +60,8 @@ class Plan:
     cohort: int
     over_select: float
     minimum: int
+    quorum: int
+    """Clients that must be there before the first round; 0: as many as a cohort."""
     deadline: float
     kind: str
     feedback: bool
@@ -134,6 +136,7 @@ def draw(seed: int, size: Size = "mixed") -> Plan:
         cohort=cohort,
         over_select=rng.choice([1.0, 1.0, 1.5]),
         minimum=rng.choice([1, cohort, rng.randint(1, cohort)]),
+        quorum=rng.choice([0, 0, clients]),
         deadline=deadline,
         kind=rng.choice(["quantized", "quantized", "none"]),
         feedback=rng.random() < 0.8,

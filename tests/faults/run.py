@@ -189,7 +189,8 @@ class Run:
                 topic = self.world.rng.choice([f"fedge/{NAME}/up/{who}/msg", f"fedge/{NAME}/down/{who}/msg"])
                 site.broker.route(topic, world.rng.randbytes(fault.number * 3))
             case "replay":
-                for topic, payload in site.broker.history[-3 * fault.number :: 3]:
+                start = int(fault.strength * len(site.broker.history))
+                for topic, payload in site.broker.history[start : start + 3 * fault.number]:
                     world.strike("replay", "broker")
                     site.broker.route(topic, payload)
             case _:
@@ -231,6 +232,7 @@ def _settings(plan: Plan, folder: Path) -> Federation:
             "cohort": plan.cohort,
             "over_select": plan.over_select,
             "minimum": plan.minimum,
+            "clients": plan.quorum,
             "deadline": plan.deadline,
         },
         "train": {"epochs": 1},
