@@ -20,7 +20,7 @@ from tests.faults.run import Result, run
 from tests.faults.shrink import shrink
 
 RESULT = Path(__file__).parents[2] / "build" / "bench" / "faults.json"
-SEEDS_OF_A_MUTATION = 80
+SEEDS_OF_A_MUTATION = 150
 
 
 def main() -> int:

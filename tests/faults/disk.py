@@ -51,6 +51,8 @@ class Medium:
         """What was not synced is torn, renames that were not are perhaps undone, and commits under way are gone."""
         keep = self.rng.randint(0, len(self.moved))
         for source, target, before in reversed(self.moved[keep:]):
+            if not os.path.exists(target):
+                continue
             self.world.strike("torn write", self.node, f"undone rename of {Path(target).name}")
             os.replace(target, source)
             if before is not None:

@@ -228,10 +228,10 @@ MUTATIONS = (
     Mutation("accepting an older epoch's update", _any_epoch, ("new state folder",)),
     Mutation("counting an update twice after replay", _replayed_twice, ("server kill",)),
     Mutation("applying a delta to the wrong base version", _wrong_base),
-    Mutation("clearing a blob that a slow client still pulls", _cleared_early),
+    Mutation("clearing a blob that a slow client still pulls", _cleared_early, ("delay", "delay")),
     Mutation("weight taken from the wrong client", _wrong_weight),
     Mutation("state not synced to the disk", _not_synced, ("client power cut",)),
     Mutation("void told before ledger commit", _early_void, ("client leaves",)),
-    Mutation("a lost offer not asked for", _asks_once, ("loss", "broken connection")),
+    Mutation("a lost offer not asked for", _asks_once, ("loss",)),
     Mutation("the last receipt decides", _last_word, ("replay", "replay", "client leaves")),
 )

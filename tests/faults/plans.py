@@ -103,6 +103,8 @@ class Plan:
         rng = random.Random(f"{self.seed}/also")
         length = self.rounds * (2.0 + self.training)
         more = [_fault(rng, self.clients, length, kind) for kind in kinds for _ in range(4)]
+        # What goes wrong from the beginning meets every first word.
+        more += [replace(_fault(rng, self.clients, length, kind), at=0.0) for kind in kinds]
         return replace(self, faults=tuple(sorted((*self.faults, *more), key=lambda fault: fault.at)))
 
     def without(self, gone: set[int]) -> "Plan":

@@ -5,7 +5,7 @@ import itertools
 import os
 import tempfile
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -52,8 +52,9 @@ def run(plan: Plan, *, trace: bool = False) -> Result:
     """Carry out a plan; every violation of an invariant, and every unexpected error, is the result's."""
     # Memory where there is some: a run writes many small files.
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="fedge-sim-", dir=shared) as folder:
-        return Run(plan, Path(folder), trace=trace).go()
+    # From within its folder: a path that is new each time would be in messages, and make each run another one.
+    with tempfile.TemporaryDirectory(prefix="fedge-sim-", dir=shared) as folder, chdir(folder):
+        return Run(plan, Path(), trace=trace).go()
 
 
 class Run:
