@@ -45,6 +45,8 @@ class Coordinator:
     _roster: Roster = field(init=False)
     _progress: Progress = field(init=False)
     _open: OpenTask | None = field(init=False, default=None)
+    _void: dict[tuple[int, int], OpenTask] = field(init=False, default_factory=dict)
+    """Tasks that are void, and not yet so in the ledger."""
     _task: int = field(init=False)
     _version: int = field(init=False)
     _digests: dict[int, bytes] = field(init=False, default_factory=dict)
@@ -125,6 +127,10 @@ class Coordinator:
                     if clipped:
                         yield e.Log(_diverged(version, clipped))
                     yield from self._measure(now)
+            case e.Closed(epoch, task):
+                if void := self._void.pop((epoch, task), None):
+                    self._roster.void(void.contributors, void.identity)
+                    yield from void.voided()
             case e.Evaluated(version, metrics):
                 if self.phase == "measure" and version == self._version:
                     self._round.measured(metrics)
@@ -140,7 +146,7 @@ class Coordinator:
             self._gather = now + self.settings.transfer.spread + _GATHER if self.restored.rounds else 0.0
             if self.restored.leftovers:
                 yield e.Clear(self.restored.leftovers)
-        yield e.Subscribe((self._topics.every_up,))
+        yield e.Subscribe((self._topics.every_up, self._topics.offer))
         if self.restored.bundle.inline is None:
             yield e.Spread(self.restored.bundle)
         yield e.Retain(self._topics.offer, m.encode(self._offer()))
@@ -176,6 +182,9 @@ class Coordinator:
 
     def _received(self, topic: str, payload: bytes, now: float) -> Iterator[e.Action]:
         try:
+            if topic == self._topics.offer:
+                yield from self._offered(m.decode(payload))
+                return
             client, chunk = self._topics.parse_up(topic)
             if chunk is None:
                 yield from self._said(client, m.decode(payload), now)
@@ -187,6 +196,15 @@ class Coordinator:
             self.dropped += 1
             if self.dropped == 1:
                 yield e.Log(f"dropped a message on {_printable(topic[:100])}: {error} (further ones are only counted)")
+
+    def _offered(self, offer: m.Message) -> Iterator[e.Action]:
+        """An offer is retained: this server's own, one of an older server, or of a newer one that takes over."""
+        if not isinstance(offer, m.Offer):
+            raise WireError(f"{type(offer).__name__} is no offer")
+        if offer.epoch > self.restored.epoch:
+            yield e.Fenced(offer.epoch)
+        elif offer.epoch < self.restored.epoch:
+            yield e.Retain(self._topics.offer, m.encode(self._offer()))
 
     def _said(self, client: str, message: m.Message, now: float) -> Iterator[e.Action]:
         match message:
@@ -206,7 +224,8 @@ class Coordinator:
                 if task := self._task_of(epoch, number, client):
                     yield from task.announce(client, blob, now)
                     yield from self._go_on(now)
-                else:
+                elif epoch <= self.restored.epoch:
+                    # Of an epoch to come this ledger knows nothing: a newer server does, and will say.
                     yield e.Inquire(epoch, number, client)
             case m.Missing(sha256, indices):
                 known = [self.restored.bundle, *(self._open.blobs() if self._open is not None else ())]
@@ -217,6 +236,9 @@ class Coordinator:
                 raise WireError(f"{type(message).__name__} is not for the server")
 
     def _greeted(self, client: str, hello: m.Hello, now: float) -> Iterator[e.Action]:
+        if hello.epoch < self.restored.epoch:
+            # It has missed this epoch's offer.
+            yield self._tell(client, self._offer())
         if hello.epoch != self.restored.epoch or hello.bundle != self.restored.bundle.sha256:
             return
         self._roster.hello(client, hello)
@@ -279,7 +301,7 @@ class Coordinator:
                 self._open = None
                 came = f"{task.results} of {task.fewest} updates came in time"
                 yield e.Log(f"round {self._round.number}: {came}; asking again")
-                self._roster.void(task.contributors, task.identity)
+                self._void[task.identity] = task
                 yield from task.void()
                 self.phase, self._retry = "waiting", now + _RETRY
 

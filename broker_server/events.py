@@ -101,6 +101,14 @@ class Aggregated:
 
 
 @dataclass(frozen=True)
+class Closed:
+    """A task is closed in the ledger, without a new version."""
+
+    epoch: int
+    task: int
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """The global model's metrics on the server's held-out data."""
 
@@ -119,6 +127,7 @@ Event = (
     | Answered
     | Prepared
     | Aggregated
+    | Closed
     | Evaluated
 )
 
@@ -193,7 +202,10 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class CloseTask:
-    """Close a task without a new version: done when it was an evaluation, void when too few updates came."""
+    """Close a task without a new version: done when it was an evaluation, void when too few updates came.
+
+    Answer with Closed.
+    """
 
     epoch: int
     task: int
@@ -238,6 +250,13 @@ class FinishRound:
 
 
 @dataclass(frozen=True)
+class Fenced:
+    """Another server of this federation has a higher epoch, and clients follow it: end, and leave its topics alone."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
 class Stop:
     """A stop condition holds."""
 
@@ -261,5 +280,6 @@ Action = (
     | Sweep
     | Clear
     | FinishRound
+    | Fenced
     | Stop
 )

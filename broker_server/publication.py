@@ -125,7 +125,7 @@ class Publication:
                 target += head.remainder
             before = head.model.state
             previous = before.exponent if isinstance(before, LatticeState) and head.version else None
-            pace = self._pace(step)
+            pace = self._pace(step, aggregate)
             exponent = choose_exponent(pace, self._codec.lattice, previous)
             exponent = self._bounded(exponent, previous, target)
             # What is out of the lattice's reach stays at its edge: an aggregate that diverged must not end the server.
@@ -154,12 +154,14 @@ class Publication:
         self._remember(self._head.version, model)
         return clipped
 
-    def _pace(self, step: Vector) -> float:
-        """Standard deviation of the latest steps, averaged.
+    def _pace(self, step: Vector, aggregate: Vector) -> float:
+        """Standard deviation of the latest steps, or of the aggregates where they are smaller, averaged.
 
-        The exponent never rises again, so that it must not follow the smallest round that there was.
+        The exponent never rises again, so that it must not follow the smallest round that there was. Momentum makes
+        steps larger, but not what clients learn in a round, which is what the lattice must not drown.
         """
-        before, found = self._head.pace, float(np.std(step, dtype=np.float64))
+        before = self._head.pace
+        found = min(float(np.std(vector, dtype=np.float64)) for vector in (step, aggregate))
         if not (before > 0 and math.isfinite(found)):
             return found if math.isfinite(found) else before
         return before + (min(found, _OUTLIER * before) - before) / min(self._head.version + 1, _RECENT)

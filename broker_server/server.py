@@ -19,7 +19,7 @@ from broker_server.ledger import Round
 from broker_server.metrics import names
 from broker_server.worker import Worker, ledger_path
 from edge_client.bundle import Bundle
-from edge_client.errors import BundleError, ConfigError
+from edge_client.errors import BundleError, ConfigError, LedgerError
 from edge_client.transport import Address, Link, MqttLink
 from edge_client.wire import transfer
 from edge_client.wire.messages import BlobRef
@@ -169,6 +169,12 @@ class Server:
                 self.log(text)
             case e.Stop(reason):
                 self.stop(reason)
+            case e.Fenced(epoch):
+                raise LedgerError(
+                    f"{ledger_path(self.settings)}: the broker has an offer of epoch {epoch}, newer than this server's "
+                    f"{self._coordinator.restored.epoch}: another server has taken the federation over; stop that one, "
+                    "and serve from its state folder"
+                )
             case e.Clear(topics):
                 # At once, before the offer sends clients to topics that may be among them; the ledger in its turn.
                 for topic in topics:

@@ -247,12 +247,12 @@ class OpenTask:
         return [e.Sweep(delta) for delta in self.blobs()]
 
     def void(self) -> list[e.Action]:
-        """Too few results came: none of them counts."""
-        return [
-            *self.sweep(),
-            e.CloseTask(*self.identity, "void"),
-            *(self._tell(client, m.Receipt(*self.identity, "void")) for client in self.contributors),
-        ]
+        """Too few results came: none of them counts. Once the ledger says so, their clients are told (`voided`)."""
+        return [*self.sweep(), e.CloseTask(*self.identity, "void")]
+
+    def voided(self) -> list[e.Action]:
+        """Tell those who were told that theirs is recorded."""
+        return [self._tell(client, m.Receipt(*self.identity, "void")) for client in self.contributors]
 
     # Small things.
 

@@ -146,6 +146,7 @@ class Worker:
                 return e.Aggregated(self._publication.version, self._publication.digest, clipped)
             case e.CloseTask(epoch, number, outcome):
                 self._ledger.close_task(epoch, number, outcome)
+                return e.Closed(epoch, number)
             case e.Evaluate(version):
                 assert self._held_out is not None
                 vector, buffers = self._publication.parameters(version), self._publication.buffers(version)

@@ -119,6 +119,8 @@ class Device:
     software: str = ""
     uplink: float = 0.0
     """Bytes a second that the device can send; 0 is not known."""
+    boot: bytes = field(default_factory=lambda: secrets.token_bytes(8))
+    """What tells this life of the client from earlier ones."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the federation says that it has finished."""
     link: Link = field(init=False)
@@ -135,7 +137,7 @@ class Device:
     def __post_init__(self) -> None:
         rng = random.Random(self.seed if self.seed is not None else secrets.randbits(64))  # noqa: S311
         settings = SessionSettings(self.client, self.federation, software=self.software, uplink=self.uplink)
-        self._session = ClientSession(settings, self._resume(), rng, boot=secrets.token_bytes(8))
+        self._session = ClientSession(settings, self._resume(), rng, boot=self.boot)
         goodbye = self._session.goodbye()
         self.link = self.connect((goodbye.topic, goodbye.payload))
 

@@ -70,6 +70,9 @@ class ClientSession:
     _version: int = 0
     _digest: bytes = NO_HASH
     _samples: int = 0
+    _ask_at: float | None = None
+    """When to subscribe to the offer again: it has not come since the connection was made."""
+    _asked: int = 0
     _hello_at: float | None = None
     _install_at: float | None = None
     _installing: bool = False
@@ -92,9 +95,11 @@ class ClientSession:
     @property
     def wake(self) -> float | None:
         """When the next Tick is due, on the clock of ``now``; None when only another event can change anything."""
-        if not self._connected or self._offer is None:
+        if not self._connected:
             return None
-        times = [self._deadline]
+        if self._offer is None:
+            return self._ask_at
+        times = [self._deadline, self._ask_at]
         if self._ready:
             times.append(self._hello_at)
         if not self._busy:
@@ -136,11 +141,12 @@ class ClientSession:
         match event:
             case e.Connected():
                 self._connected = True
+                self._ask_at, self._asked = now + self.settings.patience, 0
                 yield e.Subscribe((self._topics.offer, self._topics.down(self.settings.client)))
                 if self._download is not None:
                     yield from self._pull(self._download.start(now), self._download)
             case e.Disconnected():
-                self._connected, self._hello_at = False, None
+                self._connected, self._hello_at, self._ask_at = False, None, None
                 if self._upload is not None:
                     self._upload.interrupt()
             case e.Received(topic, payload):
@@ -206,7 +212,9 @@ class ClientSession:
         if self._offer is not None and offer.epoch < self._offer.epoch:
             return
         check_blob(offer.bundle, self.settings.blob_limit)
-        greeted = self._offer is not None and self._hello_at is not None and self._offer.epoch == offer.epoch
+        self._ask_at = None
+        known = None if self._offer is None or self._hello_at is None else self._offer.epoch
+        greeted = known == offer.epoch
         self._offer, self._chunk = offer, min(self.settings.chunk, offer.bundle.chunk)  # what the broker takes
         if self._upload is not None and self._upload.ref.chunk != self._chunk:
             self._upload = replace(self._announcement(self._upload.pending), at=self._upload.at)
@@ -366,6 +374,11 @@ class ClientSession:
     # What is said, and when.
 
     def _tick(self, now: float) -> Iterator[e.Action]:
+        if self._connected and self._ask_at is not None and now >= self._ask_at:
+            # A broker may lose a retained message too; where there is no server yet, this costs a packet now and then.
+            self._asked += 1
+            self._ask_at = now + pause(self.settings.patience, self._asked)
+            yield e.Subscribe((self._topics.offer, self._topics.down(self.settings.client)))
         if not self._connected or self._offer is None:
             return
         if self._install_at is not None and now >= self._install_at and not self._busy:

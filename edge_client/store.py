@@ -170,10 +170,13 @@ class Store:
             self._commit(msgspec.structs.replace(self._index, version=version, digest=digest, last=last, serial=serial))
 
     def settle(self, epoch: int, task: int, *, recorded: bool) -> None:
-        """The fate of the last update is known; of any other one there is nothing left to settle."""
+        """The fate of the last update is known; of any other one there is nothing left to settle.
+
+        The first word decides; after it only "recorded" can be taken back, by a task that turns out void.
+        """
         with self._lock:
             last = self._index.last
-            if last is None or (last.epoch, last.task) != (epoch, task):
+            if last is None or (last.epoch, last.task) != (epoch, task) or (last.settled and recorded):
                 return
             kept = last.after if recorded else last.before
             settled = msgspec.structs.replace(last, update="", settled=True)

@@ -127,6 +127,7 @@ class Paper:
                 return e.Aggregated(self.version, digest(self.version))
             case e.CloseTask(epoch, number, outcome):
                 self._close(epoch, number, outcome)
+                return e.Closed(epoch, number)
             case e.Evaluate(version):
                 return e.Evaluated(version, {"accuracy": version / 10})
             case e.FinishRound(result, best):

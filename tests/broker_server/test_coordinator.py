@@ -161,6 +161,14 @@ def test_a_link_that_has_changed_changes_the_limit():
     assert again["a"].update.limit == 200
 
 
+def test_a_void_is_told_once_the_ledger_has_it():
+    table = desk(round={"cohort": 3, "minimum": 2, "deadline": 60.0}, manual=(e.CloseTask,))
+    table.hello("a", "b", "c")
+    table.upload("a")
+    assert not told(table.wait(61.0), "a", m.Receipt)
+    assert status(table.perform(), "a") == ["void"]
+
+
 def test_a_void_round_waits_for_clients_without_spinning():
     table = desk(round={"cohort": 2, "minimum": 2, "deadline": 60.0})
     table.hello("a", "b")
@@ -446,9 +454,36 @@ def test_chunks_that_do_not_fit_are_dropped_and_the_upload_goes_on():
 def test_an_unknown_task_is_answered_from_the_ledger():
     table = desk()
     table.hello("a", "b", "c")
-    assert status(table.upload("a", identity=(7, 7)), "a") == ["late"]
+    assert status(table.upload("a", identity=(0, 7)), "a") == ["late"]
     (spare,) = others(table, "a", "b", "c")
     assert status(table.upload(spare), spare) == ["late"]
+
+
+def test_of_a_task_of_an_epoch_to_come_nothing_is_said():
+    table = desk()
+    table.hello("a", "b", "c")
+    assert told(table.upload("a", identity=(2, 1)), "a") == []
+
+
+def test_a_newer_offer_ends_the_server_and_an_older_one_is_replaced():
+    table = desk()
+    own = of(table.actions, e.Retain)
+    assert any(TOPICS.offer in action.topics for action in of(table.actions, e.Subscribe))
+    offer = m.decode(own[0].payload)
+    assert isinstance(offer, m.Offer)
+    assert table.feed(e.Received(TOPICS.offer, own[0].payload)) == []
+    older, newer = (msgspec.structs.replace(offer, epoch=epoch) for epoch in (0, 2))
+    assert of(table.feed(e.Received(TOPICS.offer, m.encode(older))), e.Retain) == own
+    assert table.feed(e.Received(TOPICS.offer, m.encode(newer))) == [e.Fenced(2)]
+
+
+def test_a_hello_of_an_epoch_before_is_answered_with_the_offer_that_it_missed():
+    table = desk(desk().paper)
+    before = m.Hello(1, b"boot0000", BUNDLE.sha256, 0, digest(0), 10, True)
+    (offer,) = told(table.say("a", before), "a")
+    assert isinstance(offer, m.Offer)
+    assert offer.epoch == 2
+    assert table.coordinator.clients == 0
 
 
 # Versions and deltas.

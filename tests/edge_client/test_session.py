@@ -105,8 +105,20 @@ def worked(machine, task=1, update=b"update", version=1, digest=V1):
 def test_a_connection_subscribes_in_one_packet_and_says_nothing_before_the_offer():
     machine = Machine(held(pending=Pending(1, 1, b"u")))
     assert machine.feed(e.Connected()) == [e.Subscribe((TOPICS.offer, DOWN))]
-    assert machine.session.wake is None
-    assert machine.wait(1000) == []
+    assert said([action for _, action in machine.wait(1000)]) == []
+
+
+def test_an_offer_that_does_not_come_is_subscribed_to_again_and_less_and_less_often():
+    machine = Machine(held())
+    for _ in range(2):
+        machine.feed(e.Connected())
+        began, asked = machine.now, machine.wait(1200.0)
+        assert {action for _, action in asked} == {e.Subscribe((TOPICS.offer, DOWN))}
+        assert [when - began for when, _ in asked] == [5.0, 15.0, 35.0, 75.0, 155.0, 315.0, 615.0, 915.0]
+        machine.offered()
+        assert said([action for _, action in machine.wait(1.0)]) == []  # hello came with the offer
+        machine.feed(e.Disconnected())
+        # What was known before the connection broke may be over: the offer is wanted again.
 
 
 def test_hello_comes_within_the_spread_and_says_what_is_held():
@@ -501,7 +513,6 @@ def test_a_task_that_ends_while_offline_is_announced_after_the_next_offer():
     assert worked(machine) == []
     assert machine.wait(1000) == []
     assert machine.feed(e.Connected()) == [e.Subscribe((TOPICS.offer, DOWN))]
-    assert machine.session.wake is None
     assert machine.offered(spread=5.0) == []
     hello, upload = said([action for _, action in machine.wait(5.0)])
     assert isinstance(hello, m.Hello)
