@@ -28,7 +28,7 @@ def test_valid_bytes_are_taken(name):
     assert all(feed(name, data) for data in seeds()[name])
 
 
-@pytest.mark.parametrize("name", set(DECODERS) - {"scalars"})
+@pytest.mark.parametrize("name", sorted(set(DECODERS) - {"scalars"}))
 def test_every_truncation_is_refused(name):
     for data in seeds()[name]:
         for end in range(0, len(data), max(1, len(data) // 100)):
