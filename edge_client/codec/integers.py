@@ -22,6 +22,8 @@ PCODEC = 33
 SPARSE = 34
 RICE_COUNT = 4096
 """Longest list in a Golomb-Rice code: from there on pcodec is smaller, and its decoder needs no scratch space."""
+_PCODEC_LEAST = 32
+"""Bytes that pcodec needs for any list, about."""
 RICE_BITS_EACH = 64
 """Most bits an integer may take on average in a Golomb-Rice list; bounds what a hostile list makes the decoder
 unpack."""
@@ -104,20 +106,24 @@ def pack(values: Integers) -> bytes:
         return b""
     if values[0] == values.max() and values[0] == values.min():
         return bytes([CONSTANT]) + varint(int(values[0]))
-    # Levels 0 and up trade speed for size; 8 is within half a percent of the entropy. Automatic modes cost time and
-    # cannot help: neighbours are independent once the classes are known.
-    config = ChunkConfig(compression_level=8, mode_spec=ModeSpec.classic(), delta_spec=DeltaSpec.no_op())
-    best = bytes([PCODEC]) + bytes(standalone.simple_compress(np.ascontiguousarray(values), config))
+    best = b""
     if count <= RICE_COUNT:
         k, bits = _rice_parameter(values)
-        if (bits + 7) // 8 + 1 < len(best) and bits <= RICE_BITS_EACH * count:
+        if bits <= RICE_BITS_EACH * count:
             best = bytes([k]) + _rice(values, k, bits)
         hits = np.flatnonzero(values)
         if 2 * len(hits) <= count:
             gaps = np.diff(hits, prepend=-1) - 1
             sparse = bytes([SPARSE]) + varint(len(hits)) + section(pack(gaps.astype(np.uint32)))
-            best = min(best, sparse + pack(values[hits] - np.uint32(1)), key=len)
-    return best
+            sparse += pack(values[hits] - np.uint32(1))
+            best = min(best or sparse, sparse, key=len)
+    if best and len(best) <= _PCODEC_LEAST:
+        return best
+    # Levels 0 and up trade speed for size; 8 is within half a percent of the entropy. Automatic modes cost time and
+    # cannot help: neighbours are independent once the classes are known.
+    config = ChunkConfig(compression_level=8, mode_spec=ModeSpec.classic(), delta_spec=DeltaSpec.no_op())
+    long = bytes([PCODEC]) + bytes(standalone.simple_compress(np.ascontiguousarray(values), config))
+    return long if not best or len(long) < len(best) else best
 
 
 def unpack(data: memoryview, count: int, what: str) -> Integers:

@@ -30,8 +30,8 @@ DELTA = "delta"
 
 ZERO, NONFINITE, RAW, QUANTIZED = range(4)
 
-_BYTES_SLOPE, _NOISE_SLOPE = -1.5, 1.5
-_STEP_AT_A_BIT = 0.95
+_BYTES_SLOPE, _NOISE_SLOPE = -1.5, 1.2
+_STEP_AT_A_BIT, _STEP_AT_ALL_NOISE = 0.95, 8.0
 """Of real updates, in root mean squares: where rate control begins."""
 _LENGTH = 2
 """About what a vector's length takes beyond that of no bytes."""
@@ -173,7 +173,7 @@ def _quantized(vector: Vector, layout: Layout, settings: CodecSettings, spent: i
         encoder.encode(settings.value * encoder.rms)
         return encoder
     if settings.target == "nmse":
-        start = 2 * math.sqrt(settings.value) * encoder.rms
+        start = _STEP_AT_ALL_NOISE * math.sqrt(settings.value) * encoder.rms
         solve(encoder.noise, settings.value, start, _NOISE_SLOPE, encoder.bounds)
         encoder.encode(encoder.step)
         return encoder
