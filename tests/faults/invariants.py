@@ -269,11 +269,10 @@ class Oracle:
         if recorded and not any(key in known.rows for known in self.ledgers):
             self.world.violated(f"{client} takes {identity} for recorded; the ledger has no such update")
         fate = recorded if now.fate is None else now.fate and recorded
-        if not fate:
-            if view is not None:
-                if key in view.counted:
-                    self.world.violated(f"{client} takes {identity} for not recorded; it is counted")
-                self.denied.add(key)
+        if not fate and view is not None:
+            if key in view.counted:
+                self.world.violated(f"{client} takes {identity} for not recorded; it is counted")
+            self.denied.add(key)
         return ClientView(now.after if fate else now.before, identity, now.before, now.after, fate)
 
     def stored(self, client: str, view: ClientView, store: Store) -> None:

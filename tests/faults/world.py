@@ -21,7 +21,7 @@ EPOCH = 1_800_000_000.0
 """Wall time at which every run begins, seconds since 1970."""
 
 
-class Violation(Exception):
+class Violation(Exception):  # noqa: N818
     """An invariant does not hold."""
 
 
@@ -154,7 +154,8 @@ class World:
         """Let things happen until ``until`` holds, an invariant does not, or virtual time is over."""
 
         async def watch() -> None:
-            while not until() and self.violation is None and self.loop.now < limit:
+            # What is waited for is what is true of the world, and no single event makes it so.
+            while not until() and self.violation is None and self.loop.now < limit:  # noqa: ASYNC110
                 await asyncio.sleep(1.0)
 
         self.loop.run_until_complete(watch())
