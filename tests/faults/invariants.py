@@ -8,11 +8,13 @@ import hashlib
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from broker_server.config import Federation
+from broker_server.ledger import Ledger
 from edge_client.bundle import Bundle
 from edge_client.codec.model import unpack_model
 from edge_client.codec.update import decode_update
@@ -251,7 +253,7 @@ class Oracle:
         if now.last is not None and now.fate is None and now.last != identity:
             self.world.violated(f"{client} overwrites the update {now.last}, whose fate it does not know")
         before = now.residual
-        return ClientView(before, identity, before, before if residual is None else residual)
+        return ClientView(before, identity, before, before if residual is None else residual or None)
 
     def settles(self, client: str, identity: Identity, recorded: bool) -> ClientView:
         """A client is about to act on a receipt; what the store will say then.
@@ -316,9 +318,16 @@ class Oracle:
             if depth > most:
                 self.world.violated(f"{depth} messages wait for {name}; expected at most {most}")
 
-    def finished(self, rounds: int, server_folder: str) -> None:
-        """The run is over: every receipt is kept."""
+    def finished(self, rounds: int, server_folder: str, broker: SimBroker) -> None:
+        """The run is over: every receipt is kept, and what is left on the broker can be cleared."""
         view = self.ledger(server_folder)
+        with Ledger.read(Path(server_folder) / "ledger.db") as ledger:
+            known = {*ledger.retained(), self._topics.offer}
+        # A state folder that was given up takes with it what it knew.
+        if len(self.ledgers) == 1 and (forgotten := sorted(set(broker.retained) - known)):
+            self.world.violated(
+                f"{len(forgotten)} topics stay on the broker and no ledger knows of them: {forgotten[0]}"
+            )
         if view.rounds != rounds:
             self.world.violated(f"the run ends after {view.rounds} rounds; expected {rounds}")
         for key in self.receipts:

@@ -102,7 +102,7 @@ class Run:
                 world.spawn(self._watch())
                 world.run(lambda: self.server.outcome is not None)
                 if world.violation is None:
-                    self.site.oracle.finished(plan.rounds, str(self.server.folder))
+                    self.site.oracle.finished(plan.rounds, str(self.server.folder), self.site.broker)
             except Violation as violation:
                 world.fail(violation)
             finally:
@@ -250,7 +250,7 @@ def _settings(plan: Plan, folder: Path) -> Federation:
             "deadline": plan.deadline,
         },
         "train": {"epochs": 1},
-        "codec": {"kind": plan.kind, "feedback": "residual" if plan.feedback else "none"},
+        "codec": {"kind": plan.kind, "feedback": plan.feedback},
         "aggregation": {"weights": plan.weights, "momentum": plan.momentum},
         "evaluation": {
             "every": plan.every,

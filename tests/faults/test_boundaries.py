@@ -11,20 +11,20 @@ LAST = 400
 
 
 def plan(kind: str, who: str, boundary: int) -> Plan:
-    """Three rounds in which nothing else goes wrong, deltas and updates in chunks; one node dies once."""
+    """Two rounds in which nothing else goes wrong, deltas and updates in chunks; one node dies once."""
     calm = draw(0, "small")
     return dataclasses.replace(
         calm,
-        clients=5,
+        clients=3,
         strangers=0,
-        rounds=3,
-        cohort=4,
+        rounds=2,
+        cohort=3,
         over_select=1.0,
-        minimum=3,
+        minimum=2,
         quorum=0,
         deadline=60.0,
         kind="quantized",
-        feedback=True,
+        feedback="residual",
         inline=0,
         window=2,
         uploads=1,
@@ -40,11 +40,11 @@ def plan(kind: str, who: str, boundary: int) -> Plan:
     )
 
 
-@pytest.mark.parametrize("kind", ["server kill", "server power cut", "client kill", "client power cut"])
-def test_a_crash_at_any_boundary_costs_nothing(kind):
-    who = "server" if kind.startswith("server") else "c0"
+@pytest.mark.parametrize(("node", "who"), [("server", "server"), ("client", "c0")])
+def test_a_crash_at_any_boundary_costs_nothing(node, who):
     struck = 0
     for boundary in range(1, LAST):
+        kind = f"{node} kill" if boundary % 2 else f"{node} power cut"
         result = run(plan(kind, who, boundary))
         assert result.violation is None, f"boundary {boundary}: {result.violation!r}"
         if not result.faults[kind]:
