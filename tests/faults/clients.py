@@ -1,4 +1,4 @@
-"""Clients of a run: driver, session, worker and store as they ship, with a cheap trainer and the reference looking on."""
+"""Clients of a run: driver, session, worker and store as they ship, with a cheap trainer and the reference beside."""
 
 import asyncio
 import dataclasses

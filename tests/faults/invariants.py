@@ -325,9 +325,7 @@ class Oracle:
             known = {*ledger.retained(), self._topics.offer}
         # A state folder that was given up takes with it what it knew.
         if len(self.ledgers) == 1 and (forgotten := sorted(set(broker.retained) - known)):
-            self.world.violated(
-                f"{len(forgotten)} topics stay on the broker and no ledger knows of them: {forgotten[0]}"
-            )
+            self.world.violated(f"{len(forgotten)} topics stay on the broker, and no ledger has them: {forgotten[0]}")
         if view.rounds != rounds:
             self.world.violated(f"the run ends after {view.rounds} rounds; expected {rounds}")
         for key in self.receipts:

@@ -1,4 +1,4 @@
-"""Crash and restart at every boundary between two actions, one after the other: nothing is lost, nothing counts twice."""
+"""Crash and restart at every boundary between two actions, one after the other: nothing is lost or counted twice."""
 
 import dataclasses
 

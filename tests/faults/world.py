@@ -150,12 +150,12 @@ class World:
         if not isinstance(error, PowerCut | asyncio.CancelledError | FedgeError):
             self.fail(error if error is not None else Violation(context["message"]))
 
-    def run(self, until: Callable[[], bool], *, limit: float = float("inf")) -> None:
-        """Let things happen until ``until`` holds, an invariant does not, or virtual time is over."""
+    def run(self, until: Callable[[], bool]) -> None:
+        """Let things happen until ``until`` holds or an invariant does not."""
 
         async def watch() -> None:
             # What is waited for is what is true of the world, and no single event makes it so.
-            while not until() and self.violation is None and self.loop.now < limit:  # noqa: ASYNC110
+            while not until() and self.violation is None:  # noqa: ASYNC110
                 await asyncio.sleep(1.0)
 
         self.loop.run_until_complete(watch())
