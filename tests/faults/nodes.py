@@ -40,6 +40,8 @@ class Site:
 class Node:
     """Something that lives, dies at any boundary between two of its actions, and is started again."""
 
+    kind = "node"
+
     def __init__(self, site: Site, name: str) -> None:
         self.site, self.world, self.name = site, site.world, name
         self.rng = random.Random(f"{site.world.seed}/{name}")
@@ -82,8 +84,6 @@ class Node:
             self.medium.flush()
         if self.main is not None:
             self.main.cancel()
-
-    kind = "node"
 
     async def supervise(self) -> None:
         """Start, and start again, until retired."""
