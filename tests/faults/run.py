@@ -228,7 +228,7 @@ class Run:
         world.spawn(new.supervise())
 
         def end() -> None:
-            if new.retired:
+            if new.retired and self.server is new:
                 # The clock went back before it began: it has refused, and its operator keeps the old one.
                 self.server = old
                 return
