@@ -27,6 +27,11 @@ ClientPattern = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.*?-]{1,64}\Z")]
 Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,63}\Z")]
 
 
+_SYNCHRONOUS = ("cohort", "over_select", "minimum")
+_BUFFERED = ("concurrency", "buffer", "staleness", "max_staleness")
+"""Keys of ``[round]`` that only one of its modes reads."""
+
+
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of all sections: immutable, strict about its keys (mypy wants ``frozen`` repeated)."""
 
@@ -55,6 +60,9 @@ class Broker(_Section, frozen=True):
 class Round(_Section, frozen=True):
     """``[round]``: who is asked, how many answers are wanted, and how long the server waits for them."""
 
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    """Rounds, in which a cohort trains the same version; or none: clients train all the time, each from the version
+    that is the newest when it is asked, and every ``buffer`` updates make the next one."""
     cohort: Positive = 10
     """Updates that end the round (the goal count)."""
     over_select: Annotated[float, Meta(ge=1, le=10)] = 1.0
@@ -62,7 +70,15 @@ class Round(_Section, frozen=True):
     minimum: Positive = 1
     """With fewer updates at the deadline the round is void."""
     clients: Count = 0
-    """Clients that must have said hello before the first round; 0 means ``cohort``."""
+    """Clients that must have said hello before the first round; 0 means ``cohort``, or ``buffer`` where buffered."""
+    concurrency: Positive = 20
+    """Buffered: clients that train at once."""
+    buffer: Positive = 10
+    """Buffered: updates that make a new version."""
+    staleness: Annotated[float, Meta(ge=0, le=100)] = 0.5
+    """Buffered: an update s versions old counts (1 + s)^-staleness times."""
+    max_staleness: Count = 20
+    """Buffered: an update that is more versions old is refused."""
 
     @property
     def invited(self) -> int:
@@ -72,7 +88,7 @@ class Round(_Section, frozen=True):
     @property
     def quorum(self) -> int:
         """Clients that must be there before the first round starts."""
-        return self.clients or self.cohort
+        return self.clients or (self.cohort if self.mode == "synchronous" else min(self.buffer, self.concurrency))
 
 
 class Train(_Section, frozen=True):
@@ -356,17 +372,15 @@ def _check_together(federation: Federation) -> None:
     for name in ("bundle", "state"):
         if not getattr(federation.federation, name):
             raise ConfigError(f"federation.{name} is empty; expected a path")
-    if rounds.minimum > rounds.cohort:
-        raise ConfigError(f"round.minimum is {rounds.minimum}; expected at most round.cohort, {rounds.cohort}")
-    if rounds.quorum < rounds.minimum:
-        raise ConfigError(f"round.clients is {rounds.clients}; expected at least round.minimum, {rounds.minimum}")
+    _check_mode(rounds)
     if federation.broker.password_file and not federation.broker.username:
         raise ConfigError("broker.password_file is set without broker.username; set both or none")
     _check_rates(federation.codec)
     if simulation.speed[0] > simulation.speed[1]:
         raise ConfigError(f"simulation.speed is {list(simulation.speed)}; expected [slowest, fastest]")
     if simulation.data:
-        for key, wanted in (("cohort", rounds.cohort), ("clients", rounds.clients)):
+        asked = "cohort" if rounds.mode == "synchronous" else "concurrency"
+        for key, wanted in ((asked, getattr(rounds, asked)), ("clients", rounds.clients)):
             if wanted > simulation.clients:
                 raise ConfigError(
                     f"round.{key} is {wanted}; expected at most simulation.clients, {simulation.clients}: "
@@ -381,6 +395,24 @@ def _check_together(federation: Federation) -> None:
             "stop.target and stop.patience need an evaluation and there is none; "
             "set evaluation.data or evaluation.clients, and evaluation.every above 0"
         )
+
+
+def _check_mode(rounds: Round) -> None:
+    others = _BUFFERED if rounds.mode == "synchronous" else _SYNCHRONOUS
+    defaults = Round()
+    for key in others:
+        if (found := getattr(rounds, key)) != getattr(defaults, key):
+            right = "buffered" if rounds.mode == "synchronous" else "synchronous"
+            raise ConfigError(
+                f'round.{key} is {found} and means nothing with round.mode = "{rounds.mode}"; '
+                f'remove it, or set round.mode = "{right}"'
+            )
+    if rounds.mode == "buffered":
+        return
+    if rounds.minimum > rounds.cohort:
+        raise ConfigError(f"round.minimum is {rounds.minimum}; expected at most round.cohort, {rounds.cohort}")
+    if rounds.quorum < rounds.minimum:
+        raise ConfigError(f"round.clients is {rounds.clients}; expected at least round.minimum, {rounds.minimum}")
 
 
 def _check_rates(codec: Codec) -> None:

@@ -26,6 +26,8 @@ from edge_client.wire.messages import BlobRef
 from edge_client.wire.topics import Topics
 
 Result = TypeVar("Result")
+_TOGETHER = (e.Record, e.OpenTask)
+"""Actions whose commits may wait for one another."""
 
 
 @dataclass(frozen=True)
@@ -186,10 +188,10 @@ class Server:
                     self.on_round(action.result)
 
     async def _work(self) -> None:
-        """Feed the worker: updates that wait together are recorded in one commit."""
+        """Feed the worker: updates that wait together are recorded in one commit, and so are tasks."""
         while True:
             batch = [await self._queue.get()]
-            while isinstance(batch[-1], e.Record) and not self._queue.empty():
+            while isinstance(batch[-1], _TOGETHER) and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             try:
                 await self._batch(batch)
@@ -198,7 +200,7 @@ class Server:
                     self._queue.task_done()
 
     async def _batch(self, batch: list[e.Action]) -> None:
-        together = [action for action in batch if isinstance(action, e.Record)]
+        together = [action for action in batch if isinstance(action, _TOGETHER)]
         if together:
             for answer in await self._in_worker(lambda: self._worker.perform_all(together)):
                 if answer is not None:

@@ -66,7 +66,6 @@ class Paper:
         self.epoch += 1
         self.blobs.clear()
         opened = [task for identity, task in self.tasks.items() if identity not in self.outcomes]
-        assert len(opened) <= 1
         return e.Restored(
             epoch=self.epoch,
             version=self.version,
@@ -76,12 +75,11 @@ class Paper:
             last_task=max((number for _, number in self.tasks), default=0),
             rounds=tuple(self.rounds.values()),
             unfinished=self.unfinished,
-            open_task=opened[0] if opened else None,
+            open_tasks=tuple(opened),
         )
 
     def replay(self, restored: e.Restored) -> Iterator[e.Recorded]:
-        task = restored.open_task
-        if task is not None:
+        for task in restored.open_tasks:
             for client, known in self.updates[task.epoch, task.task].items():
                 yield e.Recorded(task.epoch, task.task, client, known.samples, known.scalars)
 
@@ -115,11 +113,11 @@ class Paper:
                 ref = transfer.refer(data, chunk=1024, inline=1024)
                 self.blobs[ref.sha256] = data
                 return e.Prepared(held, version, ref)
-            case e.Aggregate(epoch, number, result, keep):
-                self._close(epoch, number, "done")
-                known = self.updates[epoch, number]
-                self.counted.append([((epoch, number), client) for client in known])
-                self.sums.append(sum(one.samples for one in known.values()))
+            case e.Aggregate(closes, result, keep):
+                for identity in closes:
+                    self._close(*identity, "done")
+                self.counted.append([(identity, client) for identity in closes for client in self.updates[identity]])
+                self.sums.append(sum(one.samples for identity in closes for one in self.updates[identity].values()))
                 self.kept = (self.kept & keep) | {self.version, self.version + 1}
                 self.version += 1
                 assert result.version == self.version

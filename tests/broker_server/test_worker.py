@@ -43,7 +43,7 @@ def encoded(vector=None, samples: float = 10, **scalars: float) -> bytes:
 
 def aggregate(number: int = 1, epoch: int = 1) -> e.Aggregate:
     result = Round(round=number, version=number, clients=1, samples=1, seconds=0.0, bytes_up=0, bytes_down=0)
-    return e.Aggregate(epoch, number, result, frozenset())
+    return e.Aggregate(((epoch, number),), result, frozenset())
 
 
 @pytest.fixture

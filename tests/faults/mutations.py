@@ -133,7 +133,7 @@ def _replayed_twice() -> Patches:
         yield from replay(self, restored)
         task = restored.open_task
         if task is not None:
-            for _, samples, data in list(self._ledger.updates(task.epoch, task.task))[:1]:
+            for _, _, samples, data in list(self._ledger.updates())[:1]:
                 self._add(self._decode(data)[2], samples)
 
     return [mock.patch.object(ServerWorker, "replay", twice)]
