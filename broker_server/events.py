@@ -1,7 +1,7 @@
 """What happens to a federation, and what its server does about it: the coordinator's start, events and actions."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from broker_server.ledger import Round, Task
@@ -33,6 +33,8 @@ class Restored:
     """The last round's number where its model is there and its evaluation is not."""
     open_tasks: tuple[Task, ...] = ()
     """The tasks that were under way, one at most in synchronous rounds; their recorded updates follow as Recorded."""
+    digests: Mapping[int, bytes] = field(default_factory=dict)
+    """Of the versions that these tasks work on."""
     leftovers: tuple[str, ...] = ()
     """Topics on which an earlier run may have left chunks."""
 

@@ -75,6 +75,10 @@ class Publication:
         """Hash of the newest version."""
         return self._head.model.digest()
 
+    def digests(self, versions: Collection[int]) -> dict[int, bytes]:
+        """Hashes of versions that are kept."""
+        return {version: self._model(version).digest() for version in versions}
+
     def parameters(self, version: int | None = None) -> Vector:
         """``[n_params] float32``: the trainable parameters of a version, the newest by default."""
         return self._model(version).parameters(self._base)

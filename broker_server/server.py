@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 from broker_server import events as e
 from broker_server.artifacts import Report
+from broker_server.asynchronous import AsynchronousCoordinator
 from broker_server.broker import EmbeddedBroker
 from broker_server.config import Federation
+from broker_server.conversation import Conversation
 from broker_server.coordinator import Coordinator
 from broker_server.database import Lock
 from broker_server.ledger import Round
@@ -59,7 +61,7 @@ class Server:
     """Finds the settings that fit the broker (`packets.fitted`), before anything is cut into chunks."""
     _pool: ThreadPoolExecutor = field(init=False)
     _worker: Worker = field(init=False)
-    _coordinator: Coordinator = field(init=False)
+    _coordinator: Conversation = field(init=False)
     _queue: "asyncio.Queue[e.Action]" = field(init=False, default_factory=asyncio.Queue)
     _ended: "asyncio.Future[str]" = field(init=False)
     _timer: asyncio.TimerHandle | None = field(init=False, default=None)
@@ -86,7 +88,7 @@ class Server:
                 self.settings = fitting.result()
                 self._worker.limits = self.settings.transfer
             restored = await self._in_worker(self._worker.start)
-            self._coordinator = Coordinator(self.settings, restored)
+            self._coordinator = coordinator(self.settings, restored)
             for answer in await self._in_worker(lambda: list(self._worker.replay(restored))):
                 self._feed(answer)
             self.on_start(restored)
@@ -269,6 +271,13 @@ class Server:
         data = read_bundle(self.settings)
         check_names(self.settings, Bundle.from_bytes(data))
         return Worker(self.settings, data, self.lock)
+
+
+def coordinator(settings: Federation, restored: e.Restored) -> Conversation:
+    """The state machine of the mode that the settings name."""
+    if settings.round.mode == "buffered":
+        return AsynchronousCoordinator(settings, restored)
+    return Coordinator(settings, restored)
 
 
 def read_bundle(settings: Federation) -> bytes:

@@ -100,6 +100,7 @@ class Worker:
             rounds=rounds,
             unfinished=self._ledger.unfinished(),
             open_tasks=open_tasks,
+            digests=self._publication.digests({task.version for task in open_tasks}),
             leftovers=tuple(self._ledger.retained()),
         )
 

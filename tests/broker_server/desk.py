@@ -11,8 +11,8 @@ import msgspec
 
 from broker_server import events as e
 from broker_server.config import Federation
-from broker_server.coordinator import Coordinator
 from broker_server.ledger import Round, Task
+from broker_server.server import coordinator
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
 from edge_client.wire.topics import Topics
@@ -151,7 +151,7 @@ class Desk:
         self.actions: list[e.Action] = []
         self.waiting: list[e.Action] = []
         self.restored = self.paper.start()
-        self.coordinator = Coordinator(config, self.restored)
+        self.coordinator = coordinator(config, self.restored)
         for event in self.paper.replay(self.restored):
             self.feed(event)
         self.feed(e.Connected())
