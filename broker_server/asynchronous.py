@@ -179,7 +179,6 @@ class AsynchronousCoordinator(Conversation):
                 self._flights.ask(flight, now)
                 yield from self._invite(flight)
         yield from self._consider(now)
-        yield from self._go_on(now)
 
     def _lost(self, flight: Flight, hello: m.Hello) -> bool:
         """Whether a client's new life knows nothing of its task: it better begins one from the newest version.
@@ -198,20 +197,21 @@ class AsynchronousCoordinator(Conversation):
     def _tick(self, now: float) -> Iterator[e.Action]:
         yield from self._flights.tick(now)
         yield from self._consider(now)
-        yield from self._go_on(now)
 
     def _consider(self, now: float) -> Iterator[e.Action]:
-        if not self._connected or self.phase != "waiting":
-            return
-        reason = self._progress.reason()
-        if reason is not None:
-            yield from self._stop(reason)
-            return
-        quorum = self.settings.round.quorum if not self._progress.rounds or self._gather else 1
-        if self._roster.present() >= quorum:
-            self.phase = "train"
-            self._round.begin(now)
-            yield from self._go_on(now)
+        if self._connected and self.phase == "waiting":
+            reason = self._progress.reason()
+            if reason is not None:
+                yield from self._stop(reason)
+            elif self._roster.present() >= (self.settings.round.quorum if self._young else 1):
+                self.phase = "train"
+                self._round.begin(now)
+        yield from self._go_on(now)
+
+    @property
+    def _young(self) -> bool:
+        """Whether clients are still expected to come: at the beginning, and for a while after a restart."""
+        return not self._progress.rounds or bool(self._gather)
 
     def _go_on(self, now: float) -> Iterator[e.Action]:
         """Record what has come, make a version of it where it is enough, and keep clients busy."""

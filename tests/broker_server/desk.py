@@ -76,6 +76,7 @@ class Paper:
             rounds=tuple(self.rounds.values()),
             unfinished=self.unfinished,
             open_tasks=tuple(opened),
+            digests={task.version: digest(task.version) for task in opened},
         )
 
     def replay(self, restored: e.Restored) -> Iterator[e.Recorded]:
@@ -107,8 +108,8 @@ class Paper:
                 recorded = client in self.updates.get((epoch, number), {})
                 return e.Answered(epoch, number, client, "recorded" if recorded else "late")
             case e.Prepare(held, version):
-                assert version == self.version
-                assert held in self.kept | {0}, f"version {held} has been forgotten"
+                assert version <= self.version
+                assert {held, version} <= self.kept | {0}, f"version {held} or {version} has been forgotten"
                 data = b"%d to %d" % (held, version) * (self.delta_bytes // 6)
                 ref = transfer.refer(data, chunk=1024, inline=1024)
                 self.blobs[ref.sha256] = data

@@ -88,7 +88,7 @@ def test_updates_stream_while_others_are_recorded(ledger):
     ledger.open_task(task())
     ledger.record(1, 1, "a", b"a", 1)
     stream = ledger.updates()
-    assert next(stream) == ("a", 1, b"a")
+    assert next(stream) == ((1, 1), "a", 1, b"a")
     ledger.record(1, 1, "b", b"b", 1)
     assert list(ledger.updates()) == [((1, 1), "a", 1, b"a"), ((1, 1), "b", 1, b"b")]
 
