@@ -67,6 +67,8 @@ class AsynchronousCoordinator(Conversation):
 
     _flights: Flights = field(init=False)
     _buffer: Buffer = field(init=False)
+    _unanswered: dict[Identity, Task] = field(init=False)
+    """Tasks of earlier servers whose update, where there is one, has not been added up again."""
     _evaluation: Evaluation | None = field(init=False, default=None)
     _resting: set[str] = field(init=False, default_factory=set)
     """Clients that could not do their task: not asked again before they say hello or there is a new version."""
@@ -76,8 +78,7 @@ class AsynchronousCoordinator(Conversation):
         self._flights = Flights(self.settings, self.restored.update_limit)
         self._buffer = Buffer(self._version)
         self._digests |= self.restored.digests
-        for task in self.restored.open_tasks:
-            self._flights.restore(task)
+        self._unanswered = {(task.epoch, task.task): task for task in self.restored.open_tasks}
 
     @property
     def wake(self) -> float | None:
@@ -101,6 +102,8 @@ class AsynchronousCoordinator(Conversation):
                 if found := self._flights.find(epoch, task, client):
                     yield from self._recorded(found, event)
                     yield from self._go_on(now)
+                elif restored := self._unanswered.pop((epoch, task), None):
+                    self._buffer.add(restored, event)
             case e.Refused(epoch, task, client, reason):
                 if self._flights.find(epoch, task, client):
                     self._resting.add(client)
@@ -138,8 +141,9 @@ class AsynchronousCoordinator(Conversation):
                 yield from self._invite(flight)
 
     def _resume(self, now: float) -> Iterator[e.Action]:
-        for flight in self._flights:
-            self._flights.ask(flight, now)
+        for task in self._unanswered.values():
+            self._flights.restore(task, now)
+        self._unanswered.clear()
         if self._round.result is not None:
             self._round.begin(now)
             yield from self._measure(now)

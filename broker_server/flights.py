@@ -113,9 +113,10 @@ class Flights:
         self._flights[client] = Flight(task, boot)
         return [e.OpenTask(task)]
 
-    def restore(self, task: Task) -> None:
+    def restore(self, task: Task, now: float) -> None:
         """A task of an earlier server is still open; its client may be at it."""
-        self._flights[task.cohort[0]] = Flight(task)
+        self._flights[task.cohort[0]] = flight = Flight(task)
+        self.ask(flight, now)
 
     def ask(self, flight: Flight, now: float) -> None:
         """It is in the ledger, and its client is counted on: its time runs, unless it does already."""

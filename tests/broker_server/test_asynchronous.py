@@ -345,3 +345,16 @@ def test_three_clients_go_on_whatever_the_buffer(buffer):
         send(table, sorted(flying(table))[number % 3])
     assert table.paper.version == 30 // buffer
     assert sum(map(len, table.paper.counted)) == 30
+
+
+def test_a_restart_counts_an_update_whose_client_is_at_its_next_task():
+    table = started(*"abc", round={"buffer": 3, "clients": 3})
+    first, *_ = flying(table)
+    send(table, first)
+    assert first in flying(table)
+    again = desk(table.paper, round={"buffer": 3, "clients": 3})
+    again.hello(*"abc")
+    for client in list(flying(again))[:2]:
+        send(again, client)
+    assert len(again.paper.counted[0]) == 3
+    assert again.paper.sums == [30]
