@@ -198,9 +198,7 @@ class Oracle:
         apart = float(np.abs(reached - target).max())
         scale = 1.0 + float(np.abs(target).max()) + float(np.abs(mean).max())
         if not apart < 1e-5 * scale:
-            self.world.violated(
-                f"version {version} is {apart:.2e} away from what its {len(members)} updates add up to"
-            )
+            self.world.violated(f"version {version} is {apart:.2e} away from what its {len(members)} updates add up to")
         view.model, view.version = reached, version
         view.digests[version], view.bits[version] = model.digest(), published.tobytes()
         self.world.note("oracle", f"version {version} of {len(members)} updates")
