@@ -244,7 +244,9 @@ class Server:
 
     async def _release(self, topics: Iterable[str], ref: BlobRef | None = None) -> None:
         """Forget a blob, and the topics that were cleared before these: a clearing that is not read yet may be lost."""
-        sure, self._cleared = self._unsure(), list(topics)
+        again = list(topics)
+        # A delta with the same bytes has the same topics: they may be cleared twice in a row.
+        sure, self._cleared = [topic for topic in self._unsure() if topic not in again], again
         await self._in_worker(lambda: self._worker.release(sure, ref))
 
     def _unsure(self) -> list[str]:

@@ -52,9 +52,9 @@ def main() -> int:
         if result.violation is not None:
             print(f"seed {seed}: {result.violation!r}", flush=True)
             failures.append({"seed": seed, "violation": repr(result.violation)})
-            if len(failures) == 1:
-                explain(result)
     seconds = time.process_time() - began
+    if failures:
+        explain(run(draw(failures[0]["seed"], arguments.size)))
     found = {}
     for mutation in MUTATIONS:
         hit = caught(mutation, range(first, first + SEEDS_OF_A_MUTATION))

@@ -8,11 +8,13 @@ import hashlib
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from broker_server.config import Federation
+from broker_server.ledger import Ledger
 from edge_client.bundle import Bundle
 from edge_client.codec.model import unpack_model
 from edge_client.codec.update import decode_update
@@ -283,11 +285,10 @@ class Oracle:
         if recorded and not any(key in known.rows for known in self.ledgers):
             self.world.violated(f"{client} takes {identity} for recorded; the ledger has no such update")
         fate = recorded if now.fate is None else now.fate and recorded
-        if not fate:
-            if view is not None:
-                if key in view.counted:
-                    self.world.violated(f"{client} takes {identity} for not recorded; it is counted")
-                self.denied.add(key)
+        if not fate and view is not None:
+            if key in view.counted:
+                self.world.violated(f"{client} takes {identity} for not recorded; it is counted")
+            self.denied.add(key)
         return ClientView(now.after if fate else now.before, identity, now.before, now.after, fate)
 
     def stored(self, client: str, view: ClientView, store: Store) -> None:
@@ -331,9 +332,14 @@ class Oracle:
             if depth > most:
                 self.world.violated(f"{depth} messages wait for {name}; expected at most {most}")
 
-    def finished(self, rounds: int, server_folder: str) -> None:
-        """The run is over: every receipt is kept."""
+    def finished(self, rounds: int, server_folder: str, broker: SimBroker) -> None:
+        """The run is over: every receipt is kept, and what is left on the broker can be cleared."""
         view = self.ledger(server_folder)
+        with Ledger.read(Path(server_folder) / "ledger.db") as ledger:
+            known = {*ledger.retained(), self._topics.offer}
+        # A state folder that was given up takes with it what it knew.
+        if len(self.ledgers) == 1 and (forgotten := sorted(set(broker.retained) - known)):
+            self.world.violated(f"{len(forgotten)} topics stay on the broker, and no ledger has them: {forgotten[0]}")
         if view.rounds != rounds:
             self.world.violated(f"the run ends after {view.rounds} rounds; expected {rounds}")
         for key in self.receipts:

@@ -233,5 +233,5 @@ MUTATIONS = (
     Mutation("state not synced to the disk", _not_synced, ("client power cut",)),
     Mutation("void told before ledger commit", _early_void, ("client leaves",)),
     Mutation("a lost offer not asked for", _asks_once, ("loss",)),
-    Mutation("the last receipt decides", _last_word, ("replay", "replay", "client leaves")),
+    Mutation("the last receipt decides", _last_word, ("replay", "replay", "replay", "unavailable")),
 )

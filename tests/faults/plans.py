@@ -75,7 +75,7 @@ class Plan:
     """Clients that must be there before the first round; 0: as many as a cohort."""
     deadline: float
     kind: str
-    feedback: bool
+    feedback: str
     inline: int
     window: int
     uploads: int
@@ -154,7 +154,7 @@ def draw(seed: int, size: Size = "mixed") -> Plan:
         quorum=rng.choice([0, 0, clients]),
         deadline=deadline,
         kind=rng.choice(["quantized", "quantized", "none"]),
-        feedback=rng.random() < 0.8,
+        feedback=rng.choice(["residual", "residual", "residual", "length", "none"]),
         inline=0 if chunked else 16384,
         window=rng.choice([1, 2, 4, 16]),
         uploads=rng.choice([1, 2, 16]),

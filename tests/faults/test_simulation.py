@@ -16,7 +16,7 @@ from tests.faults.plans import KINDS, draw
 from tests.faults.run import run
 from tests.faults.shrink import shrink
 
-SLICE = float(os.environ.get("FEDGE_FAULTS_SLICE", "30"))
+SLICE = float(os.environ.get("FEDGE_FAULTS_SLICE", "20"))
 
 
 def test_invariants_hold_for_fresh_seeds():
