@@ -134,8 +134,7 @@ class AsynchronousCoordinator(Conversation):
     # The start of an epoch.
 
     def _repeat(self) -> Iterator[e.Action]:
-        for delta in self._flights.blobs():
-            yield e.Spread(delta)
+        yield from self._flights.rebuild()
         for flight in self._flights:
             if flight.state == "asked":
                 yield from self._invite(flight)

@@ -92,8 +92,9 @@ class Flights:
 
     @property
     def versions(self) -> frozenset[int]:
-        """Versions that clients in flight are to work on."""
-        return frozenset(flight.task.version for flight in self._flights.values())
+        """Versions that clients in flight are to work on, and those that lead them there."""
+        flights = self._flights.values()
+        return frozenset({flight.task.version for flight in flights} | {way[0] for way in self._deltas})
 
     @property
     def wake(self) -> float | None:
@@ -117,6 +118,11 @@ class Flights:
         """A task of an earlier server is still open; its client may be at it."""
         self._flights[task.cohort[0]] = flight = Flight(task)
         self.ask(flight, now)
+
+    def rebuild(self) -> list[e.Action]:
+        """Have all deltas built and retained again: a clearing that waited for a connection may hit them yet."""
+        self._deltas = dict.fromkeys(self._deltas)
+        return [e.Prepare(*way) for way in self._deltas]
 
     def ask(self, flight: Flight, now: float) -> None:
         """It is in the ledger, and its client is counted on: its time runs, unless it does already."""

@@ -183,6 +183,12 @@ def without_rounds(plan: Plan) -> Plan:
     return replace(plan, buffered=buffered)
 
 
+def either(seed: int, size: Size = "mixed") -> Plan:
+    """The plan of a seed, that of every third without rounds."""
+    plan = draw(seed, size)
+    return plan if seed % 3 else without_rounds(plan)
+
+
 def _weather(rng: random.Random, length: float) -> Fault:
     """Trouble for everyone, most of the time."""
     kind = rng.choice(["loss", "duplication", "reordering", "delay"])

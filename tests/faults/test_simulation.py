@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.plans import KINDS, draw
+from tests.faults.plans import KINDS, Size, draw, either
 from tests.faults.run import run
 from tests.faults.shrink import shrink
 
@@ -23,8 +23,8 @@ def test_invariants_hold_for_fresh_seeds():
     first, began, federations, rounds = secrets.randbits(40), time.process_time(), 0, 0
     while time.process_time() - began < SLICE:
         seed = first + federations
-        size = "mixed" if federations % 20 == 19 else "small"
-        result = run(draw(seed, size))
+        size: Size = "mixed" if federations % 20 == 19 else "small"
+        result = run(either(seed, size))
         federations, rounds = federations + 1, rounds + result.rounds
         if result.violation is not None:
             small = shrink(result.plan, lambda plan: run(plan).violation is not None, most=100)
