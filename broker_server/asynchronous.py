@@ -134,7 +134,8 @@ class AsynchronousCoordinator(Conversation):
     # The start of an epoch.
 
     def _repeat(self) -> Iterator[e.Action]:
-        yield from self._flights.rebuild()
+        for delta in self._flights.blobs():
+            yield e.Spread(delta)
         for flight in self._flights:
             if flight.state == "asked":
                 yield from self._invite(flight)

@@ -119,11 +119,6 @@ class Flights:
         self._flights[task.cohort[0]] = flight = Flight(task)
         self.ask(flight, now)
 
-    def rebuild(self) -> list[e.Action]:
-        """Have all deltas built and retained again: a clearing that waited for a connection may hit them yet."""
-        self._deltas = dict.fromkeys(self._deltas)
-        return [e.Prepare(*way) for way in self._deltas]
-
     def ask(self, flight: Flight, now: float) -> None:
         """It is in the ledger, and its client is counted on: its time runs, unless it does already."""
         if flight.state in ("opening", "away"):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -68,6 +69,8 @@ class Server:
     _retained: set[str] = field(init=False, default_factory=set)
     _online: bool = field(init=False, default=False)
     _unswept: list[BlobRef] = field(init=False, default_factory=list)
+    _built: Counter[bytes] = field(init=False, default_factory=Counter)
+    """By hash of a delta, how many are built and not swept."""
     _cleared: list[str] = field(init=False, default_factory=list)
     """Topics whose clearing is under way: the ledger keeps them until the connection has outlived it."""
 
@@ -217,6 +220,8 @@ class Server:
                     await self._release(topics)
                 case _:
                     answer = await self._in_worker(lambda action=action: self._worker.perform(action))  # type: ignore[misc]
+                    if isinstance(answer, e.Prepared):
+                        self._built[answer.ref.sha256] += 1
                     if answer is not None:
                         self._feed(answer)
 
@@ -235,6 +240,11 @@ class Server:
             # What is published now is lost, and a topic that the ledger has released is never cleared again.
             self._unswept.append(ref)
             return
+        # Between versions that hardly differ, several deltas have the same bytes.
+        self._built[ref.sha256] -= 1
+        if self._built[ref.sha256] > 0:
+            return
+        del self._built[ref.sha256]
         topics = Topics(self.settings.federation.name)
         names = [topics.published(ref.sha256, index) for index in range(transfer.count(ref))]
         for name in names:
