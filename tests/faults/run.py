@@ -239,16 +239,23 @@ class Run:
         world.later(fault.seconds, end)
 
 
+def _rounds(plan: Plan) -> dict[str, object]:
+    common = {"clients": plan.quorum, "deadline": plan.deadline}
+    if (buffered := plan.buffered) is None:
+        return common | {"cohort": plan.cohort, "over_select": plan.over_select, "minimum": plan.minimum}
+    return common | {
+        "mode": "buffered",
+        "concurrency": buffered.concurrency,
+        "buffer": buffered.buffer,
+        "staleness": buffered.staleness,
+        "max_staleness": buffered.most,
+    }
+
+
 def _settings(plan: Plan, folder: Path) -> Federation:
     data = {
         "federation": {"name": NAME, "bundle": str(folder / "toy.fedge"), "state": "", "seed": plan.seed % 1000},
-        "round": {
-            "cohort": plan.cohort,
-            "over_select": plan.over_select,
-            "minimum": plan.minimum,
-            "clients": plan.quorum,
-            "deadline": plan.deadline,
-        },
+        "round": _rounds(plan),
         "train": {"epochs": 1},
         "codec": {"kind": plan.kind, "feedback": plan.feedback},
         "aggregation": {"weights": plan.weights, "momentum": plan.momentum},
