@@ -112,10 +112,10 @@ class Codec(_Section, frozen=True):
     """``[codec]``: the rate of updates and of the global model."""
 
     kind: Literal["quantized", "none"] = "quantized"
-    target: Literal["bits", "nmse", "bytes", "step"] = "bits"
+    target: Literal["bits", "nmse", "bytes", "step"] = "nmse"
     """What ``value`` says of an update: its bits a parameter, its noise (energy of what is lost over that of the
     update), its bytes, or its quantization step (in root mean squares of the update)."""
-    value: Rate = 0.1
+    value: Rate = 0.25
     clients: dict[ClientPattern, Rate] = {}
     """Other values for some clients, by id or by pattern (``pi-*``); the first that fits holds."""
     upload_seconds: Duration = 0.0
@@ -124,9 +124,9 @@ class Codec(_Section, frozen=True):
     feedback: Literal["residual", "length", "none"] = "residual"
     """A client carries what quantization left over into its next update; or, where most come once, makes the update as
     long as if nothing were left over; or neither."""
-    lattice: Factor = 20.0
+    lattice: Factor = 10.0
     """Lattice step of the global model, in standard deviations of a round's global update."""
-    hysteresis: Annotated[float, Meta(ge=0.5, le=1)] = 0.75
+    hysteresis: Annotated[float, Meta(ge=0.5, le=1)] = 0.5
     """A parameter stays where it is on the lattice while it is at most this many steps from where it should be."""
 
     def rate(self, client: str) -> float:

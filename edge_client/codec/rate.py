@@ -6,6 +6,7 @@ from collections.abc import Callable
 TOLERANCE = 0.03
 """How near to the goal is near enough, relative to it."""
 _TRIES = 8
+_NOTHING = 1e-30
 
 
 def solve(
@@ -14,7 +15,7 @@ def solve(
     """Measure at one step after another until ``goal`` is met; the last one measured is the nearest that was found.
 
     Args:
-        measure: bytes or distortion at a step, positive; about a power of the step.
+        measure: bytes or distortion at a step; about a power of the step.
         goal: what it should return, within ``TOLERANCE``.
         start: the step to begin with.
         slope: about how the logarithm of what is measured goes with that of the step.
@@ -24,7 +25,7 @@ def solve(
     step = min(max(start, low), high)
     found: list[tuple[float, float]] = []
     while len(found) < _TRIES and step not in (at for at, _ in found):
-        found.append((step, math.log(measure(step) / goal)))
+        found.append((step, math.log(max(measure(step), _NOTHING) / goal)))
         if abs(found[-1][1]) <= TOLERANCE:
             return
         step = min(max(_next(found, slope), low), high)

@@ -60,8 +60,8 @@ class CodecSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     kind: Literal["quantized", "none"] = "quantized"
-    target: Literal["step", "bits", "bytes", "nmse"] = "bits"
-    value: Annotated[float, Meta(gt=0)] = 0.1
+    target: Literal["step", "bits", "bytes", "nmse"] = "nmse"
+    value: Annotated[float, Meta(gt=0)] = 0.25
 
     def __post_init__(self) -> None:
         limit = TARGETS[self.target]

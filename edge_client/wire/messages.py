@@ -54,8 +54,8 @@ class UpdatePlan(Struct, frozen=True, forbid_unknown_fields=True):
     """How this client encodes its update; the first three as in `edge_client.codec.update.CodecSettings`."""
 
     kind: Literal["quantized", "none"] = "quantized"
-    target: Literal["bits", "nmse", "bytes", "step"] = "bits"
-    value: Annotated[float, Meta(gt=0, le=1e12)] = 0.1
+    target: Literal["bits", "nmse", "bytes", "step"] = "nmse"
+    value: Annotated[float, Meta(gt=0, le=1e12)] = 0.25
     feedback: Literal["residual", "length", "none"] = "residual"
     """What becomes of what the encoding loses: it is kept and added to the next update (error feedback); or forgotten,
     and the update made as long as if nothing were lost; or just forgotten."""

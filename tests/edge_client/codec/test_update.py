@@ -221,7 +221,7 @@ def test_many_tiny_tensors_pay_no_header_each():
     vector = planted(layout, 1)
     nothing = encode_update({"delta": np.zeros_like(vector)}, {"delta": layout}, {}, CodecSettings()).data
     assert len(nothing) < 32
-    little = encode_update({"delta": vector}, {"delta": layout}, {}, CodecSettings(value=0.1)).data
+    little = encode_update({"delta": vector}, {"delta": layout}, {}, CodecSettings(target="bits", value=0.1)).data
     assert len(little) < 0.1 * layout.size / 8 + 60
 
 
