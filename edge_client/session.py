@@ -19,6 +19,8 @@ from edge_client.wire import transfer
 from edge_client.wire.topics import Topics
 
 NO_HASH = bytes(32)
+BLOB_LIMIT = 512 * 2**20
+"""Bytes of the largest blob that a client takes."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Held:
     digest: bytes = NO_HASH
     pending: Pending | None = None
     samples: int = 0
+    partial: transfer.Assembly | None = None
+    """The blob that was on its way down."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,9 @@ class SessionSettings:
     uplink: float = 0.0
     """Bytes a second that the client can send; 0 is not known, and the last upload in chunks tells."""
     window: int = 16
-    blob_limit: int = 512 * 2**20
+    blob_limit: int = BLOB_LIMIT
+    keep: int = 2**20
+    """Blobs from this size on are kept chunk by chunk, and taken up again after a restart."""
     chunk: int = 64 * 1024
     inline: int = m.INLINE_LIMIT
     patience: float = 5.0
@@ -77,6 +83,9 @@ class ClientSession:
     _install_at: float | None = None
     _installing: bool = False
     _download: Download | None = None
+    _partial: transfer.Assembly | None = None
+    _kept: bool = False
+    """Whether chunks of a download are on the disk."""
     _task: m.Invitation | None = None
     _deadline: float | None = None
     _working: bool = False
@@ -89,6 +98,7 @@ class ClientSession:
         self._topics, self._chunk = Topics(self.settings.federation), self.settings.chunk
         self._bundle, self._version, self._digest = self.held.bundle, self.held.version, self.held.digest
         self._samples = self.held.samples
+        self._partial, self._kept = self.held.partial, self.held.partial is not None
         if self.held.pending is not None:
             self._upload = self._announcement(self.held.pending)
 
@@ -159,6 +169,7 @@ class ClientSession:
                 self._rejected, self._installing = bundle, False
                 self._install_at = self._install_at if self._wanted else None
                 yield e.Log(f"bundle {bundle.hex()[:12]} cannot be used here: {reason}")
+                yield from self._discard()
                 yield from self._tick(now)
             case e.Finished():
                 yield from self._finished(event, now)
@@ -183,7 +194,11 @@ class ClientSession:
                 yield from self._told(m.decode(payload), now)
             elif self._download is not None and chunk.sha256 == self._download.ref.sha256:
                 download = self._download
-                yield from self._pull(download.chunk(chunk.index, payload, now), download)
+                left, pull = download.left, download.chunk(chunk.index, payload, now)
+                if download.left < left and download.ref.size >= self.settings.keep:
+                    self._kept = True
+                    yield e.Keep(download.ref, chunk.index, payload)
+                yield from self._pull(pull, download)
                 if download.complete:
                     yield from self._downloaded(download, now)
         except WireError as error:
@@ -298,6 +313,7 @@ class ClientSession:
     def _finished(self, event: e.Finished, now: float) -> Iterator[e.Action]:
         self._working, self._task, self._failures = False, None, 0
         self._version, self._digest = event.version, event.digest
+        yield from self._discard()
         self._upload = self._announcement(Pending(event.epoch, event.task, event.update))
         if self._connected:
             self._upload.at = now
@@ -306,6 +322,7 @@ class ClientSession:
     def _failed(self, event: e.Failed, now: float) -> Iterator[e.Action]:
         self._working, self._task = False, None
         self._version, self._digest = event.version, event.digest
+        yield from self._discard()
         if self._waiting is None:
             yield e.Log(f"task {event.task} failed: {event.reason}")
             yield self._say(m.Decline(event.epoch, event.task, event.reason[:500]))
@@ -336,6 +353,7 @@ class ClientSession:
         self._upload, self._waiting, self._installing = None, None, False
         self._install_at = self._install_at if self._wanted else None
         self._hello_at = now if self._connected else None
+        yield from self._discard()
         yield from self._tick(now)
 
     def _downloaded(self, download: Download, now: float) -> Iterator[e.Action]:
@@ -344,6 +362,7 @@ class ClientSession:
             data = download.take()
         except WireError as error:
             yield e.Log(f"{error}; downloading again")
+            yield from self._discard()
             self._download = download
             yield from self._pull(download.start(now), download)
             return
@@ -357,10 +376,22 @@ class ClientSession:
         download, self._download = self._download, None
         if download is not None:
             yield from self._pull(download.stop(), download)
+            yield from self._discard()
 
     def _fetch(self, ref: m.BlobRef, now: float) -> Iterator[e.Action]:
-        self._download = Download(ref, self.settings.blob_limit, self.settings.window, self.settings.patience)
+        settings, (partial, self._partial) = self.settings, (self._partial, None)
+        self._download = Download(ref, settings.blob_limit, settings.window, settings.patience, partial)
+        if self._download.complete:
+            yield from self._downloaded(self._download, now)
+            return
         yield from self._pull(self._download.start(now), self._download)
+
+    def _discard(self) -> Iterator[e.Action]:
+        """Nothing is on its way that a later life could go on with."""
+        self._partial = None
+        if self._kept:
+            self._kept = False
+            yield e.Discard()
 
     def _pull(self, pull: Pull, download: Download) -> Iterator[e.Action]:
         sha256 = download.ref.sha256

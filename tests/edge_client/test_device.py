@@ -372,3 +372,58 @@ def test_a_workshop_opens_a_bundle_once(workshop):
     with pytest.raises(BundleError):
         workshop.open(b"e", b"not a bundle")
     assert workshop.trainer(first) is workshop.trainer(first)
+
+
+def large_bundle():
+    return toy_bundle(features=300, hidden=1000)
+
+
+def test_a_restart_in_the_middle_of_a_download_goes_on_with_what_had_come(tmp_path, workshop, lines):
+    data = large_bundle()
+    ref = refer(data, chunk=65536, inline=0)
+
+    async def scene():
+        async with federation() as (broker, server):
+            topics = [TOPICS.published(ref.sha256, index) for index in range(count(ref))]
+            for topic, index in zip(topics[:-1], range(count(ref) - 1), strict=True):
+                server.link.publish(topic, piece(data, ref, index), retain=True)
+            server.link.publish(TOPICS.offer, m.encode(m.Offer("demo", 1, ref, 0.0)), retain=True)
+            first = device(broker, tmp_path, workshop, lines, toy_data(60, features=300))
+            came, keep = asyncio.Event(), first.store.keep
+
+            def counted(*arguments):
+                keep(*arguments)
+                if first.store._download.tally.left == 1:
+                    came.set()
+
+            first.store.keep = counted
+            async with alive(first):
+                await asyncio.wait_for(came.wait(), 20)
+            for topic in topics[:-1]:
+                server.link.publish(topic, b"", retain=True)  # now nobody could send them again
+            server.link.publish(topics[-1], piece(data, ref, count(ref) - 1), retain=True)
+            async with alive(device(broker, tmp_path, workshop, lines, toy_data(60, features=300))):
+                hello = await server.said(m.Hello)
+                assert hello.bundle == ref.sha256
+        assert not (tmp_path / "download.part").exists()
+
+    assert ref.size > 2**20
+    asyncio.run(scene())
+
+
+def test_a_disk_too_full_to_keep_a_download_does_not_stop_it(tmp_path, workshop, lines, monkeypatch):
+    data = large_bundle()
+
+    def full(*arguments):
+        raise StoreError("download.part: No space left on device")
+
+    monkeypatch.setattr(Store, "keep", full)
+
+    async def scene():
+        async with federation() as (broker, server):
+            server.offer(data=data)
+            async with alive(device(broker, tmp_path, workshop, lines, toy_data(60, features=300))):
+                assert (await server.said(m.Hello)).bundle == refer(data, chunk=1024).sha256
+
+    asyncio.run(scene())
+    assert [line for line in lines if "the download goes on" in line] == lines

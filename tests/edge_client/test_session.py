@@ -11,7 +11,7 @@ from edge_client.session import NO_HASH, ClientSession, Held, SessionSettings
 from edge_client.upload import Pending
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
-from edge_client.wire.transfer import count, piece, refer
+from edge_client.wire.transfer import Assembly, count, piece, refer
 
 TOPICS = Topics("demo")
 DOWN = TOPICS.down("pi")
@@ -682,3 +682,60 @@ def test_whatever_happens_no_wake_stays_in_the_past_and_no_install_overtakes_a_t
                 install = action
         connected = session._connected
         assert machine.still()
+
+
+# A download across restarts.
+
+
+def kept(ref, data, indices):
+    assembly = Assembly(ref, limit=LIMIT)
+    for index in indices:
+        assembly.add(index, piece(data, ref, index))
+    return assembly
+
+
+def fetching(partial=None, ref=CHUNKED, keep=0):
+    machine = Machine(Held(partial=partial), keep=keep)
+    machine.feed(e.Connected())
+    return machine, machine.offered(ref)
+
+
+def test_chunks_of_a_large_download_are_kept_once_each_until_its_bundle_is_installed():
+    machine, _ = fetching()
+    actions = [action for index in (0, 0, *range(1, 20)) for action in machine.chunk(CHUNKED, index, BUNDLE)]
+    assert [action.index for action in only(actions, e.Keep)] == list(range(20))
+    assert not only(actions, e.Discard)
+    assert e.Discard() in machine.feed(e.Installed(CHUNKED.sha256, 50))
+
+
+def test_a_small_download_is_not_worth_keeping():
+    machine, _ = fetching(keep=CHUNKED.size + 1)
+    assert not only(machine.chunk(CHUNKED, 0, BUNDLE), e.Keep)
+
+
+def test_a_restart_goes_on_with_the_chunks_that_were_kept():
+    machine, actions = fetching(kept(CHUNKED, BUNDLE, range(18)))
+    assert only(actions, e.Subscribe)[-1].topics == tuple(TOPICS.published(CHUNKED.sha256, i) for i in (18, 19))
+    machine.chunk(CHUNKED, 18, BUNDLE)
+    assert e.Install(CHUNKED.sha256, BUNDLE) in machine.chunk(CHUNKED, 19, BUNDLE)
+
+
+def test_a_restart_with_everything_kept_fetches_nothing():
+    _, actions = fetching(kept(CHUNKED, BUNDLE, range(20)))
+    assert e.Install(CHUNKED.sha256, BUNDLE) in actions
+    assert len(only(actions, e.Subscribe)) == 0
+
+
+def test_chunks_of_another_blob_are_of_no_use():
+    other = bytes(len(BUNDLE))
+    _, actions = fetching(kept(refer(other, chunk=1024, inline=0), other, range(20)))
+    assert len(only(actions, e.Subscribe)[-1].topics) == 4
+
+
+def test_damaged_chunks_that_were_kept_are_discarded_and_fetched_anew():
+    partial = Assembly(CHUNKED, limit=LIMIT)
+    for index in range(20):
+        partial.add(index, bytes(1024))
+    _, actions = fetching(partial)
+    assert e.Discard() in actions
+    assert len(only(actions, e.Subscribe)[-1].topics) == 4
