@@ -70,6 +70,7 @@ class Coordinator:
                 self.phase, self._round = "measure", OpenRound(result.round, result=result)
         if restored.open_task is not None:
             self.phase, self._open = restored.open_task.kind, self._begin(restored.open_task)
+            self._open.resume(restored.uploads)
 
     @property
     def wake(self) -> float | None:
@@ -114,6 +115,9 @@ class Coordinator:
                 if open_ := self._task_of(epoch, task, client):
                     yield from open_.refuse(client, reason)
                     yield from self._go_on(now)
+            case e.Damaged(epoch, task, client):
+                if open_ := self._task_of(epoch, task, client):
+                    yield from open_.damaged(client)
             case e.Answered(epoch, task, client, status):
                 yield self._tell(client, m.Receipt(epoch, task, status))
             case e.Prepared(held, version, ref):

@@ -1,7 +1,7 @@
 """What happens to a federation, and what its server does about it: the coordinator's start, events and actions."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from broker_server.ledger import Round, Task
@@ -13,6 +13,7 @@ from edge_client.events import Received as Received
 from edge_client.events import Subscribe as Subscribe
 from edge_client.events import Tick as Tick
 from edge_client.wire.messages import BlobRef
+from edge_client.wire.transfer import Tally
 
 # The start.
 
@@ -35,6 +36,8 @@ class Restored:
     """The task that was under way; its recorded updates follow as Recorded events."""
     leftovers: tuple[str, ...] = ()
     """Topics on which an earlier run may have left chunks."""
+    uploads: Mapping[str, Tally] = field(default_factory=dict)
+    """By client, what has come of updates for the task that was under way."""
 
 
 # Events.
@@ -67,6 +70,15 @@ class Refused:
     task: int
     client: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """The chunks of an update do not make up what was announced; they are forgotten."""
+
+    epoch: int
+    task: int
+    client: str
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,7 @@ Event = (
     | Opened
     | Recorded
     | Refused
+    | Damaged
     | Answered
     | Prepared
     | Aggregated
@@ -160,13 +173,28 @@ class Enlarge:
 
 
 @dataclass(frozen=True)
-class Record:
-    """Check an update, write it to the ledger and add it to the sum; answer with Recorded or Refused."""
+class Keep:
+    """Keep one chunk of a client's update until the update is recorded or its task closed."""
 
     epoch: int
     task: int
     client: str
+    ref: BlobRef
+    index: int
     data: bytes
+
+
+@dataclass(frozen=True)
+class Record:
+    """Check an update, write it to the ledger and add it to the sum; answer with Recorded, Refused or Damaged.
+
+    ``data`` None: it is in the chunks that were kept.
+    """
+
+    epoch: int
+    task: int
+    client: str
+    data: bytes | None
 
 
 @dataclass(frozen=True)
@@ -270,6 +298,7 @@ Action = (
     | Retain
     | OpenTask
     | Enlarge
+    | Keep
     | Record
     | Inquire
     | Prepare

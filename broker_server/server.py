@@ -175,6 +175,9 @@ class Server:
                     f"{self._coordinator.restored.epoch}: another server has taken the federation over; stop that one, "
                     "and serve from its state folder"
                 )
+            case e.Keep(epoch, task, client, ref, index, data):
+                # At once: chunks that waited for the worker would pile up in memory.
+                self._worker.spool.keep((epoch, task), client, ref, index, data)
             case e.Clear(topics):
                 # At once, before the offer sends clients to topics that may be among them; the ledger in its turn.
                 for topic in topics:

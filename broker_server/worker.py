@@ -24,10 +24,11 @@ from broker_server.database import Lock
 from broker_server.evaluation import HeldOut
 from broker_server.ledger import BEST, Ledger
 from broker_server.publication import Publication
+from broker_server.spool import Spool
 from edge_client.bundle import Bundle
 from edge_client.codec.layout import Vector
 from edge_client.codec.update import decode_update, max_update_bytes
-from edge_client.errors import CodecError
+from edge_client.errors import CodecError, WireError
 from edge_client.manifest import update_layouts
 from edge_client.wire import transfer
 from edge_client.wire.messages import BlobRef
@@ -80,6 +81,7 @@ class Worker:
         self._buffers = BufferAggregator.of(self.bundle.manifest)
         self._buffer_sum = self._buffers.init()
         self._layouts = update_layouts(self.bundle.manifest)
+        self.spool = Spool(self._state / "uploads", limit=max_update_bytes(self._layouts))
         self._kind: Literal["train", "evaluate"] = "train"
         self._blobs: dict[bytes, bytes] = {}
         self._bundle_bytes = bundle_bytes
@@ -101,6 +103,7 @@ class Worker:
             unfinished=self._ledger.unfinished(),
             open_task=open_tasks[-1] if open_tasks else None,
             leftovers=tuple(self._ledger.retained()),
+            uploads=self.spool.restore(open_tasks[-1] if open_tasks else None),
         )
 
     def replay(self, restored: e.Restored) -> Iterator[e.Event]:
@@ -117,7 +120,11 @@ class Worker:
     def perform_all(self, actions: Sequence[e.Action]) -> list[e.Event | None]:
         """Carry out several actions in one commit: all of them are on the disk before any answer is known."""
         with self._ledger.group():
-            return [self.perform(action) for action in actions]
+            answers = [self.perform(action) for action in actions]
+        for action in actions:
+            if isinstance(action, e.Record) and action.data is None:
+                self.spool.discard((action.epoch, action.task), action.client)
+        return answers
 
     def perform(self, action: e.Action) -> e.Event | None:
         """Carry out one action; its answer, where it has one."""
@@ -143,9 +150,11 @@ class Worker:
                 clipped = self._publication.advance(
                     aggregate, result, closes=(epoch, number), keep=keep, buffers=buffers
                 )
+                self.spool.discard((epoch, number))
                 return e.Aggregated(self._publication.version, self._publication.digest, clipped)
             case e.CloseTask(epoch, number, outcome):
                 self._ledger.close_task(epoch, number, outcome)
+                self.spool.discard((epoch, number))
                 return e.Closed(epoch, number)
             case e.Evaluate(version):
                 assert self._held_out is not None
@@ -192,11 +201,15 @@ class Worker:
         self._ledger.close()
 
     def _record(self, action: e.Record) -> e.Event:
+        identity = action.epoch, action.task
         try:
-            samples, scalars, vectors = self._decode(action.data)
+            data = self.spool.take(identity, action.client) if action.data is None else action.data
+            samples, scalars, vectors = self._decode(data)
         except CodecError as error:
-            return e.Refused(action.epoch, action.task, action.client, str(error))
-        added = self._ledger.record(action.epoch, action.task, action.client, action.data, samples)
+            return e.Refused(*identity, action.client, str(error))
+        except WireError:
+            return e.Damaged(*identity, action.client)
+        added = self._ledger.record(*identity, action.client, data, samples)
         if added:
             self._add(vectors, samples)
         return e.Recorded(action.epoch, action.task, action.client, samples, scalars)

@@ -3,6 +3,7 @@
 An update is the JSON of its samples and scalars (`update`), or anything else, which the paper ledger refuses.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from broker_server import events as e
 from broker_server.config import Federation
 from broker_server.coordinator import Coordinator
 from broker_server.ledger import Round, Task
+from edge_client.errors import WireError
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
 from edge_client.wire.topics import Topics
@@ -61,6 +63,7 @@ class Paper:
     best: int | None = None
     kept: set[int] = field(default_factory=lambda: {0})
     blobs: dict[bytes, bytes] = field(default_factory=dict)
+    uploads: dict[tuple[Identity, str], transfer.Assembly] = field(default_factory=dict)
 
     def start(self) -> e.Restored:
         self.epoch += 1
@@ -77,6 +80,11 @@ class Paper:
             rounds=tuple(self.rounds.values()),
             unfinished=self.unfinished,
             open_task=opened[0] if opened else None,
+            uploads={
+                client: copy.deepcopy(blob)
+                for (identity, client), blob in self.uploads.items()
+                if opened and identity == (opened[0].epoch, opened[0].task)
+            },
         )
 
     def replay(self, restored: e.Restored) -> Iterator[e.Recorded]:
@@ -95,8 +103,18 @@ class Paper:
                 task = self.tasks[epoch, number]
                 self.tasks[epoch, number] = msgspec.structs.replace(task, cohort=task.cohort + clients)
                 return e.Opened(epoch, number)
+            case e.Keep(epoch, number, client, ref, index, data):
+                blob = self.uploads.get(((epoch, number), client))
+                if blob is None or blob.ref != ref:
+                    blob = self.uploads[(epoch, number), client] = transfer.Assembly(ref, limit=LIMIT)
+                assert blob.add(index, data), "a chunk is kept once"
             case e.Record(epoch, number, client, data):
                 assert (epoch, number) not in self.outcomes, "an update for a closed task would not be counted"
+                if data is None:
+                    try:
+                        data = self.uploads.pop(((epoch, number), client)).take()
+                    except WireError:
+                        return e.Damaged(epoch, number, client)
                 try:
                     known = msgspec.json.decode(data, type=Update)
                 except msgspec.DecodeError as error:

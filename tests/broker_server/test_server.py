@@ -1,6 +1,7 @@
 """The server's driver with real devices, ledger, trainer and codec, over a broker in memory."""
 
 import asyncio
+import dataclasses
 import functools
 import socket
 import sqlite3
@@ -444,3 +445,44 @@ def test_a_target_that_no_evaluation_reports_is_refused_at_the_start(tmp_path, s
     with pytest.raises(ConfigError, match=r"stop\.metric is 'acuracy', .*known there: accuracy, loss"):
         check_names(config, Bundle.from_bytes(toy_bundle(hidden=8)))
     check_names(settings(tmp_path, stop={"metric": "client_loss"} | stop), Bundle.from_bytes(toy_bundle(hidden=8)))
+
+
+@together
+async def test_a_server_that_stops_in_the_middle_of_an_upload_asks_the_next_time_for_the_rest(tmp_path):
+    config = settings(
+        tmp_path,
+        transfer={"spread": 0.0, "inline": 0, "chunk": 1024, "window": 1},
+        codec={"kind": "none"},
+        round={"cohort": 1, "minimum": 1},
+        stop={"rounds": 1},
+    )
+    (tmp_path / "toy.fedge").write_bytes(toy_bundle(features=100, hidden=100))
+    np.savez(tmp_path / "test.npz", **toy_data(50, seed=99, features=100))
+    source = ArraySource(toy_data(30, seed=1, features=100))
+    sent: list[tuple[str, int]] = []
+
+    class Watched(MemoryLink):
+        def publish(self, topic, payload, *, retain=False):
+            _, chunk = TOPICS.parse_up(topic)
+            if chunk is not None:
+                sent.append((topic, len(payload)))
+                if len(sent) == 12:
+                    first.stop("in the middle")
+            super().publish(topic, payload, retain=retain)
+
+    async with Hall(tmp_path) as hall:
+        one = device(tmp_path / "devices", "c1", hall.hub, hall.workshop)
+        one.open_data = lambda manifest: (source, source)
+        one.link = Watched(hall.hub)
+        one._session.settings = dataclasses.replace(one._session.settings, inline=0, chunk=1024)
+        hall.devices.append(one)
+        hall.lives.append(asyncio.ensure_future(one.run()))
+        first = hall.server(config)
+        await first.run()
+        assert list((tmp_path / "state" / "uploads").iterdir())
+        outcome = await hall.server(config).run()
+    assert "1 round" in outcome.reason
+    twice = len(sent) - len(set(sent))
+    assert len(set(sent)) > 30
+    assert twice <= 2, f"{twice} chunks were sent twice"
+    assert not list((tmp_path / "state" / "uploads").iterdir())
