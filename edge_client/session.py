@@ -259,7 +259,7 @@ class ClientSession:
             # The fate of the last update decides which residual the next one starts from, so it is settled first.
             if identity != self._upload.identity:
                 self._waiting = invitation
-            self._upload.at = now
+            self._upload.remind(now)
             yield from self._tick(now)
         elif self._task is not None:
             if identity != (self._task.epoch, self._task.task):

@@ -37,6 +37,8 @@ class Announcement:
     patience: float
     at: float = math.inf
     _attempts: int = 0
+    _said: float = -math.inf
+    """When it was announced last on this connection, or its chunks were asked for."""
     _granted: float | None = None
     """When the first chunks were; for ever ago where the connection has been lost since, and the time says nothing."""
 
@@ -61,21 +63,30 @@ class Announcement:
 
     def interrupt(self) -> None:
         """The connection is lost: it is announced again when the server is known to be there."""
-        self.at = math.inf
+        self.at, self._said = math.inf, -math.inf
         if self._granted is not None:
             self._granted = -math.inf
+
+    def remind(self, now: float) -> None:
+        """The server asks for it: announce it now, unless that was done a moment ago and the two have crossed.
+
+        Chunks that are under way would be granted again, and sent twice.
+        """
+        if self.ref.inline is not None or now - self._said >= self.patience:
+            self.at = now
 
     def due(self, now: float) -> bool:
         """Whether to announce it now; the next time is then set."""
         if now < self.at:
             return False
         self._attempts += 1
+        self._said = now
         self.at = now + pause(self.patience, self._attempts)
         return True
 
     def pieces(self, indices: tuple[int, ...], now: float) -> Iterator[tuple[int, bytes]]:
         """The granted chunks, each once; the server is there, so patience starts anew."""
-        self._attempts = 0
+        self._attempts, self._said = 0, now
         self._granted = now if self._granted is None else self._granted
         self.at = now + self.patience * 2
         for index in dict.fromkeys(indices):

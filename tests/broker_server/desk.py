@@ -106,7 +106,7 @@ class Paper:
             case e.Keep(epoch, number, client, ref, index, data):
                 blob = self.uploads.get(((epoch, number), client))
                 if blob is None or blob.ref != ref:
-                    blob = self.uploads[(epoch, number), client] = transfer.Assembly(ref, limit=LIMIT)
+                    blob = self.uploads[(epoch, number), client] = transfer.Assembly(ref, limit=ref.size)
                 assert blob.add(index, data), "a chunk is kept once"
             case e.Record(epoch, number, client, data):
                 assert (epoch, number) not in self.outcomes, "an update for a closed task would not be counted"

@@ -684,6 +684,17 @@ def test_whatever_happens_no_wake_stays_in_the_past_and_no_install_overtakes_a_t
         assert machine.still()
 
 
+def test_an_invitation_that_crosses_the_announcement_of_chunks_does_not_repeat_it():
+    machine = joined(pending=Pending(1, 1, bytes(3000)))
+    assert said(machine.told(invitation()), m.Upload) == []
+    machine.now += 4.0
+    machine.told(m.Credit(refer(bytes(3000), chunk=1024, inline=0).sha256, (0,)))
+    machine.now += 4.0
+    assert said(machine.told(invitation()), m.Upload) == []
+    machine.now += 1.5
+    assert len(said(machine.told(invitation()), m.Upload)) == 1
+
+
 # A download across restarts.
 
 
