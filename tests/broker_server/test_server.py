@@ -486,3 +486,36 @@ async def test_a_server_that_stops_in_the_middle_of_an_upload_asks_the_next_time
     assert len(set(sent)) > 30
     assert twice <= 2, f"{twice} chunks were sent twice"
     assert not list((tmp_path / "state" / "uploads").iterdir())
+
+
+@pytest.mark.parametrize("codec", ["quantized", "none"])
+def test_a_small_model_needs_no_blob_no_credit_and_four_messages_a_client_and_round(tmp_path, codec):
+    """Counted on the wire: everything that any link publishes."""
+    clients, rounds = ("c1", "c2", "c3"), 6
+    said: list[tuple[str, type]] = []
+
+    class Wire(MemoryBroker):
+        def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+            said.append((topic, type(m.decode(payload))))
+            super().publish(topic, payload, retain=retain)
+
+    @together
+    async def play():
+        config = settings(tmp_path, codec={"kind": codec}, stop={"rounds": rounds})
+        (tmp_path / "toy.fedge").write_bytes(toy_bundle(features=50, hidden=50))
+        np.savez(tmp_path / "test.npz", **toy_data(50, seed=99, features=50))
+        async with Hall(tmp_path) as hall:
+            hall.hub = Wire()
+            for name in clients:
+                source = ArraySource(toy_data(40, seed=int(name[1]), features=50))
+                hall.join(name)
+                hall.devices[-1].open_data = lambda manifest, source=source: (source, source)
+            await hall.server(config).run()
+
+    play()
+    assert Bundle.open(tmp_path / "toy.fedge").layout.size * 4 > 10_000
+    assert {kind for _, kind in said} <= {m.Offer, m.Hello, m.Invitation, m.Upload, m.Receipt, m.Goodbye}
+    everything = [kind for topic, kind in said if kind not in (m.Offer, m.Goodbye)]
+    assert everything.count(m.Hello) == len(clients)
+    assert everything.count(m.Upload) >= len(clients) * (rounds - 1)
+    assert len(everything) <= 4 * len(clients) * rounds
