@@ -54,7 +54,7 @@ class Server:
     lock: Lock | None = None
     """The lock on the federation's ledger (`locked`), where it was taken before; else `run` takes it."""
     fit: Callable[[Federation], Awaitable[Federation]] | None = None
-    """Finds the settings that fit the broker (`packets.fitted`), before anything is cut into chunks."""
+    """Finds the settings that fit the broker (`entrance.enter`), before an epoch begins."""
     _pool: ThreadPoolExecutor = field(init=False)
     _worker: Worker = field(init=False)
     _coordinator: Coordinator = field(init=False)
