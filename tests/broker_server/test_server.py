@@ -16,6 +16,7 @@ from broker_server.config import Federation
 from broker_server.evaluation import HeldOut
 from broker_server.ledger import Ledger, Round
 from broker_server.server import Outcome, Server, broker, check_names, server_link
+from broker_server.worker import Worker
 from edge_client.bundle import Bundle
 from edge_client.data import ArraySource
 from edge_client.device import Device, Workshop
@@ -519,3 +520,42 @@ def test_a_small_model_needs_no_blob_no_credit_and_four_messages_a_client_and_ro
     assert everything.count(m.Hello) == len(clients)
     assert everything.count(m.Upload) >= len(clients) * (rounds - 1)
     assert len(everything) <= 4 * len(clients) * rounds
+
+
+@together
+async def test_a_full_disk_ends_the_run_with_a_message_and_the_next_one_counts_everything_once(tmp_path, monkeypatch):
+    config = settings(tmp_path, codec={"kind": "none"}, stop={"rounds": 2}, evaluation={"every": 0})
+    (tmp_path / "toy.fedge").write_bytes(toy_bundle(hidden=800))
+    told: list[m.Receipt] = []
+
+    class Wire(MemoryBroker):
+        def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+            message = m.decode(payload) if topic.endswith("/msg") else None
+            if isinstance(message, m.Receipt):
+                told.append(message)
+            super().publish(topic, payload, retain=retain)
+
+    perform_all, full = Worker.perform_all, False
+
+    def filling(self, actions):
+        nonlocal full
+        if not full:
+            full = True
+            connection = self._ledger._database._connection
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()
+            connection.execute(f"PRAGMA max_page_count = {pages + 10}")
+        return perform_all(self, actions)
+
+    monkeypatch.setattr(Worker, "perform_all", filling)
+    async with Hall(tmp_path) as hall:
+        hall.hub = Wire()
+        hall.join("c1", "c2", "c3")
+        with pytest.raises(LedgerError, match=r"ledger\.db: .*full; check the disk's free space"):
+            await hall.server(config).run()
+        before = len(counted(config).get(1, []))
+        assert before < 3
+        assert [receipt.status for receipt in told] == ["recorded"] * before
+        await hall.server(config).run()
+    assert counted(config) == {1: ["c1", "c2", "c3"], 2: ["c1", "c2", "c3"]}
+    with Ledger.read(tmp_path / "state" / "ledger.db") as ledger:
+        assert [(done.clients, done.samples) for done in ledger.rounds()] == [(3, 150), (3, 150)]

@@ -1,8 +1,11 @@
 """A whole device: session, store, worker and trainer over a link in memory, with a server that follows a script."""
 
 import asyncio
+import builtins
 import contextlib
 import dataclasses
+import errno
+import os
 
 import numpy as np
 import pytest
@@ -427,3 +430,58 @@ def test_a_disk_too_full_to_keep_a_download_does_not_stop_it(tmp_path, workshop,
 
     asyncio.run(scene())
     assert [line for line in lines if "the download goes on" in line] == lines
+
+
+def full_disk(word):
+    """Files of one kind cannot be written, until the returned patch is undone."""
+    real = builtins.open
+
+    def opened(path, mode="r", **more):
+        if "w" in mode and word in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, mode, **more)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr("edge_client.store.open", opened, raising=False)
+    return patch
+
+
+def test_a_full_disk_declines_the_task_and_the_next_one_goes_well_when_there_is_space(tmp_path, workshop, lines):
+    async def scene():
+        async with federation() as (broker, server):
+            server.offer()
+            async with alive(device(broker, tmp_path, workshop, lines)):
+                await server.said(m.Hello)
+                patch = full_disk("update-")
+                server.invite(1)
+                declined = await server.said(m.Decline)
+                assert "No space left on device" in declined.reason
+                patch.undo()
+                server.invite(2)
+                assert (await server.said(m.Upload)).task == 2
+
+    asyncio.run(scene())
+
+
+def test_a_disk_too_full_for_a_receipt_ends_the_device_and_the_receipt_is_asked_for_again(tmp_path, workshop, lines):
+    async def scene():
+        async with federation() as (broker, server):
+            server.offer()
+            async with alive(device(broker, tmp_path, workshop, lines)) as life:
+                await server.said(m.Hello)
+                server.invite(1)
+                first = await server.said(m.Upload)
+                patch = full_disk("index")
+                server.tell(m.Receipt(1, 1, "recorded"))
+                with pytest.raises(StoreError, match="No space left on device"):
+                    await asyncio.wait_for(life, 20)
+                patch.undo()
+            again = device(broker, tmp_path, workshop, lines)
+            async with alive(again):
+                assert (await server.said(m.Upload)).blob.sha256 == first.blob.sha256
+                server.tell(m.Receipt(1, 1, "recorded"))
+                server.invite(2)
+                assert (await server.said(m.Upload)).task == 2
+            assert again.store.residual()
+
+    asyncio.run(scene())
