@@ -28,6 +28,8 @@ _RETRY = 5.0
 """Seconds between a void round and the next attempt at it."""
 _MEMORY = 32
 """Versions for which one is kept that only clients hold who are away; later the whole difference is hardly larger."""
+_GREETINGS = 200
+"""Hellos a second that a fleet may answer an offer with."""
 _GATHER = 10.0
 """Seconds, beside the spread, in which a fleet may come back after a restart; then a round begins with who is there."""
 
@@ -147,7 +149,7 @@ class Coordinator:
     def _start(self, now: float) -> Iterator[e.Action]:
         first = self._gather is None
         if first:
-            self._gather = now + self.settings.transfer.spread + _GATHER if self.restored.rounds else 0.0
+            self._gather = now + self._spread + _GATHER if self.restored.rounds else 0.0
             if self.restored.leftovers:
                 yield e.Clear(self.restored.leftovers)
         yield e.Subscribe((self._topics.every_up, self._topics.offer))
@@ -173,12 +175,18 @@ class Coordinator:
         elif self._open is not None:
             yield from self._opened(self._open, now)
 
+    @property
+    def _spread(self) -> float:
+        """Seconds over which clients answer the offer: a large fleet takes longer than was configured."""
+        fleet = max(self.restored.fleet, self._roster.present())
+        return max(self.settings.transfer.spread, float(fleet // _GREETINGS))
+
     def _offer(self) -> m.Offer:
         return m.Offer(
             self.settings.federation.name,
             self.restored.epoch,
             self.restored.bundle,
-            self.settings.transfer.spread,
+            self._spread,
             finished=self.phase == "stopped",
         )
 
@@ -370,7 +378,7 @@ class Coordinator:
     def _finish(self, now: float) -> Iterator[e.Action]:
         result = self._round.finished(self._roster.up, self._roster.down, now)
         if result is not None:
-            yield e.FinishRound(result, self._progress.add(result))
+            yield e.FinishRound(result, self._progress.add(result), self._roster.present())
         self._round = OpenRound(self._round.number + 1, now, self._roster.up, self._roster.down)
         self.phase, self._retry = "waiting", 0.0
         yield from self._consider(now)

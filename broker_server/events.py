@@ -38,6 +38,8 @@ class Restored:
     """Topics on which an earlier run may have left chunks."""
     uploads: Mapping[str, Tally] = field(default_factory=dict)
     """By client, what has come of updates for the task that was under way."""
+    fleet: int = 0
+    """Clients that were there at the end of the last round."""
 
 
 # Events.
@@ -271,10 +273,14 @@ class Clear:
 
 @dataclass(frozen=True)
 class FinishRound:
-    """Write a round's result to the ledger; ``best`` says whether its version is the best so far."""
+    """Write a round's result to the ledger; ``best`` says whether its version is the best so far.
+
+    ``fleet`` is how many clients are there.
+    """
 
     result: Round
     best: bool
+    fleet: int = 0
 
 
 @dataclass(frozen=True)

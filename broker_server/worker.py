@@ -35,6 +35,8 @@ from edge_client.wire.messages import BlobRef
 
 _SAMPLES_LIMIT = 2**29
 """More samples than this of one client are refused: their product with an update would not be exact any more."""
+_FLEET = "fleet"
+"""The note that holds how many clients there were."""
 _VALUE_LIMIT = 1e9
 """An update with a larger value is refused: one that diverged would take the model of all with it."""
 
@@ -103,6 +105,7 @@ class Worker:
             unfinished=self._ledger.unfinished(),
             open_task=open_tasks[-1] if open_tasks else None,
             leftovers=tuple(self._ledger.retained()),
+            fleet=int(self._ledger.get(_FLEET) or 0),
             uploads=self.spool.restore(open_tasks[-1] if open_tasks else None),
         )
 
@@ -160,8 +163,9 @@ class Worker:
                 assert self._held_out is not None
                 vector, buffers = self._publication.parameters(version), self._publication.buffers(version)
                 return e.Evaluated(version, self._held_out.evaluate(vector, buffers=buffers))
-            case e.FinishRound(result, best):
+            case e.FinishRound(result, best, fleet):
                 with self._ledger.group():
+                    self._ledger.put(_FLEET, str(fleet))
                     self._ledger.finish_round(result)
                     if best:
                         self._ledger.put(BEST, str(result.version))

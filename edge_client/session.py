@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from edge_client import events as e
 from edge_client.download import Download, Pull, check_blob
 from edge_client.errors import WireError
-from edge_client.upload import Announcement, Pending, announce, pause
+from edge_client.upload import Announcement, Patience, Pending, announce
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
 from edge_client.wire.topics import Topics
@@ -52,7 +52,8 @@ class SessionSettings:
     chunk: int = 64 * 1024
     inline: int = m.INLINE_LIMIT
     patience: float = 5.0
-    """Without an answer for this long, say it again; doubles each time, up to five minutes."""
+    """Without an answer for this long, say it again; doubles each time, up to ``longest``."""
+    longest: float = 300.0
 
 
 @dataclass
@@ -67,6 +68,7 @@ class ClientSession:
     """Messages that were malformed, foreign or too large, and were dropped."""
     _topics: Topics = field(init=False)
     _chunk: int = field(init=False)
+    _patience: Patience = field(init=False)
     _connected: bool = False
     _available: bool = True
     _traffic: m.Traffic = field(default_factory=m.Traffic)
@@ -95,6 +97,7 @@ class ClientSession:
     _measured: float = 0.0
 
     def __post_init__(self) -> None:
+        self._patience = Patience(self.settings.patience, self.settings.longest, self.rng)
         self._topics, self._chunk = Topics(self.settings.federation), self.settings.chunk
         self._bundle, self._version, self._digest = self.held.bundle, self.held.version, self.held.digest
         self._samples = self.held.samples
@@ -327,7 +330,7 @@ class ClientSession:
             yield e.Log(f"task {event.task} failed: {event.reason}")
             yield self._say(m.Decline(event.epoch, event.task, event.reason[:500]))
             # A hello brings the next invitation: a client that always fails must not train day and night for nothing.
-            self._hello_at = now + pause(self.settings.patience, self._failures) if self._connected else None
+            self._hello_at = now + self._patience.after(self._failures) if self._connected else None
             self._failures += 1
         yield from self._next(now)
         yield from self._tick(now)
@@ -408,7 +411,7 @@ class ClientSession:
         if self._connected and self._ask_at is not None and now >= self._ask_at:
             # A broker may lose a retained message too; where there is no server yet, this costs a packet now and then.
             self._asked += 1
-            self._ask_at = now + pause(self.settings.patience, self._asked)
+            self._ask_at = now + self._patience.after(self._asked)
             yield e.Subscribe((self._topics.offer, self._topics.down(self.settings.client)))
         if not self._connected or self._offer is None:
             return
@@ -438,7 +441,7 @@ class ClientSession:
             yield self._say(m.Upload(upload.pending.epoch, upload.pending.task, upload.ref, traffic))
 
     def _announcement(self, pending: Pending) -> Announcement:
-        return announce(pending, self._chunk, min(self.settings.inline, self._chunk), self.settings.patience)
+        return announce(pending, self._chunk, min(self.settings.inline, self._chunk), self._patience)
 
     def _say(self, message: m.Message) -> e.Publish:
         return e.Publish(self._topics.up(self.settings.client), m.encode(message))

@@ -61,9 +61,10 @@ class Paper:
     sums: list[int] = field(default_factory=list)
     unfinished: int | None = None
     best: int | None = None
+    fleet: int = 0
     kept: set[int] = field(default_factory=lambda: {0})
     blobs: dict[bytes, bytes] = field(default_factory=dict)
-    uploads: dict[tuple[Identity, str], transfer.Assembly] = field(default_factory=dict)
+    uploads: dict[tuple[Identity, str], transfer.Assembly] = field(default_factory=dict, compare=False)
 
     def start(self) -> e.Restored:
         self.epoch += 1
@@ -80,6 +81,7 @@ class Paper:
             rounds=tuple(self.rounds.values()),
             unfinished=self.unfinished,
             open_task=opened[0] if opened else None,
+            fleet=self.fleet,
             uploads={
                 client: copy.deepcopy(blob)
                 for (identity, client), blob in self.uploads.items()
@@ -148,7 +150,8 @@ class Paper:
                 return e.Closed(epoch, number)
             case e.Evaluate(version):
                 return e.Evaluated(version, {"accuracy": version / 10})
-            case e.FinishRound(result, best):
+            case e.FinishRound(result, best, fleet):
+                self.fleet = fleet
                 self.rounds[result.round], self.unfinished = result, None
                 self.best = result.version if best else self.best
             case e.Sweep(ref):
