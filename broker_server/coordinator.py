@@ -28,6 +28,10 @@ _RETRY = 5.0
 """Seconds between a void round and the next attempt at it."""
 _MEMORY = 32
 """Versions for which one is kept that only clients hold who are away; later the whole difference is hardly larger."""
+HEARTBEAT = 300.0
+"""Seconds between hellos of an idle client, give or take a quarter."""
+_MISSED = 3.0
+"""Heartbeats without a word after which a client is taken for dead: its last will may be lost."""
 _GREETINGS = 200
 """Hellos a second that a fleet may answer an offer with."""
 _GATHER = 10.0
@@ -60,7 +64,7 @@ class Coordinator:
     def __post_init__(self) -> None:
         restored = self.restored
         self._topics = Topics(self.settings.federation.name)
-        self._roster = Roster(counting=not restored.rounds)
+        self._roster = Roster(counting=not restored.rounds, silence=_MISSED * HEARTBEAT)
         # A round whose evaluation goes on has its result in the ledger already, and is counted when it is finished.
         finished = [result for result in restored.rounds if result.round != restored.unfinished]
         self._progress = Progress(self.settings.stop, finished)
@@ -78,6 +82,8 @@ class Coordinator:
     def wake(self) -> float | None:
         """When the next Tick is due, on the clock of ``now``."""
         times = [self._open.wake] if self._open is not None else []
+        if self.phase != "stopped":
+            times.append(self._roster.wake)
         if self.phase in ("waiting", "gather") and self._connected:
             times += [time for time in (self._retry, self._gather) if time]
         return min((time for time in times if time is not None), default=None)
@@ -187,6 +193,7 @@ class Coordinator:
             self.restored.epoch,
             self.restored.bundle,
             self._spread,
+            HEARTBEAT,
             finished=self.phase == "stopped",
         )
 
@@ -204,6 +211,7 @@ class Coordinator:
                 raise WireError(f"chunk of an upload by {client} that is not under way")
             else:
                 yield from self._open.chunk(client, chunk.sha256, chunk.index, payload, now)
+            self._roster.hear(client, now)
         except WireError as error:
             self.dropped += 1
             if self.dropped == 1:
@@ -393,6 +401,9 @@ class Coordinator:
             self._retry = 0.0
         if self._gather is not None and now >= self._gather:
             self._gather = 0.0
+        for client in self._roster.lapse(now):
+            if self._open is not None:
+                yield from self._open.leave(client, now)
         if self._open is not None:
             yield from self._open.tick(now)
         yield from self._go_on(now)

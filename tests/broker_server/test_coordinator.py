@@ -176,7 +176,7 @@ def test_a_void_round_waits_for_clients_without_spinning():
         table.say(client, m.Goodbye(b"boot0000"))
     table.wait(100.0)
     assert table.coordinator.phase == "waiting"
-    assert table.coordinator.wake is None
+    assert table.coordinator.wake > table.now + 600  # when it looks who has fallen silent
     assert of(table.hello("a", "b"), e.OpenTask)
 
 
@@ -305,6 +305,23 @@ def test_hellos_of_other_epochs_and_bundles_are_ignored():
     assert table.say("a", hello) == []
     assert table.say("a", msgspec.structs.replace(hello, epoch=1, bundle=bytes(32))) == []
     assert table.say("a", msgspec.structs.replace(hello, epoch=1)) != []
+
+
+def test_a_client_that_died_without_a_last_will_is_not_asked_after_a_few_heartbeats():
+    table = desk(round={"cohort": 2, "clients": 3, "minimum": 1, "deadline": 60.0}, stop={"rounds": 99})
+    table.hello("a", "b", "c")
+    dead = table.cohort[0]
+    alive = sorted({"a", "b", "c"} - {dead})
+    for _ in range(4):
+        table.wait(240.0)
+        table.hello(*alive)
+        for client in alive:
+            if client in table.cohort:
+                table.upload(client)
+    assert table.coordinator.clients == 2
+    assert dead not in table.cohort
+    table.hello(dead)
+    assert table.coordinator.clients == 3
 
 
 # Updates.
