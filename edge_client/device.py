@@ -38,8 +38,9 @@ from edge_client.events import (
     Unsubscribe,
     Work,
 )
+from edge_client.held import NO_HASH, Held, SessionSettings
 from edge_client.manifest import Manifest
-from edge_client.session import NO_HASH, ClientSession, Held, SessionSettings
+from edge_client.session import ClientSession
 from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
 from edge_client.transport import Link

@@ -19,8 +19,8 @@ import msgspec
 from edge_client.codec.layout import Layout
 from edge_client.codec.model import Model, pack_model, unpack_model
 from edge_client.errors import CodecError, StoreError
+from edge_client.held import BLOB_LIMIT, NO_HASH, Held
 from edge_client.partial import PartialBlob
-from edge_client.session import BLOB_LIMIT, NO_HASH, Held
 from edge_client.upload import Pending
 from edge_client.wire.messages import BlobRef
 from edge_client.wire.transfer import Assembly

@@ -7,7 +7,8 @@ import pytest
 
 from broker_server import events as e
 from edge_client import events as c
-from edge_client.session import ClientSession, Held, SessionSettings
+from edge_client.held import Held, SessionSettings
+from edge_client.session import ClientSession
 from edge_client.transport import back_off
 from edge_client.upload import Pending
 from edge_client.wire import messages as m

@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from edge_client import events as e
-from edge_client.session import NO_HASH, ClientSession, Held, SessionSettings
+from edge_client.held import NO_HASH, Held, SessionSettings
+from edge_client.session import ClientSession
 from edge_client.upload import Pending
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
