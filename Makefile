@@ -7,7 +7,7 @@ SECONDS ?= 300
 # Threads are fedge's to place; libraries that each start their own pool take the cores from one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads clean
+.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads simulate-faults clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-codec     bits and distortion of updates beside other codecs'; results in build/bench/codec.json"
 	@echo "make bench-uploads   memory of server and broker while 300 clients upload at once; results in build/bench/uploads.json"
 	@echo "make bench           every benchmark"
+	@echo "make simulate-faults  whole federations under faults, an hour of them; results in build/bench/faults.json"
 	@echo "make clean           remove build results and caches, keep $(VENV)"
 
 demo: $(VENV)/.demo
@@ -61,6 +62,10 @@ bench-codec: $(VENV)/.dev
 
 bench: bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads
 	for run in fashion-mnist mnist-writers shakespeare; do $(BIN)/python tests/bench/real.py $$run || exit 1; done
+
+# ARGS='--seconds 60' for a taste; ARGS='--first SEED --trace' shows what happens in one run.
+simulate-faults: $(VENV)/.dev
+	$(BIN)/python -m tests.faults $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

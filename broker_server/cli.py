@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.table import Table
 from broker_server.artifacts import Report, check_folder, read_report, read_tensors, write_artifacts
 from broker_server.config import Federation, load
 from broker_server.entrance import enter
-from broker_server.ledger import BEST, Ledger, Round
+from broker_server.ledger import BEST, Ledger, Round, Task
 from broker_server.report import human_bytes, table
 from broker_server.server import Outcome, Server, broker, locked, server_link
 from broker_server.simulation import Simulated
@@ -101,6 +101,9 @@ def status(file: Path) -> None:
         console.print(table(rounds, metric=settings.stop.metric, title=settings.federation.name))
     else:
         console.print(f"{settings.federation.name}: no round is finished yet")
+    if settings.round.mode == "buffered":
+        _show_buffer(console, settings, open_tasks, recorded)
+        return
     for task in open_tasks:
         have = recorded[task.epoch, task.task]
         console.print(f"round {task.round}: {task.kind} under way, {have} of {len(task.cohort)} results recorded")
@@ -250,6 +253,21 @@ def _ledger(settings: Federation) -> Iterator[Ledger]:
         raise LedgerError(f"{path} does not exist: this federation has not been served yet; run `fedge serve` first")
     with Ledger.read(path) as ledger:
         yield ledger
+
+
+def _show_buffer(
+    console: Console, settings: Federation, tasks: list[Task], recorded: Mapping[tuple[int, int], int]
+) -> None:
+    """What the next version is made of so far, and how many clients are asked; by number of versions behind."""
+    training = [task for task in tasks if task.kind == "train"]
+    if not training:
+        return
+    have = sum(recorded[task.epoch, task.task] for task in training)
+    newest = max(task.version for task in tasks)
+    console.print(f"version {newest + 1}: {have} of {settings.round.buffer} updates recorded")
+    asked = [task for task in training if not recorded[task.epoch, task.task]]
+    oldest = newest - min((task.version for task in asked), default=newest)
+    console.print(f"{len(asked)} clients have a task without an update, the oldest from {oldest} versions before")
 
 
 def _show(console: Console, report: Report | None, title: str) -> None:

@@ -1,17 +1,16 @@
 """The federation's settings: one TOML file, read once into frozen structs, every mistake named by its dotted key."""
 
-import difflib
 import math
-import re
 import tomllib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, inspect
+from msgspec import Meta
 
+from broker_server.validation import check_keys
 from edge_client.codec.update import TARGETS
 from edge_client.errors import ConfigError
 
@@ -25,6 +24,11 @@ Factor = Annotated[float, Meta(gt=0, le=1000)]
 Bytes = Annotated[int, Meta(ge=0, le=2**62)]
 ClientPattern = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.*?-]{1,64}\Z")]
 Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,63}\Z")]
+
+
+_SYNCHRONOUS = ("cohort", "over_select", "minimum")
+_BUFFERED = ("concurrency", "buffer", "staleness", "max_staleness")
+"""Keys of ``[round]`` that only one of its modes reads."""
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,6 +59,9 @@ class Broker(_Section, frozen=True):
 class Round(_Section, frozen=True):
     """``[round]``: who is asked, how many answers are wanted, and how long the server waits for them."""
 
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    """Rounds, in which a cohort trains the same version; or none: clients train all the time, each from the version
+    that is the newest when it is asked, and every ``buffer`` updates make the next one."""
     cohort: Positive = 10
     """Updates that end the round (the goal count)."""
     over_select: Annotated[float, Meta(ge=1, le=10)] = 1.0
@@ -62,7 +69,15 @@ class Round(_Section, frozen=True):
     minimum: Positive = 1
     """With fewer updates at the deadline the round is void."""
     clients: Count = 0
-    """Clients that must have said hello before the first round; 0 means ``cohort``."""
+    """Clients that must have said hello before the first round; 0 means ``cohort``, or ``buffer`` where buffered."""
+    concurrency: Positive = 20
+    """Buffered: clients that train at once."""
+    buffer: Positive = 10
+    """Buffered: updates that make a new version."""
+    staleness: Annotated[float, Meta(ge=0, le=100)] = 0.5
+    """Buffered: an update s versions old counts (1 + s)^-staleness times."""
+    max_staleness: Count = 20
+    """Buffered: an update that is more versions old is refused."""
 
     @property
     def invited(self) -> int:
@@ -72,7 +87,7 @@ class Round(_Section, frozen=True):
     @property
     def quorum(self) -> int:
         """Clients that must be there before the first round starts."""
-        return self.clients or self.cohort
+        return self.clients or (self.cohort if self.mode == "synchronous" else min(self.buffer, self.concurrency))
 
 
 class Train(_Section, frozen=True):
@@ -259,76 +274,12 @@ def load(path: str | Path, overrides: Mapping[str, object] | None = None) -> Fed
         if isinstance(table, dict):
             table[name] = value
     try:
-        _check_keys(tree, Federation, "")
+        check_keys(tree, Federation, "")
         federation = _resolve(msgspec.convert(tree, Federation), path.absolute().parent)
         _check_together(federation)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error.__cause__
     return federation
-
-
-def _check_keys(table: Mapping[str, object], section: type[_Section], prefix: str) -> None:
-    """Convert key by key: the message can then name the key, the value and the range, where msgspec names the type."""
-    fields = {field.name: field for field in msgspec.structs.fields(section)}
-    for name, value in table.items():
-        key = prefix + name
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {prefix}{close[0]}? " if close else ""
-            raise ConfigError(f"{key} is not a known key; {hint}known here: {', '.join(fields)}")
-        kind = fields[name].type
-        if isinstance(kind, type) and issubclass(kind, _Section):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{key} is {value!r}; expected a section, [{key}]")
-            _check_keys(value, kind, f"{key}.")
-        elif isinstance(value, dict) and get_origin(kind) is dict:
-            of_names, of_values = get_args(kind)
-            for entry, number in value.items():
-                _check_value(f"name in {key}", entry, of_names)
-                _check_value(f"{key}.{entry}", number, of_values)
-        else:
-            _check_value(key, value, kind)
-    for name, field in fields.items():
-        if field.required and name not in table:
-            if isinstance(field.type, type) and issubclass(field.type, _Section):
-                _check_keys({}, field.type, f"{name}.")
-            raise ConfigError(f"{prefix}{name} is missing; expected {_allowed(inspect.type_info(field.type))}")
-
-
-def _check_value(key: str, value: object, kind: Any) -> None:
-    shown = re.sub(r"//[^@/]*@", "//...@", repr(value))  # an address may hold a password
-    problem = ConfigError(f"{key} is {shown}; expected {_allowed(inspect.type_info(kind))}")
-    try:
-        msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise problem from error
-    # TOML has nan and inf, and nan passes every comparison with a bound.
-    numbers = value if isinstance(value, list) else [value]
-    if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
-        raise problem
-
-
-def _allowed(info: inspect.Type) -> str:
-    """What a setting may be, in words."""
-    match info:
-        case inspect.IntType() | inspect.FloatType():
-            words = "a whole number" if isinstance(info, inspect.IntType) else "a number"
-            bounds = ((" from", info.ge), (" above", info.gt), (" to", info.le), (" to below", info.lt))
-            return words + "".join(f"{word} {bound:,}" for word, bound in bounds if bound is not None)
-        case inspect.LiteralType():
-            return "one of " + ", ".join(f'"{value}"' for value in info.values)
-        case inspect.StrType():
-            return f"a text that matches {info.pattern}" if info.pattern else "a text"
-        case inspect.BoolType():
-            return "true or false"
-        case inspect.TupleType():
-            return f"a list of {len(info.item_types)}, each {_allowed(info.item_types[0])}"
-        case inspect.DictType():
-            return f"a section of names, each with {_allowed(info.value_type)}"
-        case inspect.UnionType():
-            return " or ".join(_allowed(kind) for kind in info.types if not isinstance(kind, inspect.NoneType))
-        case _:
-            return "a section" if isinstance(info, inspect.StructType) else "a value"
 
 
 def _resolve(federation: Federation, folder: Path) -> Federation:
@@ -356,17 +307,15 @@ def _check_together(federation: Federation) -> None:
     for name in ("bundle", "state"):
         if not getattr(federation.federation, name):
             raise ConfigError(f"federation.{name} is empty; expected a path")
-    if rounds.minimum > rounds.cohort:
-        raise ConfigError(f"round.minimum is {rounds.minimum}; expected at most round.cohort, {rounds.cohort}")
-    if rounds.quorum < rounds.minimum:
-        raise ConfigError(f"round.clients is {rounds.clients}; expected at least round.minimum, {rounds.minimum}")
+    _check_mode(rounds)
     if federation.broker.password_file and not federation.broker.username:
         raise ConfigError("broker.password_file is set without broker.username; set both or none")
     _check_rates(federation.codec)
     if simulation.speed[0] > simulation.speed[1]:
         raise ConfigError(f"simulation.speed is {list(simulation.speed)}; expected [slowest, fastest]")
     if simulation.data:
-        for key, wanted in (("cohort", rounds.cohort), ("clients", rounds.clients)):
+        asked = "cohort" if rounds.mode == "synchronous" else "concurrency"
+        for key, wanted in ((asked, getattr(rounds, asked)), ("clients", rounds.clients)):
             if wanted > simulation.clients:
                 raise ConfigError(
                     f"round.{key} is {wanted}; expected at most simulation.clients, {simulation.clients}: "
@@ -381,6 +330,24 @@ def _check_together(federation: Federation) -> None:
             "stop.target and stop.patience need an evaluation and there is none; "
             "set evaluation.data or evaluation.clients, and evaluation.every above 0"
         )
+
+
+def _check_mode(rounds: Round) -> None:
+    others = _BUFFERED if rounds.mode == "synchronous" else _SYNCHRONOUS
+    defaults = Round()
+    for key in others:
+        if (found := getattr(rounds, key)) != getattr(defaults, key):
+            right = "buffered" if rounds.mode == "synchronous" else "synchronous"
+            raise ConfigError(
+                f'round.{key} is {found} and means nothing with round.mode = "{rounds.mode}"; '
+                f'remove it, or set round.mode = "{right}"'
+            )
+    if rounds.mode == "buffered":
+        return
+    if rounds.minimum > rounds.cohort:
+        raise ConfigError(f"round.minimum is {rounds.minimum}; expected at most round.cohort, {rounds.cohort}")
+    if rounds.quorum < rounds.minimum:
+        raise ConfigError(f"round.clients is {rounds.clients}; expected at least round.minimum, {rounds.minimum}")
 
 
 def _check_rates(codec: Codec) -> None:

@@ -32,14 +32,21 @@ class Restored:
     rounds: tuple[Round, ...] = ()
     unfinished: int | None = None
     """The last round's number where its model is there and its evaluation is not."""
-    open_task: Task | None = None
-    """The task that was under way; its recorded updates follow as Recorded events."""
+    open_tasks: tuple[Task, ...] = ()
+    """The tasks that were under way, one at most in synchronous rounds; their recorded updates follow as Recorded."""
+    digests: Mapping[int, bytes] = field(default_factory=dict)
+    """Of the versions that these tasks work on."""
     leftovers: tuple[str, ...] = ()
     """Topics on which an earlier run may have left chunks."""
     uploads: Mapping[str, Tally] = field(default_factory=dict)
     """By client, what has come of updates for the task that was under way."""
     fleet: int = 0
     """Clients that were there at the end of the last round."""
+
+    @property
+    def open_task(self) -> Task | None:
+        """The newest of the tasks that were under way."""
+        return self.open_tasks[-1] if self.open_tasks else None
 
 
 # Events.
@@ -104,7 +111,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Aggregated:
-    """A new version of the global model is in the ledger, and its task is closed.
+    """A new version of the global model is in the ledger, and its tasks are closed.
 
     ``clipped`` counts the parameters that were out of the lattice's reach and stay at its edge.
     """
@@ -218,14 +225,14 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Turn a task's sum into the next version; answer with Aggregated. Versions not in ``keep`` may be forgotten.
+    """Turn the sum into the next version; answer with Aggregated. Versions not in ``keep`` may be forgotten.
 
+    ``closes`` are the tasks, by epoch and number, whose updates are in the sum, and which end with it.
     ``result`` is what is known of the round so far. It goes into the ledger with the version, so that a server which
     dies before the round is finished measures and finishes it, and does not run it again.
     """
 
-    epoch: int
-    task: int
+    closes: tuple[tuple[int, int], ...]
     result: Round
     keep: frozenset[int]
 

@@ -224,18 +224,18 @@ class Ledger:
             )
         return added == 1
 
-    def updates(self, epoch: int, task: int) -> Iterator[tuple[str, int, bytes]]:
-        """(client, samples, data) of an open task's updates in the order recorded, one in memory at a time."""
+    def updates(self) -> Iterator[tuple[tuple[int, int], str, int, bytes]]:
+        """((epoch, task), client, samples, data) of the updates to open tasks, as recorded; one in memory at a time."""
         # Ids first: a cursor that stays open would see, or not see, what is recorded while the caller works.
         for (number,) in self._database.all(
-            "SELECT id FROM updates WHERE epoch = ? AND task = ? ORDER BY id", epoch, task
+            "SELECT id FROM updates JOIN tasks USING (epoch, task) WHERE outcome IS NULL ORDER BY id"
         ):
             row = self._database.one(
-                "SELECT client, samples, data FROM updates WHERE id = ? AND data IS NOT NULL", number
+                "SELECT epoch, task, client, samples, data FROM updates WHERE id = ? AND data IS NOT NULL", number
             )
             if row is not None:
-                client, samples, data = row
-                yield client, samples, data
+                epoch, task, client, samples, data = row
+                yield (epoch, task), client, samples, data
 
     def recorded(self, epoch: int, task: int) -> list[str]:
         """Clients whose update is recorded, in that order; also for closed tasks."""
@@ -244,15 +244,15 @@ class Ledger:
 
     # -- versions
 
-    def publish(self, version: Version, closes: tuple[int, int] | None = None) -> None:
-        """Store a new version and, in the same transaction, close the task (epoch, task) that it was made from.
+    def publish(self, version: Version, closes: Iterable[tuple[int, int]] = ()) -> None:
+        """Store a new version and, in the same transaction, close the tasks (epoch, task) that it was made from.
 
         Raises:
-            LedgerError: the version exists, or the task is not open: its updates are counted elsewhere.
+            LedgerError: the version exists, or a task is not open: its updates are counted elsewhere.
         """
         with self.group():
-            if closes is not None:
-                self.close_task(*closes, "done")
+            for epoch, task in closes:
+                self.close_task(epoch, task, "done")
             self._database.write(
                 "INSERT INTO versions (version, round, state, remainder, optimizer, pace) VALUES (?, ?, ?, ?, ?, ?)",
                 *(version.version, version.round, version.state),

@@ -62,7 +62,7 @@ class Publication:
         self._optimizer = optimizer
         self._buffers = bundle.initial_buffers()
         self._models: OrderedDict[int, Model] = OrderedDict()
-        self._deltas: OrderedDict[int, bytes] = OrderedDict()
+        self._deltas: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._head = self._restore()
 
     @property
@@ -75,6 +75,10 @@ class Publication:
         """Hash of the newest version."""
         return self._head.model.digest()
 
+    def digests(self, versions: Collection[int]) -> dict[int, bytes]:
+        """Hashes of versions that are kept."""
+        return {version: self._model(version).digest() for version in versions}
+
     def parameters(self, version: int | None = None) -> Vector:
         """``[n_params] float32``: the trainable parameters of a version, the newest by default."""
         return self._model(version).parameters(self._base)
@@ -83,12 +87,13 @@ class Publication:
         """``[m] float32``: the buffers of a version, the newest by default."""
         return self._model(version).buffers
 
-    def delta(self, held: int) -> bytes:
-        """What leads a client from version ``held`` to the newest one; built once while that is the newest."""
-        found = self._deltas.pop(held, None)
+    def delta(self, held: int, version: int | None = None) -> bytes:
+        """What leads a client from version ``held`` to ``version``, the newest by default; kept while there is room."""
+        way = held, self.version if version is None else version
+        found = self._deltas.pop(way, None)
         if found is None:
-            found = encode_model_delta(self._model(held), self._head.model, self._layout)
-        self._deltas[held] = found
+            found = encode_model_delta(self._model(held), self._model(version), self._layout)
+        self._deltas[way] = found
         room = max(_DELTAS, 4 * self._layout.size)
         while len(self._deltas) > 1 and sum(map(len, self._deltas.values())) > room:
             self._deltas.popitem(last=False)
@@ -99,7 +104,7 @@ class Publication:
         aggregate: Vector,
         result: Round,
         *,
-        closes: tuple[int, int],
+        closes: Collection[tuple[int, int]],
         keep: Collection[int],
         buffers: Vector | None = None,
     ) -> int:
@@ -109,8 +114,8 @@ class Publication:
 
         Returns how many parameters were out of the lattice's reach and stay at its edge.
 
-        What rounding to the lattice leaves out is kept and added the next time. The new version, the close of its task
-        and the round's result are one transaction.
+        What rounding to the lattice leaves out is kept and added the next time. The new version, the close of its
+        tasks and the round's result are one transaction.
         """
         head = self._head
         step, optimizer = self._optimizer.step(head.optimizer, aggregate)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import msgspec
 
 from broker_server.ledger import Round
-from broker_server.tasks import OpenTask
+from broker_server.tally import Tally
 
 
 @dataclass
@@ -28,17 +28,17 @@ class OpenRound:
         if self.began is None:
             self.began = now
 
-    def trained(self, task: OpenTask, version: int) -> Round:
-        """Its training task is closed, and makes this version."""
+    def trained(self, tally: Tally, version: int) -> Round:
+        """Training is over, and makes this version."""
         self.result = Round(
             round=self.number,
             version=version,
-            clients=task.results,
-            samples=task.samples,
+            clients=tally.results,
+            samples=tally.samples,
             seconds=0.0,
             bytes_up=0,
             bytes_down=0,
-            metrics=task.metrics("train_"),
+            metrics=tally.metrics("train_"),
         )
         return self.result
 
@@ -47,10 +47,10 @@ class OpenRound:
         if self.result is not None:
             self.result = msgspec.structs.replace(self.result, metrics={**self.result.metrics, **metrics})
 
-    def tested(self, task: OpenTask) -> None:
+    def tested(self, tally: Tally) -> None:
         """Clients have evaluated its model; where the server has not, theirs are its metrics."""
         if self.result is not None:
-            told = task.metrics("client_")
+            told = tally.metrics("client_")
             plain = {name.removeprefix("client_"): value for name, value in told.items()}
             self.result = msgspec.structs.replace(self.result, metrics={**plain, **self.result.metrics, **told})
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from typing import Any, TypeVar
 
 from broker_server import events as e
 from broker_server.artifacts import Report
+from broker_server.asynchronous import AsynchronousCoordinator
 from broker_server.broker import EmbeddedBroker
 from broker_server.config import Federation
+from broker_server.conversation import Conversation
 from broker_server.coordinator import Coordinator
 from broker_server.database import Lock
 from broker_server.ledger import Round
@@ -26,6 +29,8 @@ from edge_client.wire.messages import BlobRef
 from edge_client.wire.topics import Topics
 
 Result = TypeVar("Result")
+_TOGETHER = (e.Record, e.OpenTask)
+"""Actions whose commits may wait for one another."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,15 @@ class Server:
     """Finds the settings that fit the broker (`entrance.enter`), before an epoch begins."""
     _pool: ThreadPoolExecutor = field(init=False)
     _worker: Worker = field(init=False)
-    _coordinator: Coordinator = field(init=False)
+    _coordinator: Conversation = field(init=False)
     _queue: "asyncio.Queue[e.Action]" = field(init=False, default_factory=asyncio.Queue)
     _ended: "asyncio.Future[str]" = field(init=False)
     _timer: asyncio.TimerHandle | None = field(init=False, default=None)
     _retained: set[str] = field(init=False, default_factory=set)
     _online: bool = field(init=False, default=False)
     _unswept: list[BlobRef] = field(init=False, default_factory=list)
+    _built: Counter[bytes] = field(init=False, default_factory=Counter)
+    """By hash of a delta, how many are built and not swept."""
     _cleared: list[str] = field(init=False, default_factory=list)
     """Topics whose clearing is under way: the ledger keeps them until the connection has outlived it."""
 
@@ -84,7 +91,7 @@ class Server:
                 self.settings = fitting.result()
                 self._worker.limits = self.settings.transfer
             restored = await self._in_worker(self._worker.start)
-            self._coordinator = Coordinator(self.settings, restored)
+            self._coordinator = coordinator(self.settings, restored)
             for answer in await self._in_worker(lambda: list(self._worker.replay(restored))):
                 self._feed(answer)
             self.on_start(restored)
@@ -189,10 +196,10 @@ class Server:
                     self.on_round(action.result)
 
     async def _work(self) -> None:
-        """Feed the worker: updates that wait together are recorded in one commit."""
+        """Feed the worker: updates that wait together are recorded in one commit, and so are tasks."""
         while True:
             batch = [await self._queue.get()]
-            while isinstance(batch[-1], e.Record) and not self._queue.empty():
+            while isinstance(batch[-1], _TOGETHER) and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             try:
                 await self._batch(batch)
@@ -201,7 +208,7 @@ class Server:
                     self._queue.task_done()
 
     async def _batch(self, batch: list[e.Action]) -> None:
-        together = [action for action in batch if isinstance(action, e.Record)]
+        together = [action for action in batch if isinstance(action, _TOGETHER)]
         if together:
             for answer in await self._in_worker(lambda: self._worker.perform_all(together)):
                 if answer is not None:
@@ -216,6 +223,8 @@ class Server:
                     await self._release(topics)
                 case _:
                     answer = await self._in_worker(lambda action=action: self._worker.perform(action))  # type: ignore[misc]
+                    if isinstance(answer, e.Prepared):
+                        self._built[answer.ref.sha256] += 1
                     if answer is not None:
                         self._feed(answer)
 
@@ -234,6 +243,11 @@ class Server:
             # What is published now is lost, and a topic that the ledger has released is never cleared again.
             self._unswept.append(ref)
             return
+        # Between versions that hardly differ, several deltas have the same bytes.
+        self._built[ref.sha256] -= 1
+        if self._built[ref.sha256] > 0:
+            return
+        del self._built[ref.sha256]
         topics = Topics(self.settings.federation.name)
         names = [topics.published(ref.sha256, index) for index in range(transfer.count(ref))]
         for name in names:
@@ -243,7 +257,9 @@ class Server:
 
     async def _release(self, topics: Iterable[str], ref: BlobRef | None = None) -> None:
         """Forget a blob, and the topics that were cleared before these: a clearing that is not read yet may be lost."""
-        sure, self._cleared = self._unsure(), list(topics)
+        again = list(topics)
+        # A delta with the same bytes has the same topics: they may be cleared twice in a row.
+        sure, self._cleared = [topic for topic in self._unsure() if topic not in again], again
         await self._in_worker(lambda: self._worker.release(sure, ref))
 
     def _unsure(self) -> list[str]:
@@ -270,6 +286,13 @@ class Server:
         data = read_bundle(self.settings)
         check_names(self.settings, Bundle.from_bytes(data))
         return Worker(self.settings, data, self.lock)
+
+
+def coordinator(settings: Federation, restored: e.Restored) -> Conversation:
+    """The state machine of the mode that the settings name."""
+    if settings.round.mode == "buffered":
+        return AsynchronousCoordinator(settings, restored)
+    return Coordinator(settings, restored)
 
 
 def read_bundle(settings: Federation) -> bytes:

@@ -5,6 +5,7 @@ at a time.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from broker_server.ledger import Task
@@ -29,9 +30,10 @@ class Spool:
         self._limit = limit
         self._files: dict[tuple[Identity, str], PartialBlob] = {}
 
-    def restore(self, task: Task | None) -> dict[str, Tally]:
-        """What came before a restart for the task that is open, by client; what came for others is removed."""
+    def restore(self, tasks: Iterable[Task]) -> dict[str, Tally]:
+        """What came before a restart for each client's last open task; what came for others is removed."""
         found: dict[str, Tally] = {}
+        last = {client: (task.epoch, task.task) for task in tasks for client in task.cohort}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for path in sorted(self._folder.iterdir()):
@@ -39,7 +41,7 @@ class Spool:
                 if name is None:
                     continue
                 identity, client = (int(name[1]), int(name[2])), name[3]
-                if task is None or identity != (task.epoch, task.task) or client not in task.cohort:
+                if last.get(client) != identity:
                     path.unlink()
                     continue
                 blob = self._file(identity, client)

@@ -13,8 +13,8 @@ from typing import Literal
 from broker_server import events as e
 from broker_server.config import Federation
 from broker_server.ledger import Task
-from broker_server.metrics import combine
 from broker_server.selection import Candidate, select
+from broker_server.tally import Tally
 from broker_server.uploads import Grant, Uploads
 from edge_client.errors import WireError
 from edge_client.wire import messages as m
@@ -39,7 +39,8 @@ class OpenTask:
     limit: int
     spares: set[str] = field(default_factory=set)
     opened: bool = field(init=False, default=False)
-    samples: int = field(init=False, default=0)
+    tally: Tally = field(init=False, default_factory=Tally)
+    """What the recorded results come to."""
     _members: dict[str, State] = field(init=False, default_factory=dict)
     _counts: Counter[State] = field(init=False, default_factory=Counter)
     _invited: set[str] = field(init=False, default_factory=set)
@@ -50,7 +51,6 @@ class OpenTask:
     """By client, the bytes that its update may have, where its link sets a bound."""
     _deltas: dict[int, m.BlobRef] = field(init=False, default_factory=dict)
     """By the version that they start from, the blobs that lead to the task's version."""
-    _sums: dict[str, float] = field(init=False, default_factory=dict)
     _deadline: float = field(init=False, default=math.inf)
     _uploads: Uploads = field(init=False)
 
@@ -112,11 +112,6 @@ class OpenTask:
         if self.results >= self.goal or (self.results >= self.fewest and (late or not self._counts["asked"])):
             return "done"
         return "void" if late else None
-
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """Metrics over all results, from the sums that they report."""
-        sums = {name.removeprefix("sum."): total for name, total in self._sums.items() if name.startswith("sum.")}
-        return {prefix + name: value for name, value in combine([sums]).items()}
 
     def blobs(self) -> list[m.BlobRef]:
         """Deltas that travel in chunks."""
@@ -228,9 +223,7 @@ class OpenTask:
     def recorded(self, event: e.Recorded) -> None:
         """A member's update is in the ledger."""
         self._set(event.client, "recorded")
-        self.samples += event.samples
-        for name, value in event.scalars.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+        self.tally.add(event.samples, event.scalars)
 
     def refuse(self, client: str, reason: str) -> list[e.Action]:
         """A member's update cannot be used, and the member is not asked again."""

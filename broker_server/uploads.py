@@ -143,6 +143,12 @@ class Uploads:
         self._park(client)
         return self._admit(now)
 
+    def drop(self, client: str, now: float) -> list[Grant]:
+        """Nothing is wanted of a client any more."""
+        grants = self.forget(client, now)
+        self._parked.pop(client, None)
+        return grants
+
     def _tally(self, client: str, sha256: bytes) -> Tally:
         incoming = self._open.get(client)
         tally = self._parked.get(client) if incoming is None else incoming.tally

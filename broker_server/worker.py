@@ -17,12 +17,13 @@ import numpy as np
 from broker_server import events as e
 from broker_server.aggregation.buffers import BufferAggregator
 from broker_server.aggregation.optimizer import sgd
+from broker_server.aggregation.staleness import discount
 from broker_server.aggregation.streaming import fedavg
 from broker_server.artifacts import Report, write_artifacts
 from broker_server.config import Federation
 from broker_server.database import Lock
 from broker_server.evaluation import HeldOut
-from broker_server.ledger import BEST, Ledger
+from broker_server.ledger import BEST, Ledger, Task
 from broker_server.publication import Publication
 from broker_server.spool import Spool
 from edge_client.bundle import Bundle
@@ -33,6 +34,8 @@ from edge_client.manifest import update_layouts
 from edge_client.wire import transfer
 from edge_client.wire.messages import BlobRef
 
+_MODE = "mode"
+"""The note that holds the ``round.mode`` of the open tasks."""
 _SAMPLES_LIMIT = 2**29
 """More samples than this of one client are refused: their product with an update would not be exact any more."""
 _FLEET = "fleet"
@@ -79,20 +82,17 @@ class Worker:
         optimizer = sgd(settings.aggregation.learning_rate, settings.aggregation.momentum)
         self._publication = Publication(self.bundle, self._ledger, settings.codec, optimizer)
         self._aggregator = fedavg(settings.aggregation.weights)
-        self._sum = self._aggregator.init(self.bundle.layout.size)
         self._buffers = BufferAggregator.of(self.bundle.manifest)
-        self._buffer_sum = self._buffers.init()
+        self._begin_sum()
         self._layouts = update_layouts(self.bundle.manifest)
         self.spool = Spool(self._state / "uploads", limit=max_update_bytes(self._layouts))
-        self._kind: Literal["train", "evaluate"] = "train"
+        self._tasks: dict[tuple[int, int], Task] = {}
         self._blobs: dict[bytes, bytes] = {}
         self._bundle_bytes = bundle_bytes
 
     def start(self) -> e.Restored:
         """Begin a new epoch where the ledger left off."""
-        open_tasks = self._ledger.open_tasks()
-        for stale in open_tasks[:-1]:
-            self._ledger.close_task(stale.epoch, stale.task, "void")
+        open_tasks = self._reopen()
         rounds = tuple(self._ledger.rounds())
         return e.Restored(
             epoch=self._ledger.new_epoch(),
@@ -103,22 +103,20 @@ class Worker:
             last_task=self._ledger.last_task(),
             rounds=rounds,
             unfinished=self._ledger.unfinished(),
-            open_task=open_tasks[-1] if open_tasks else None,
+            open_tasks=open_tasks,
+            digests=self._publication.digests({task.version for task in open_tasks}),
             leftovers=tuple(self._ledger.retained()),
             fleet=int(self._ledger.get(_FLEET) or 0),
-            uploads=self.spool.restore(open_tasks[-1] if open_tasks else None),
+            uploads=self.spool.restore(open_tasks),
         )
 
     def replay(self, restored: e.Restored) -> Iterator[e.Event]:
-        """Add up again what was recorded for the task that was under way."""
-        task = restored.open_task
-        if task is None:
-            return
-        self._kind = task.kind
-        for client, samples, data in self._ledger.updates(task.epoch, task.task):
-            _, scalars, vectors = self._decode(data)
-            self._add(vectors, samples)
-            yield e.Recorded(task.epoch, task.task, client, samples, scalars)
+        """Add up again what was recorded for the tasks that were under way."""
+        self._tasks = {(task.epoch, task.task): task for task in restored.open_tasks}
+        for identity, client, samples, data in self._ledger.updates():
+            _, scalars, vectors = self._decode(data, self._tasks[identity])
+            self._add(vectors, samples, identity)
+            yield e.Recorded(*identity, client, samples, scalars)
 
     def perform_all(self, actions: Sequence[e.Action]) -> list[e.Event | None]:
         """Carry out several actions in one commit: all of them are on the disk before any answer is known."""
@@ -133,9 +131,7 @@ class Worker:
         """Carry out one action; its answer, where it has one."""
         match action:
             case e.OpenTask(task):
-                self._kind = task.kind
-                self._sum = self._aggregator.init(self.bundle.layout.size)
-                self._buffer_sum = self._buffers.init()
+                self._tasks[task.epoch, task.task] = task
                 self._ledger.open_task(msgspec.structs.replace(task, opened=time.time()))
                 return e.Opened(task.epoch, task.task)
             case e.Enlarge(epoch, number, clients):
@@ -146,18 +142,22 @@ class Worker:
             case e.Inquire():
                 return self._inquire(action)
             case e.Prepare(held, version):
-                return e.Prepared(held, version, self._blob(self._publication.delta(held)))
-            case e.Aggregate(epoch, number, result, keep):
+                return e.Prepared(held, version, self._blob(self._publication.delta(held, version)))
+            case e.Aggregate(closes, result, keep):
                 aggregate = self._aggregator.finish(self._sum)
                 buffers = self._buffers.finish(self._buffer_sum) if "buffers" in self._layouts else None
-                clipped = self._publication.advance(
-                    aggregate, result, closes=(epoch, number), keep=keep, buffers=buffers
-                )
-                self.spool.discard((epoch, number))
+                clipped = self._publication.advance(aggregate, result, closes=closes, keep=keep, buffers=buffers)
+                for identity in closes:
+                    self._tasks.pop(identity)
+                    self.spool.discard(identity)
+                self._begin_sum()
                 return e.Aggregated(self._publication.version, self._publication.digest, clipped)
             case e.CloseTask(epoch, number, outcome):
                 self._ledger.close_task(epoch, number, outcome)
+                self._tasks.pop((epoch, number))
                 self.spool.discard((epoch, number))
+                if (epoch, number) in self._added:
+                    self._begin_sum()
                 return e.Closed(epoch, number)
             case e.Evaluate(version):
                 assert self._held_out is not None
@@ -208,30 +208,52 @@ class Worker:
         identity = action.epoch, action.task
         try:
             data = self.spool.take(identity, action.client) if action.data is None else action.data
-            samples, scalars, vectors = self._decode(data)
+            samples, scalars, vectors = self._decode(data, self._tasks[identity])
         except CodecError as error:
             return e.Refused(*identity, action.client, str(error))
         except WireError:
             return e.Damaged(*identity, action.client)
         added = self._ledger.record(*identity, action.client, data, samples)
         if added:
-            self._add(vectors, samples)
+            self._add(vectors, samples, identity)
         return e.Recorded(action.epoch, action.task, action.client, samples, scalars)
 
-    def _add(self, vectors: Mapping[str, Vector], samples: int) -> None:
+    def _reopen(self) -> tuple[Task, ...]:
+        """The tasks to go on with; others are void: of an evaluation without rounds, which is done anew, or of a mode
+        that was changed."""
+        mode, tasks = self._settings.round.mode, self._ledger.open_tasks()
+        kept = tasks[-1:] if mode == "synchronous" else [task for task in tasks if task.kind == "train"]
+        with self._ledger.group():
+            if self._ledger.get(_MODE) not in (None, mode):
+                kept = []
+            self._ledger.put(_MODE, mode)
+            for task in tasks:
+                if task not in kept:
+                    self._ledger.close_task(task.epoch, task.task, "void")
+        return tuple(kept)
+
+    def _begin_sum(self) -> None:
+        self._sum = self._aggregator.init(self.bundle.layout.size)
+        self._buffer_sum = self._buffers.init()
+        self._added: set[tuple[int, int]] = set()
+
+    def _add(self, vectors: Mapping[str, Vector], samples: int, identity: tuple[int, int]) -> None:
         if "delta" in vectors:
-            self._sum = self._aggregator.add(self._sum, vectors["delta"], samples)
+            # The version grows only when a sum is finished: a replay finds the same staleness.
+            age = self._publication.version - self._tasks[identity].version
+            weight = discount(age, self._settings.round.staleness)
+            self._sum = self._aggregator.add(self._sum, vectors["delta"], samples, weight)
+            self._added.add(identity)
         if "buffers" in vectors:
             self._buffer_sum = self._buffers.add(self._buffer_sum, vectors["buffers"], samples)
 
-    def _decode(self, data: bytes) -> tuple[int, dict[str, float], dict[str, Vector]]:
+    def _decode(self, data: bytes, task: Task) -> tuple[int, dict[str, float], dict[str, Vector]]:
         """Samples, scalars and, of a training task, the vectors of an update.
 
         Raises:
             CodecError: it is damaged, is for another bundle, is not finite or counts no samples.
         """
-        train = self._kind == "train"
-        update = decode_update(data, self._layouts if train else {})
+        update = decode_update(data, self._layouts if task.kind == "train" else {})
         samples = update.scalars.get("samples", 0.0)
         if not 1 <= samples < _SAMPLES_LIMIT:
             raise CodecError(f"update counts {samples:g} samples; expected 1 to {_SAMPLES_LIMIT - 1}")

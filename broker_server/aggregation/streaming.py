@@ -6,7 +6,7 @@ number of clients; ``merge`` combines the partial sums of several servers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,13 @@ class PartialSum:
     samples: int = 0
 
 
+class Add(Protocol):
+    """Adds one more update."""
+
+    def __call__(self, state: PartialSum, update: Vector, samples: int, discount: float = 1.0) -> PartialSum:
+        """``update`` (``[n_params] float32``) of that many samples, counted ``discount`` (0 to 1) times."""
+
+
 @dataclass(frozen=True, slots=True)
 class Aggregator:
     """``init -> add* -> finish``, with ``merge`` for partial sums made elsewhere.
@@ -39,7 +46,7 @@ class Aggregator:
 
     init: Callable[[int], PartialSum]
     """``init(n_params)``: the empty sum."""
-    add: Callable[[PartialSum, Vector, int], PartialSum]
+    add: Add
     """``add(state, update, samples)``: one more update, ``[n_params] float32``, of that many samples."""
     merge: Callable[[PartialSum, PartialSum], PartialSum]
     """``merge(state, other)``: both together; ``other`` is left alone."""
@@ -52,13 +59,15 @@ def fedavg(weights: Literal["samples", "uniform"] = "samples") -> Aggregator:
 
     ``p_k = n_k / sum(n)`` with "samples", ``1 / clients`` with "uniform". Sums are kept in float64, in which a product
     of a float32 and a sample count below 2^29 is exact. Updates must be finite: one NaN would take the sum with it.
+    A discount shortens what its update adds and not the divisor, so that a mean of old updates is a shorter step
+    (FedBuff, Nguyen et al. 2022).
 
     Raises (from the functions of the record):
         CodecError: ``add`` and ``merge``, when lengths or dtypes differ.
         TrainingError: ``add``, for a negative sample count; ``finish``, when all weights together are zero.
     """
 
-    def add(state: PartialSum, update: Vector, samples: int) -> PartialSum:
+    def add(state: PartialSum, update: Vector, samples: int, discount: float = 1.0) -> PartialSum:
         if update.shape != state.total.shape or update.dtype != np.float32:
             raise CodecError(
                 f"update is {update.dtype} {list(update.shape)}; expected float32 {list(state.total.shape)}"
@@ -69,7 +78,7 @@ def fedavg(weights: Literal["samples", "uniform"] = "samples") -> Aggregator:
         products = np.empty(min(_BLOCK, update.size), np.float64)
         for start in range(0, update.size, _BLOCK):
             block = update[start : start + _BLOCK]
-            scaled = np.multiply(block, weight, out=products[: block.size], dtype=np.float64)
+            scaled = np.multiply(block, weight * discount, out=products[: block.size], dtype=np.float64)
             state.total[start : start + _BLOCK] += scaled
         return PartialSum(state.total, state.weight + weight, state.updates + 1, state.samples + samples)
 

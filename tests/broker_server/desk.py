@@ -12,8 +12,8 @@ import msgspec
 
 from broker_server import events as e
 from broker_server.config import Federation
-from broker_server.coordinator import Coordinator
 from broker_server.ledger import Round, Task
+from broker_server.server import coordinator
 from edge_client.errors import WireError
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
@@ -70,7 +70,6 @@ class Paper:
         self.epoch += 1
         self.blobs.clear()
         opened = [task for identity, task in self.tasks.items() if identity not in self.outcomes]
-        assert len(opened) <= 1
         return e.Restored(
             epoch=self.epoch,
             version=self.version,
@@ -80,18 +79,19 @@ class Paper:
             last_task=max((number for _, number in self.tasks), default=0),
             rounds=tuple(self.rounds.values()),
             unfinished=self.unfinished,
-            open_task=opened[0] if opened else None,
+            open_tasks=tuple(opened),
+            digests={task.version: digest(task.version) for task in opened},
             fleet=self.fleet,
             uploads={
                 client: copy.deepcopy(blob)
+                for task in opened
                 for (identity, client), blob in self.uploads.items()
-                if opened and identity == (opened[0].epoch, opened[0].task)
+                if identity == (task.epoch, task.task)
             },
         )
 
     def replay(self, restored: e.Restored) -> Iterator[e.Recorded]:
-        task = restored.open_task
-        if task is not None:
+        for task in restored.open_tasks:
             for client, known in self.updates[task.epoch, task.task].items():
                 yield e.Recorded(task.epoch, task.task, client, known.samples, known.scalars)
 
@@ -129,17 +129,17 @@ class Paper:
                 recorded = client in self.updates.get((epoch, number), {})
                 return e.Answered(epoch, number, client, "recorded" if recorded else "late")
             case e.Prepare(held, version):
-                assert version == self.version
-                assert held in self.kept | {0}, f"version {held} has been forgotten"
+                assert version <= self.version
+                assert {held, version} <= self.kept | {0}, f"version {held} or {version} has been forgotten"
                 data = b"%d to %d" % (held, version) * (self.delta_bytes // 6)
                 ref = transfer.refer(data, chunk=1024, inline=1024)
                 self.blobs[ref.sha256] = data
                 return e.Prepared(held, version, ref)
-            case e.Aggregate(epoch, number, result, keep):
-                self._close(epoch, number, "done")
-                known = self.updates[epoch, number]
-                self.counted.append([((epoch, number), client) for client in known])
-                self.sums.append(sum(one.samples for one in known.values()))
+            case e.Aggregate(closes, result, keep):
+                for identity in closes:
+                    self._close(*identity, "done")
+                self.counted.append([(identity, client) for identity in closes for client in self.updates[identity]])
+                self.sums.append(sum(one.samples for identity in closes for one in self.updates[identity].values()))
                 self.kept = (self.kept & keep) | {self.version, self.version + 1}
                 self.version += 1
                 assert result.version == self.version
@@ -174,7 +174,7 @@ class Desk:
         self.actions: list[e.Action] = []
         self.waiting: list[e.Action] = []
         self.restored = self.paper.start()
-        self.coordinator = Coordinator(config, self.restored)
+        self.coordinator = coordinator(config, self.restored)
         for event in self.paper.replay(self.restored):
             self.feed(event)
         self.feed(e.Connected())

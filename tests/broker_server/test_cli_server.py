@@ -227,3 +227,26 @@ def test_status_and_models(fedge, file):
     best, last = (line for line in shown.splitlines() if "0.7500" in line or "0.5000" in line)
     assert "best" in best
     assert "last" in last
+
+
+def test_status_of_a_federation_without_rounds(fedge, file):
+    file.write_text(TOML.replace("cohort = 2", 'mode = "buffered"\nconcurrency = 4\nbuffer = 4'))
+    with Ledger.open(file.with_name("state") / "ledger.db", federation="toys", bundle="ab" * 32) as ledger:
+        for number, (client, version) in enumerate((("a", 3), ("b", 5), ("c", 6), ("d", 6)), 1):
+            ledger.open_task(
+                Task(
+                    epoch=1,
+                    task=number,
+                    round=version + 1,
+                    kind="train",
+                    version=version,
+                    cohort=(client,),
+                    plan=b"",
+                    opened=0.0,
+                )
+            )
+        ledger.record(1, 2, "b", b"data", 5)
+        status, shown, _ = fedge("status", file)
+    assert status == 0
+    assert "version 7: 1 of 4 updates recorded" in shown
+    assert "3 clients have a task without an update, the oldest from 3 versions before" in shown

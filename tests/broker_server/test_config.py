@@ -27,6 +27,19 @@ def test_the_least_file_and_its_defaults(write, tmp_path):
     assert found.train.hypers == {}
 
 
+BUFFERED = """
+[federation]
+name = "demo"
+bundle = "cnn.fedge"
+[round]
+mode = "buffered"
+concurrency = 30
+buffer = 6
+staleness = 0.25
+max_staleness = 9
+"""
+
+
 def test_every_key_is_read(write, tmp_path):
     text = """
 [federation]
@@ -112,10 +125,12 @@ latency = 0.05
     assert found.evaluation.data == str(tmp_path / "test.npz")
     assert found.simulation.data == "my_data:readings"
     assert found.simulation.speed == (0.25, 1.0)
-    # Nothing in the file equals its default: were a key ignored, its section would still show the default.
+    more = load(write(BUFFERED))
+    # Nothing in the files equals its default: were a key ignored, its section would still show the default.
     for section, default in ((s, getattr(load(write(LEAST)), s)) for s in Federation.__struct_fields__):
         for name in default.__struct_fields__:
-            assert getattr(getattr(found, section), name) != getattr(default, name), f"{section}.{name}"
+            values = [getattr(getattr(one, section), name) for one in (found, more)]
+            assert any(value != getattr(default, name) for value in values), f"{section}.{name}"
 
 
 def test_overrides_are_checked_like_the_file(write):
@@ -127,9 +142,24 @@ def test_overrides_are_checked_like_the_file(write):
 
 
 BAD = {
+    "buffered without saying so": (
+        "[round]\nbuffer = 5",
+        r'round\.buffer is 5 and means nothing with round\.mode = "synchronous"; '
+        r'remove it, or set round\.mode = "buffered"',
+    ),
+    "of rounds, and there are none": (
+        '[round]\nmode = "buffered"\nminimum = 2',
+        r'round\.minimum is 2 and means nothing with round\.mode = "buffered"; remove it, or',
+    ),
+    "no such mode": ('[round]\nmode = "async"', r'round\.mode is \'async\'; expected one of "buffered", "synchronous"'),
+    "growing with age": ('[round]\nmode = "buffered"\nstaleness = -1', r"round\.staleness is -1; .* from 0 to 100"),
+    "more at once than phones": (
+        '[round]\nmode = "buffered"\nconcurrency = 9\n[simulation]\nclients = 5\ndata = "d.npz"',
+        r"round\.concurrency is 9; expected at most simulation\.clients, 5: there are no more phones to ask",
+    ),
     "typo": (
         "[round]\ncohrt = 3",
-        r"round\.cohrt is not a known key; did you mean round\.cohort\? known here: cohort, ",
+        r"round\.cohrt is not a known key; did you mean round\.cohort\? known here: mode, cohort, ",
     ),
     "unknown section": (
         "[rounds]\ncohort = 3",

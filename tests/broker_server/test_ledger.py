@@ -80,17 +80,17 @@ def test_an_update_is_recorded_exactly_once(ledger):
     assert ledger.record(1, 1, "b", b"first", 10)
     assert not ledger.record(1, 1, "b", b"second", 99)
     assert ledger.record(1, 1, "a", b"other", 20)
-    assert list(ledger.updates(1, 1)) == [("b", 10, b"first"), ("a", 20, b"other")]
+    assert list(ledger.updates()) == [((1, 1), "b", 10, b"first"), ((1, 1), "a", 20, b"other")]
     assert ledger.recorded(1, 1) == ["b", "a"]
 
 
 def test_updates_stream_while_others_are_recorded(ledger):
     ledger.open_task(task())
     ledger.record(1, 1, "a", b"a", 1)
-    stream = ledger.updates(1, 1)
-    assert next(stream) == ("a", 1, b"a")
+    stream = ledger.updates()
+    assert next(stream) == ((1, 1), "a", 1, b"a")
     ledger.record(1, 1, "b", b"b", 1)
-    assert list(ledger.updates(1, 1)) == [("a", 1, b"a"), ("b", 1, b"b")]
+    assert list(ledger.updates()) == [((1, 1), "a", 1, b"a"), ((1, 1), "b", 1, b"b")]
 
 
 @pytest.mark.parametrize("end", ["never opened", "closed"])
@@ -106,7 +106,7 @@ def test_closing_drops_the_data_and_keeps_size_and_hash(ledger, tmp_path):
     ledger.open_task(task())
     ledger.record(1, 1, "a", b"12345", 1)
     ledger.close_task(1, 1, "done")
-    assert list(ledger.updates(1, 1)) == []
+    assert list(ledger.updates()) == []
     assert ledger.recorded(1, 1) == ["a"]
     with sqlite3.connect(tmp_path / "ledger.db") as raw:
         assert raw.execute("SELECT size, length(sha256), data FROM updates").fetchone() == (5, 32, None)
@@ -116,12 +116,12 @@ def test_publishing_closes_the_task_in_the_same_transaction(ledger):
     ledger.publish(version(0))
     ledger.open_task(task())
     with pytest.raises(LedgerError, match="contradicts"):
-        ledger.publish(version(0), closes=(1, 1))
+        ledger.publish(version(0), closes=[(1, 1)])
     assert ledger.open_tasks() == [task()], "the version failed, so the task stays open"
-    ledger.publish(version(1), closes=(1, 1))
+    ledger.publish(version(1), closes=[(1, 1)])
     assert ledger.open_tasks() == []
     with pytest.raises(LedgerError, match="not open"):
-        ledger.publish(version(2), closes=(1, 1))
+        ledger.publish(version(2), closes=[(1, 1)])
     assert ledger.latest() == version(1)
     assert ledger.version(0) == version(0)
     assert ledger.version(7) is None
@@ -189,7 +189,7 @@ def test_a_ledger_of_an_older_schema_migrates_with_all_that_it_holds_and_a_copy_
         assert ledger.unfinished() == 2
         assert [done.round for done in ledger.rounds()] == [1, 2]
         assert [(task.epoch, task.task, task.cohort) for task in ledger.open_tasks()] == [(1, 4, ("a",))]
-        assert list(ledger.updates(1, 4)) == [("a", 7, b"abc")]
+        assert list(ledger.updates()) == [((1, 4), "a", 7, b"abc")]
         assert ledger.latest().state == b"\x01"
         assert ledger.record(1, 4, "b", b"data", 1)
     copy = sqlite3.connect(tmp_path / f"ledger.db.schema-{schema}")
@@ -233,7 +233,7 @@ def test_a_full_disk_says_so_and_takes_nothing_with_it(ledger):
     assert ledger.recorded(epoch, 1) == ["a"]
     connection.execute("PRAGMA max_page_count = 1000000")
     assert ledger.record(epoch, 1, "c", bytes(100_000), 1)
-    assert [client for client, _, _ in ledger.updates(epoch, 1)] == ["a", "c"]
+    assert [client for _, client, _, _ in ledger.updates()] == ["a", "c"]
 
 
 def test_retained_topics_and_notes(ledger):
@@ -274,7 +274,7 @@ def test_a_caught_failure_inside_a_group_undoes_only_itself(ledger):
     with ledger.group():
         ledger.open_task(task())
         with pytest.raises(LedgerError):
-            ledger.publish(version(0), closes=(1, 1))
+            ledger.publish(version(0), closes=[(1, 1)])
     assert ledger.open_tasks() == [task()]
 
 
@@ -389,4 +389,4 @@ def test_kill_9_loses_nothing_that_got_a_receipt(tmp_path):
             recorded = ledger.recorded(epoch, 1)
             assert recorded[: len(promised)] == promised
             assert len(recorded) % 3 == 0, "a group is whole or absent"
-            assert all(data == client.encode() * 100 for client, _, data in ledger.updates(epoch, 1))
+            assert all(data == client.encode() * 100 for _, client, _, data in ledger.updates())

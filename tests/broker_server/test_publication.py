@@ -41,7 +41,7 @@ def advance(publication: Publication, ledger: Ledger, aggregate, keep=()) -> int
     result = Round(
         round=number, version=number, clients=1, samples=1, seconds=0.0, bytes_up=0, bytes_down=0, metrics={}
     )
-    return publication.advance(aggregate, result, closes=(1, number), keep=keep)
+    return publication.advance(aggregate, result, closes=[(1, number)], keep=keep)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_version_and_the_close_of_its_task_are_one_step(ledger):
     publication = Publication(BUNDLE, ledger, Codec(), sgd())
     result = Round(round=1, version=1, clients=1, samples=1, seconds=0.0, bytes_up=0, bytes_down=0)
     with pytest.raises(LedgerError, match="is not open"):
-        publication.advance(steps(1)[0], result, closes=(1, 1), keep=())
+        publication.advance(steps(1)[0], result, closes=[(1, 1)], keep=())
     assert ledger.latest() is None
     assert ledger.rounds() == []
 

@@ -440,6 +440,45 @@ async def test_a_clearing_that_may_be_lost_is_sent_again_and_not_forgotten_befor
         await life
 
 
+@together
+async def test_a_topic_that_is_cleared_twice_in_a_row_is_not_forgotten_before_the_second_time_is_sure(tmp_path):
+    config = settings(tmp_path, transfer={"spread": 0.0, "inline": 0, "chunk": 1024})
+    ref = BlobRef(bytes(32), 1024, 1024)
+    topic = TOPICS.published(ref.sha256, 0)
+    async with Hall(tmp_path) as hall:
+        server = hall.server(config)
+        life = asyncio.ensure_future(server.run())
+        while not server._online:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await server._queue.join()
+        for _ in range(2):
+            await server._in_worker(lambda: server._worker.retain([topic]))
+            server._retained.add(topic)
+            await server._sweep(ref)
+            with Ledger.read(tmp_path / "state" / "ledger.db") as ledger:
+                assert topic in ledger.retained()
+        server.stop("enough")
+        await life
+
+
+@together
+async def test_an_offer_of_a_newer_epoch_ends_the_server_and_its_chunks_stay(tmp_path):
+    config = settings(tmp_path, transfer={"spread": 0.0, "inline": 0, "chunk": 1024})
+    async with Hall(tmp_path) as hall:
+        server = hall.server(config)
+        life = asyncio.ensure_future(server.run())
+        while not server._online:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await server._queue.join()
+        offer = m.decode(hall.hub.retained(TOPICS.offer))
+        newer = m.encode(msgspec.structs.replace(offer, epoch=offer.epoch + 5))
+        hall.hub.publish(TOPICS.offer, newer, retain=True)
+        with pytest.raises(LedgerError, match=f"offer of epoch {offer.epoch + 5}, newer than this server's"):
+            await life
+        assert hall.hub.retained(TOPICS.offer) == newer
+        assert hall.hub.retained(TOPICS.published(offer.bundle.sha256, 0))
+
+
 @pytest.mark.parametrize("stop", [{"target": 0.9}, {"patience": 2}])
 def test_a_target_that_no_evaluation_reports_is_refused_at_the_start(tmp_path, stop):
     config = settings(tmp_path, stop={"metric": "acuracy"} | stop)

@@ -9,6 +9,7 @@ import pytest
 
 from broker_server.broker import find_mosquitto
 from broker_server.config import Federation
+from broker_server.ledger import Ledger
 from broker_server.simulation import Simulated, simulate
 from edge_client.errors import ConfigError, FedgeError
 from tests.toy import toy_bundle, toy_data
@@ -71,6 +72,24 @@ def test_phones_that_come_go_and_vanish(tmp_path):
     result = run(config)
     assert [done.round for done in result.rounds] == [1, 2, 3, 4]
     assert all(1 <= done.clients <= 4 for done in result.rounds)
+
+
+def test_a_fleet_without_rounds(tmp_path):
+    """Uneven phones that vanish now and then: versions go on, updates are of several ages, the model learns."""
+    config = settings(
+        tmp_path,
+        round={"mode": "buffered", "concurrency": 5, "buffer": 3, "deadline": 10.0},
+        simulation={"speed": [0.1, 1.0], "dropout": 0.1, "slots": 4},
+        stop={"rounds": 12},
+    )
+    result = run(config)
+    assert [done.version for done in result.rounds] == list(range(1, 13))
+    assert all(done.clients >= 3 and done.bytes_down > 0 for done in result.rounds)
+    assert max(done.metrics["staleness"] for done in result.rounds) > 0
+    assert max(done.metrics["accuracy"] for done in result.rounds) > 0.5
+    assert result.fleet.dropped == 0
+    with Ledger.read(tmp_path / "state" / "ledger.db") as ledger:
+        assert [version for version, _, _ in ledger.versions()] == list(range(1, 13))
 
 
 @pytest.mark.skipif(find_mosquitto() is None, reason="needs the Debian package mosquitto")

@@ -17,7 +17,7 @@ IDENTITY = 1, 2
 
 def spool(folder, task=TASK):
     made = Spool(folder / "uploads", limit=5000)
-    return made, made.restore(task)
+    return made, made.restore((task,))
 
 
 def keep(made, client, indices, data=DATA, identity=IDENTITY):

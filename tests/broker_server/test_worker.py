@@ -43,7 +43,7 @@ def encoded(vector=None, samples: float = 10, **scalars: float) -> bytes:
 
 def aggregate(number: int = 1, epoch: int = 1) -> e.Aggregate:
     result = Round(round=number, version=number, clients=1, samples=1, seconds=0.0, bytes_up=0, bytes_down=0)
-    return e.Aggregate(epoch, number, result, frozenset())
+    return e.Aggregate(((epoch, number),), result, frozenset())
 
 
 @pytest.fixture
@@ -337,3 +337,119 @@ def test_buffers_that_are_not_numbers_are_refused(make):
     worker.perform(e.OpenTask(task()))
     assert isinstance(worker.perform(e.Record(1, 1, "a", with_buffers(1, math.nan, 4, 10))), e.Refused)
     assert isinstance(worker.perform(e.Record(1, 1, "b", encoded(delta(1)))), e.Refused)
+
+
+# Federations without rounds: tasks of one client each, discounted by age.
+
+
+def one(number: int, client: str, version: int) -> e.OpenTask:
+    return e.OpenTask(msgspec.structs.replace(task(number, version=version), cohort=(client,)))
+
+
+def advance(number: int, *tasks: int) -> e.Aggregate:
+    result = Round(round=number, version=number, clients=1, samples=1, seconds=0.0, bytes_up=0, bytes_down=0)
+    return e.Aggregate(tuple((1, task) for task in tasks), result, frozenset(range(number)))
+
+
+def model(worker: Worker):
+    made = worker.perform(e.Prepare(0, worker.start().version))
+    return apply_delta(origin(BUNDLE.layout.size), made.ref.inline, BUNDLE.layout).parameters(BUNDLE.initial())
+
+
+WITHOUT_ROUNDS = {"round": {"mode": "buffered", "staleness": 0.5}}
+
+
+def test_an_old_update_counts_less(make):
+    worker = make(**WITHOUT_ROUNDS)
+    worker.start()
+    for number, client in ((1, "a"), (2, "b"), (3, "c")):
+        worker.perform(one(number, client, 0))
+    worker.perform(e.Record(1, 1, "a", encoded(delta(1), 10)))
+    worker.perform(advance(1, 1))
+    worker.perform(e.Record(1, 2, "b", encoded(delta(2), 10)))
+    worker.perform(advance(2, 2))
+    worker.perform(one(4, "a", 2))
+    worker.perform(e.Record(1, 4, "a", encoded(delta(4), 20)))
+    worker.perform(e.Record(1, 3, "c", encoded(delta(3), 30)))
+    worker.perform(advance(3, 4, 3))
+    last = (20 * delta(4) + 30 * 3**-0.5 * delta(3)) / 50
+    expected = BUNDLE.initial() + delta(1) + 2**-0.5 * delta(2) + last
+    np.testing.assert_allclose(model(worker), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_version_leaves_the_updates_of_other_tasks_to_the_next(make):
+    worker = make(**WITHOUT_ROUNDS)
+    worker.start()
+    worker.perform(one(1, "a", 0))
+    worker.perform(one(2, "b", 0))
+    worker.perform(e.Record(1, 1, "a", encoded(delta(1))))
+    worker.perform(advance(1, 1))
+    worker.perform(e.Record(1, 2, "b", encoded(delta(2))))
+    worker.perform(one(3, "a", 1))
+    worker.perform(e.CloseTask(1, 3, "void"))  # given up without an update: the sum stays
+    worker.perform(advance(2, 2))
+    np.testing.assert_allclose(model(worker), BUNDLE.initial() + delta(1) + 2**-0.5 * delta(2), rtol=1e-5, atol=1e-6)
+
+
+def test_after_a_crash_the_ledger_gives_the_same_sums_bit_for_bit(make, tmp_path):
+    """In ledger order and with the same discounts, whatever order the tasks were opened in."""
+    digests = []
+    for crash in (False, True):
+        worker = make(
+            federation={"name": "toys", "bundle": "b", "state": str(tmp_path / str(crash))}, codec={}, **WITHOUT_ROUNDS
+        )
+        worker.start()
+        for number, client in ((1, "a"), (2, "b"), (3, "c"), (4, "d")):
+            worker.perform(one(number, client, 0))
+        worker.perform(e.Record(1, 2, "b", encoded(delta(2), 7)))
+        worker.perform(advance(1, 2))
+        worker.perform(one(5, "b", 1))
+        for number, client, samples in ((5, "b", 11), (3, "c", 13), (1, "a", 17)):
+            worker.perform(e.Record(1, number, client, encoded(delta(number), samples)))
+        if crash:
+            worker.close()
+            worker = make(
+                federation={"name": "toys", "bundle": "b", "state": str(tmp_path / str(crash))},
+                codec={},
+                **WITHOUT_ROUNDS,
+            )
+            restored = worker.start()
+            assert [task.task for task in restored.open_tasks] == [1, 3, 4, 5]
+            assert set(restored.digests) == {0, 1}
+            again = list(worker.replay(restored))
+            assert [(event.task, event.client, event.samples) for event in again] == [
+                (5, "b", 11),
+                (3, "c", 13),
+                (1, "a", 17),
+            ]
+        answer = worker.perform(advance(2, 5, 3, 1))
+        digests.append(answer.digest)
+        assert worker.perform(e.Inquire(1, 3, "c")).status == "recorded"
+    assert digests[0] == digests[1]
+
+
+def test_a_delta_leads_to_an_older_version_too(make):
+    worker = make(**WITHOUT_ROUNDS)
+    worker.start()
+    reached = []
+    for number in (1, 2):
+        worker.perform(one(number, "a", number - 1))
+        worker.perform(e.Record(1, number, "a", encoded(delta(number))))
+        reached.append(worker.perform(advance(number, number)).digest)
+    prepared = worker.perform(e.Prepare(0, 1))
+    assert prepared.version == 1
+    assert apply_delta(origin(BUNDLE.layout.size), prepared.ref.inline, BUNDLE.layout).digest() == reached[0]
+
+
+def test_what_is_open_when_the_mode_is_changed_is_void(make):
+    worker = make(**WITHOUT_ROUNDS)
+    worker.start()
+    worker.perform(one(1, "a", 0))
+    worker.perform(one(2, "b", 0))
+    worker.perform(e.Record(1, 2, "b", encoded(delta(2))))
+    worker.close()
+    again = make()
+    restored = again.start()
+    assert restored.open_tasks == ()
+    assert list(again.replay(restored)) == []
+    assert again.perform(e.Inquire(1, 2, "b")).status == "void"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.mutations import MUTATIONS, caught
-from tests.faults.plans import draw
+from tests.faults.plans import either
 from tests.faults.run import Result, run
 from tests.faults.shrink import shrink
 
@@ -34,7 +34,7 @@ def main() -> int:
     arguments = parser.parse_args()
     first = secrets.randbits(40) if arguments.first is None else arguments.first
     if arguments.trace:
-        result = run(draw(first, arguments.size), trace=True)
+        result = run(either(first, arguments.size), trace=True)
         print("\n".join(result.trace))
         return int(result.violation is not None)
     print(f"seeds from {first}, for {arguments.seconds:.0f} s of this processor", flush=True)
@@ -44,7 +44,7 @@ def main() -> int:
     virtual, began = 0.0, time.process_time()
     while time.process_time() - began < arguments.seconds and federations != (arguments.federations or -1):
         seed = first + federations
-        result = run(draw(seed, arguments.size))
+        result = run(either(seed, arguments.size))
         federations += 1
         rounds, virtual = rounds + result.rounds, virtual + result.seconds
         lost, doubled = lost + result.lost, doubled + result.doubled
@@ -52,9 +52,9 @@ def main() -> int:
         if result.violation is not None:
             print(f"seed {seed}: {result.violation!r}", flush=True)
             failures.append({"seed": seed, "violation": repr(result.violation)})
-            if len(failures) == 1:
-                explain(result)
     seconds = time.process_time() - began
+    if failures:
+        explain(run(either(failures[0]["seed"], arguments.size)))
     found = {}
     for mutation in MUTATIONS:
         hit = caught(mutation, range(first, first + SEEDS_OF_A_MUTATION))

@@ -90,7 +90,7 @@ class FaultyOs:
         if medium is None or "w" not in mode:
             return builtins.open(path, mode)
         medium.check(f"write {Path(path).name}")
-        file = builtins.open(path, mode, buffering=0)
+        file = builtins.open(path, mode, buffering=0)  # noqa: SIM115
         medium.unsynced[str(path)] = None
         self._files[file.fileno()] = str(path)
         return file

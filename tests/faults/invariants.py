@@ -8,11 +8,13 @@ import hashlib
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from broker_server.config import Federation
+from broker_server.ledger import Ledger
 from edge_client.bundle import Bundle
 from edge_client.codec.model import unpack_model
 from edge_client.codec.update import decode_update
@@ -122,13 +124,16 @@ class Oracle:
             view.last = number
             self._recorded(view, (epoch, task, client), samples, digest)
         if rows("SELECT count(*) FROM tasks WHERE outcome IS NOT NULL")[0][0] != len(view.outcomes):
-            for epoch, task, kind, outcome in rows(
-                "SELECT epoch, task, kind, outcome FROM tasks WHERE outcome IS NOT NULL"
+            made_of = {}
+            for epoch, task, kind, version, outcome in rows(
+                "SELECT epoch, task, kind, version, outcome FROM tasks WHERE outcome IS NOT NULL"
             ):
                 if (epoch, task) not in view.outcomes:
                     view.outcomes[epoch, task] = outcome
                     if outcome == "done" and kind == "train":
-                        self._advanced(view, (epoch, task), rows)
+                        made_of[epoch, task] = version
+            if made_of:
+                self._advanced(view, made_of, rows)
         found = rows("SELECT max(version) FROM versions")[0][0] or 0
         if found != view.version:
             self.world.violated(f"version {found} is in the ledger and {view.version} is what closed tasks make")
@@ -152,14 +157,23 @@ class Oracle:
             self.world.violated(f"the update {key} is recorded for a task that is {view.outcomes[key[:2]]}")
         view.rows[key] = known
 
-    def _advanced(self, view: LedgerView, task: Identity, rows) -> None:  # type: ignore[no-untyped-def]
-        """A training task is closed and a version made of it: of each of its updates once, and of nothing else."""
+    def _advanced(self, view: LedgerView, tasks: Mapping[Identity, int], rows) -> None:  # type: ignore[no-untyped-def]
+        """Training tasks (and the versions that they began from) are closed and a version made of them.
+
+        Of each of their updates once, and of nothing else; in a federation without rounds, of enough of them, of
+        none that is too old, and of each as its age tells.
+        """
         ((version, state, remainder),) = rows(
             "SELECT version, state, remainder FROM versions ORDER BY version DESC LIMIT 1"
         ) or [(0, b"", b"")]
         if version != view.version + 1:
             self.world.violated(f"version {version} after {view.version}")
-        members = {key: known for key, known in view.rows.items() if key[:2] == task}
+        members = {key: known for key, known in view.rows.items() if key[:2] in tasks}
+        rounds = self.settings.round
+        if rounds.mode == "buffered" and len(members) < rounds.buffer:
+            self.world.violated(f"version {version} is made of {len(members)} updates; expected {rounds.buffer}")
+        if rounds.mode == "synchronous" and len(tasks) != 1:
+            self.world.violated(f"version {version} is made of the tasks {sorted(tasks)}; expected one")
         total, weight = np.zeros(self._base.size), 0.0
         for key, known in members.items():
             if key in view.counted:
@@ -169,7 +183,11 @@ class Oracle:
                 self.world.violated(f"the update {key} is counted and its client was told that it is not")
             view.counted[key] = version
             share = known.samples if self.settings.aggregation.weights == "samples" else 1
-            total += decode_update(known.data, self._layouts).vectors["delta"].astype(np.float64) * share
+            age = view.version - tasks[key[:2]]
+            if not 0 <= age <= (rounds.max_staleness if rounds.mode == "buffered" else 0):
+                self.world.violated(f"the update {key} is counted in version {version} and began from {tasks[key[:2]]}")
+            delta = decode_update(known.data, self._layouts).vectors["delta"].astype(np.float64)
+            total += delta * share / (1 + age) ** rounds.staleness
             weight += share
         mean = total / weight if weight else total
         view.velocity = self.settings.aggregation.momentum * view.velocity + mean
@@ -182,9 +200,7 @@ class Oracle:
         apart = float(np.abs(reached - target).max())
         scale = 1.0 + float(np.abs(target).max()) + float(np.abs(mean).max())
         if not apart < 1e-5 * scale:
-            self.world.violated(
-                f"version {version} is {apart:.2e} away from what its {len(members)} updates add up to ({task})"
-            )
+            self.world.violated(f"version {version} is {apart:.2e} away from what its {len(members)} updates add up to")
         view.model, view.version = reached, version
         view.digests[version], view.bits[version] = model.digest(), published.tobytes()
         self.world.note("oracle", f"version {version} of {len(members)} updates")
@@ -251,7 +267,7 @@ class Oracle:
         if now.last is not None and now.fate is None and now.last != identity:
             self.world.violated(f"{client} overwrites the update {now.last}, whose fate it does not know")
         before = now.residual
-        return ClientView(before, identity, before, before if residual is None else residual)
+        return ClientView(before, identity, before, before if residual is None else residual or None)
 
     def settles(self, client: str, identity: Identity, recorded: bool) -> ClientView:
         """A client is about to act on a receipt; what the store will say then.
@@ -269,11 +285,10 @@ class Oracle:
         if recorded and not any(key in known.rows for known in self.ledgers):
             self.world.violated(f"{client} takes {identity} for recorded; the ledger has no such update")
         fate = recorded if now.fate is None else now.fate and recorded
-        if not fate:
-            if view is not None:
-                if key in view.counted:
-                    self.world.violated(f"{client} takes {identity} for not recorded; it is counted")
-                self.denied.add(key)
+        if not fate and view is not None:
+            if key in view.counted:
+                self.world.violated(f"{client} takes {identity} for not recorded; it is counted")
+            self.denied.add(key)
         return ClientView(now.after if fate else now.before, identity, now.before, now.after, fate)
 
     def stored(self, client: str, view: ClientView, store: Store) -> None:
@@ -317,9 +332,14 @@ class Oracle:
             if depth > most:
                 self.world.violated(f"{depth} messages wait for {name}; expected at most {most}")
 
-    def finished(self, rounds: int, server_folder: str) -> None:
-        """The run is over: every receipt is kept."""
+    def finished(self, rounds: int, server_folder: str, broker: SimBroker) -> None:
+        """The run is over: every receipt is kept, and what is left on the broker can be cleared."""
         view = self.ledger(server_folder)
+        with Ledger.read(Path(server_folder) / "ledger.db") as ledger:
+            known = {*ledger.retained(), self._topics.offer}
+        # A state folder that was given up takes with it what it knew.
+        if len(self.ledgers) == 1 and (forgotten := sorted(set(broker.retained) - known)):
+            self.world.violated(f"{len(forgotten)} topics stay on the broker, and no ledger has them: {forgotten[0]}")
         if view.rounds != rounds:
             self.world.violated(f"the run ends after {view.rounds} rounds; expected {rounds}")
         for key in self.receipts:
@@ -327,6 +347,6 @@ class Oracle:
             if mine is None or key not in mine.rows:
                 self.lost += 1
                 self.world.violated(f"the update {key} has a receipt and is gone")
-            elif mine is view and mine.outcomes.get(key[:2]) is None:
+            elif mine is view and mine.outcomes.get(key[:2]) is None and self.settings.round.mode == "synchronous":
                 self.lost += 1
                 self.world.violated(f"the update {key} has a receipt; its task never ends")

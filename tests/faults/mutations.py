@@ -14,7 +14,8 @@ import numpy as np
 
 from broker_server import events as e
 from broker_server.coordinator import Coordinator
-from broker_server.ledger import Ledger
+from broker_server.flights import Flights
+from broker_server.ledger import Ledger, Task
 from broker_server.tasks import OpenTask
 from broker_server.uploads import Uploads
 from broker_server.worker import Worker as ServerWorker
@@ -26,7 +27,7 @@ from edge_client.session import ClientSession
 from edge_client.store import Store
 from edge_client.wire import messages as m
 from edge_client.worker import Worker
-from tests.faults.plans import draw
+from tests.faults.plans import Plan, draw, without_rounds
 from tests.faults.run import Result, run
 
 Patches = list[Any]
@@ -39,6 +40,12 @@ class Mutation:
     name: str
     patches: Callable[[], Patches]
     faults: tuple[str, ...] = ()
+    shape: Callable[[Plan], Plan] = lambda plan: plan
+    """What else the federations are like in which it shows."""
+
+    def plan(self, seed: int) -> Plan:
+        """The plan of a seed in which it may show."""
+        return self.shape(draw(seed, "small").also(self.faults))
 
     @contextmanager
     def planted(self) -> Iterator[None]:
@@ -53,7 +60,7 @@ def caught(mutation: Mutation, seeds: range) -> Result | None:
     """The first run among these seeds in which an invariant does not hold; None when all hold."""
     with mutation.planted():
         for seed in seeds:
-            result = run(draw(seed, "small").also(mutation.faults))
+            result = run(mutation.plan(seed))
             if result.violation is not None:
                 return result
     return None
@@ -133,10 +140,35 @@ def _replayed_twice() -> Patches:
         yield from replay(self, restored)
         task = restored.open_task
         if task is not None:
-            for _, samples, data in list(self._ledger.updates(task.epoch, task.task))[:1]:
-                self._add(self._decode(data)[2], samples)
+            for identity, _, samples, data in list(self._ledger.updates())[:1]:
+                self._add(self._decode(data, task)[2], samples, identity)
 
     return [mock.patch.object(ServerWorker, "replay", twice)]
+
+
+def _ageless() -> Patches:
+    return [mock.patch("broker_server.worker.discount", return_value=1.0)]
+
+
+def _overfull() -> Patches:
+    record = Flights.record
+
+    def all_of_them(self: Flights, most: int | None = None) -> list[e.Action]:
+        del most
+        return record(self)
+
+    return [
+        mock.patch.object(Flights, "record", all_of_them),
+        mock.patch.object(Flights, "count", lambda self, kind, *states: 0 if states else _busy(self, kind)),
+    ]
+
+
+def _busy(flights: Flights, kind: str) -> int:
+    return sum(flight.task.kind == kind and flight.state != "away" for flight in flights)
+
+
+def _never_too_old() -> Patches:
+    return [mock.patch.object(Flights, "expire", return_value=[])]
 
 
 def _wrong_base() -> Patches:
@@ -170,8 +202,8 @@ def _cleared_early() -> Patches:
 def _wrong_weight() -> Patches:
     decode, last = ServerWorker._decode, [1]
 
-    def decoded(self: ServerWorker, data: bytes) -> Any:
-        samples, *rest = decode(self, data)
+    def decoded(self: ServerWorker, data: bytes, task: Task) -> Any:
+        samples, *rest = decode(self, data, task)
         wrong, last[0] = last[0], samples
         return (wrong, *rest)
 
@@ -221,6 +253,9 @@ def _last_word() -> Patches:
 
 MUTATIONS = (
     Mutation("no dedupe", _no_dedupe, ("duplication",)),
+    Mutation("an old update counts in full", _ageless, (), without_rounds),
+    Mutation("an update beyond the buffer counts in two versions", _overfull, (), without_rounds),
+    Mutation("an update of any age is accepted", _never_too_old, ("partition", "client kill"), without_rounds),
     Mutation("receipt before ledger commit", _early_receipt),
     Mutation("residual not restored on a late receipt", _not_restored),
     Mutation("residual promoted before the receipt", _early_promotion),
@@ -233,5 +268,5 @@ MUTATIONS = (
     Mutation("state not synced to the disk", _not_synced, ("client power cut",)),
     Mutation("void told before ledger commit", _early_void, ("client leaves",)),
     Mutation("a lost offer not asked for", _asks_once, ("loss",)),
-    Mutation("the last receipt decides", _last_word, ("replay", "replay", "client leaves")),
+    Mutation("the last receipt decides", _last_word, ("replay", "replay", "replay", "unavailable")),
 )

@@ -50,6 +50,17 @@ class Fault:
 
 
 @dataclass(frozen=True)
+class Buffered:
+    """A federation without rounds."""
+
+    concurrency: int
+    buffer: int
+    staleness: float
+    most: int
+    """The maximum staleness."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A run: the federation and its faults."""
 
@@ -64,7 +75,7 @@ class Plan:
     """Clients that must be there before the first round; 0: as many as a cohort."""
     deadline: float
     kind: str
-    feedback: bool
+    feedback: str
     inline: int
     window: int
     uploads: int
@@ -79,6 +90,8 @@ class Plan:
     """Messages that the broker keeps for one subscriber."""
     training: float
     faults: tuple[Fault, ...]
+    buffered: Buffered | None = None
+    """None: synchronous rounds."""
 
     @property
     def quiet(self) -> float:
@@ -141,7 +154,7 @@ def draw(seed: int, size: Size = "mixed") -> Plan:
         quorum=rng.choice([0, 0, clients]),
         deadline=deadline,
         kind=rng.choice(["quantized", "quantized", "none"]),
-        feedback=rng.random() < 0.8,
+        feedback=rng.choice(["residual", "residual", "residual", "length", "none"]),
         inline=0 if chunked else 16384,
         window=rng.choice([1, 2, 4, 16]),
         uploads=rng.choice([1, 2, 16]),
@@ -156,6 +169,24 @@ def draw(seed: int, size: Size = "mixed") -> Plan:
         training=training,
         faults=tuple(sorted(faults, key=lambda fault: fault.at)),
     )
+
+
+def without_rounds(plan: Plan) -> Plan:
+    """The same federation under the same faults, with updates in a buffer instead of rounds."""
+    rng = random.Random(f"{plan.seed}/buffered")
+    buffered = Buffered(
+        concurrency=rng.randint(1, plan.clients),
+        buffer=rng.randint(1, plan.cohort),
+        staleness=rng.choice([0.0, 0.5, 0.5, 2.0]),
+        most=rng.choice([0, 1, 3, 20, 20]),
+    )
+    return replace(plan, buffered=buffered)
+
+
+def either(seed: int, size: Size = "mixed") -> Plan:
+    """The plan of a seed, that of every third without rounds."""
+    plan = draw(seed, size)
+    return plan if seed % 3 else without_rounds(plan)
 
 
 def _weather(rng: random.Random, length: float) -> Fault:

@@ -16,10 +16,12 @@ import msgspec
 from broker_server.config import Federation
 from edge_client.bundle import Bundle
 from tests.faults.broker import Air, SimBroker
+from tests.faults.clients import ClientNode
 from tests.faults.disk import Disks
 from tests.faults.invariants import Oracle
-from tests.faults.nodes import ClientNode, ServerNode, Site, Stranger
+from tests.faults.nodes import ServerNode, Site
 from tests.faults.plans import Fault, Plan
+from tests.faults.strangers import Stranger
 from tests.faults.training import Data, Held
 from tests.faults.world import Violation, WallClock, World
 from tests.toy import toy_bundle
@@ -88,7 +90,7 @@ class Run:
             for name in ("ledger", "worker"):
                 stack.enter_context(mock.patch(f"broker_server.{name}.time", clock))
             stack.enter_context(mock.patch("broker_server.worker.HeldOut", Held))
-            stack.enter_context(mock.patch("broker_server.worker.write_artifacts", lambda *_, **__: None))
+            stack.enter_context(mock.patch("broker_server.worker.write_artifacts", return_value=None))
             try:
                 world.spawn(self.server.supervise())
                 for client in self.clients.values():
@@ -100,7 +102,7 @@ class Run:
                 world.spawn(self._watch())
                 world.run(lambda: self.server.outcome is not None)
                 if world.violation is None:
-                    self.site.oracle.finished(plan.rounds, str(self.server.folder))
+                    self.site.oracle.finished(plan.rounds, str(self.server.folder), self.site.broker)
             except Violation as violation:
                 world.fail(violation)
             finally:
@@ -222,10 +224,14 @@ class Run:
         if old.outcome is not None or not all(epochs) or world.wall() < max(epochs) + 2:
             return  # a clock that runs behind the old epochs makes a server that refuses, and no client would follow it
         world.strike("new state folder", "server")
-        self.server = ServerNode(self.site, next(self.folders))
-        world.spawn(self.server.supervise())
+        self.server = new = ServerNode(self.site, next(self.folders))
+        world.spawn(new.supervise())
 
         def end() -> None:
+            if new.retired and self.server is new:
+                # The clock went back before it began: it has refused, and its operator keeps the old one.
+                self.server = old
+                return
             old.retired = True
             old.power = False
             old.crash("retired")
@@ -233,18 +239,25 @@ class Run:
         world.later(fault.seconds, end)
 
 
+def _rounds(plan: Plan) -> dict[str, object]:
+    common = {"clients": plan.quorum, "deadline": plan.deadline}
+    if (buffered := plan.buffered) is None:
+        return common | {"cohort": plan.cohort, "over_select": plan.over_select, "minimum": plan.minimum}
+    return common | {
+        "mode": "buffered",
+        "concurrency": buffered.concurrency,
+        "buffer": buffered.buffer,
+        "staleness": buffered.staleness,
+        "max_staleness": buffered.most,
+    }
+
+
 def _settings(plan: Plan, folder: Path) -> Federation:
     data = {
         "federation": {"name": NAME, "bundle": str(folder / "toy.fedge"), "state": "", "seed": plan.seed % 1000},
-        "round": {
-            "cohort": plan.cohort,
-            "over_select": plan.over_select,
-            "minimum": plan.minimum,
-            "clients": plan.quorum,
-            "deadline": plan.deadline,
-        },
+        "round": _rounds(plan),
         "train": {"epochs": 1},
-        "codec": {"kind": plan.kind, "feedback": "residual" if plan.feedback else "none"},
+        "codec": {"kind": plan.kind, "feedback": plan.feedback},
         "aggregation": {"weights": plan.weights, "momentum": plan.momentum},
         "evaluation": {
             "every": plan.every,

@@ -3,7 +3,6 @@
 import pytest
 
 from tests.faults.mutations import MUTATIONS, Mutation, caught
-from tests.faults.plans import draw
 from tests.faults.run import run
 from tests.faults.shrink import shrink
 
@@ -24,4 +23,4 @@ def test_a_failing_plan_shrinks_to_what_it_needs():
     assert len(small.faults) < len(found.plan.faults)
     assert any(fault.kind.startswith("server") for fault in small.faults)
     assert run(small).violation is None
-    assert draw(found.plan.seed, "small").also(mutation.faults) == found.plan
+    assert mutation.plan(found.plan.seed) == found.plan
