@@ -4,6 +4,7 @@ One file for each task and client. It is written by whoever takes messages in an
 at a time.
 """
 
+import copy
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,7 +47,7 @@ class Spool:
                     continue
                 blob = self._file(identity, client)
                 if blob.tally is not None:
-                    found[client] = blob.tally
+                    found[client] = copy.deepcopy(blob.tally)  # what is asked for is ahead of what is written
         except (OSError, StoreError) as error:
             raise LedgerError(f"updates under way: {error}") from error
         return found

@@ -488,7 +488,7 @@ def test_a_target_that_no_evaluation_reports_is_refused_at_the_start(tmp_path, s
 
 
 @together
-async def test_a_server_that_stops_in_the_middle_of_an_upload_asks_the_next_time_for_the_rest(tmp_path):
+async def test_a_server_that_ends_in_the_middle_of_an_upload_asks_the_next_time_for_the_rest(tmp_path):
     config = settings(
         tmp_path,
         transfer={"spread": 0.0, "inline": 0, "chunk": 1024, "window": 1},
@@ -507,7 +507,7 @@ async def test_a_server_that_stops_in_the_middle_of_an_upload_asks_the_next_time
             if chunk is not None:
                 sent.append((topic, len(payload)))
                 if len(sent) == 12:
-                    first.stop("in the middle")
+                    life.cancel()
             super().publish(topic, payload, retain=retain)
 
     async with Hall(tmp_path) as hall:
@@ -517,8 +517,9 @@ async def test_a_server_that_stops_in_the_middle_of_an_upload_asks_the_next_time
         one._session.settings = dataclasses.replace(one._session.settings, inline=0, chunk=1024)
         hall.devices.append(one)
         hall.lives.append(asyncio.ensure_future(one.run()))
-        first = hall.server(config)
-        await first.run()
+        life = asyncio.ensure_future(hall.server(config).run())
+        with pytest.raises(asyncio.CancelledError):
+            await life
         assert list((tmp_path / "state" / "uploads").iterdir())
         outcome = await hall.server(config).run()
     assert "1 round" in outcome.reason
