@@ -71,8 +71,8 @@ class Server:
     _unswept: list[BlobRef] = field(init=False, default_factory=list)
     _built: Counter[bytes] = field(init=False, default_factory=Counter)
     """By hash of a delta, how many are built and not swept."""
-    _cleared: list[str] = field(init=False, default_factory=list)
-    """Topics whose clearing is under way: the ledger keeps them until the connection has outlived it."""
+    _cleared: dict[str, None] = field(init=False, default_factory=dict)
+    """Topics whose clearing is under way: the ledger keeps them until the broker has acknowledged it."""
 
     async def run(self) -> Outcome:
         """Serve until a stop condition holds or `stop` is called; then write the models."""
@@ -220,7 +220,7 @@ class Server:
                 case e.Sweep(ref):
                     await self._sweep(ref)
                 case e.Clear(topics):
-                    await self._release(topics)
+                    await self._release(topics, self._sure())
                 case _:
                     answer = await self._in_worker(lambda action=action: self._worker.perform(action))  # type: ignore[misc]
                     if isinstance(answer, e.Prepared):
@@ -250,17 +250,25 @@ class Server:
         del self._built[ref.sha256]
         topics = Topics(self.settings.federation.name)
         names = [topics.published(ref.sha256, index) for index in range(transfer.count(ref))]
+        sure = self._sure()
         for name in names:
             self.link.publish(name, b"", retain=True)
         self._retained.difference_update(names)
-        await self._release(names, ref)
+        await self._release(names, sure, ref)
 
-    async def _release(self, topics: Iterable[str], ref: BlobRef | None = None) -> None:
-        """Forget a blob, and the topics that were cleared before these: a clearing that is not read yet may be lost."""
-        again = list(topics)
+    async def _release(self, topics: Iterable[str], sure: Iterable[str], ref: BlobRef | None = None) -> None:
+        """Forget a blob, and what is ``sure``; what was cleared just now may yet be lost on its way."""
+        cleared = dict.fromkeys(topics)
         # A delta with the same bytes has the same topics: they may be cleared twice in a row.
-        sure, self._cleared = [topic for topic in self._unsure() if topic not in again], again
-        await self._in_worker(lambda: self._worker.release(sure, ref))
+        gone = [topic for topic in sure if topic not in cleared]
+        for topic in gone:
+            self._cleared.pop(topic, None)
+        self._cleared |= cleared
+        await self._in_worker(lambda: self._worker.release(gone, ref))
+
+    def _sure(self) -> list[str]:
+        """Topics that the broker has cleared: it has acknowledged everything."""
+        return self._unsure() if self.link.settled else []
 
     def _unsure(self) -> list[str]:
         """Topics that were cleared, and that nothing has been retained on since."""

@@ -61,6 +61,11 @@ class MemoryLink:
         """Payload bytes counted since the link was made."""
         return Traffic(self._sent, self._received)
 
+    @property
+    def settled(self) -> bool:
+        """Whether the broker has everything that was published: it does at once, while there is a connection."""
+        return self._handler is not None
+
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Send a message; without a connection it is dropped."""
         if self._handler is not None:

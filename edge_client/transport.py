@@ -64,6 +64,10 @@ class Link(Protocol):
     def traffic(self) -> Traffic:
         """Bytes counted since the link was made, MQTT framing included."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether the broker has acknowledged everything that was published on this connection."""
+
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Send a message; without a connection it is dropped."""
 
@@ -174,6 +178,12 @@ class MqttLink:
             return self._counted
         return Traffic(self._counted.sent + client.sent, self._counted.received + client.received)
 
+    @property
+    def settled(self) -> bool:
+        """Whether the broker has acknowledged everything that was published on this connection."""
+        client = self._up()
+        return client is not None and _acknowledged(client)
+
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Send a message; without a connection it is dropped."""
         client = self._up()
@@ -243,7 +253,7 @@ class MqttLink:
             self._lost.set()
             return
         for _ in range(200):
-            if not client.want_write() and not client._out_messages:
+            if _acknowledged(client):
                 break
             await asyncio.sleep(0.01)
         accepted = client.is_connected()
@@ -355,3 +365,7 @@ class MqttLink:
             loop.remove_reader(sock)
             loop.remove_writer(sock)
             client._sock_close()
+
+
+def _acknowledged(client: mqtt.Client) -> bool:
+    return not client.want_write() and not client._out_messages

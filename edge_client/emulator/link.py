@@ -52,6 +52,11 @@ class RadioLink:
         """Bytes counted by the link underneath."""
         return self.inner.traffic
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing waits for the radio, and the broker has acknowledged the rest."""
+        return not self._up.queue and self.inner.settled
+
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Send a message once the radio is free."""
         self._later(self._up, len(payload), lambda: self.inner.publish(topic, payload, retain=retain))

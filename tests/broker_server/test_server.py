@@ -462,6 +462,34 @@ async def test_a_topic_that_is_cleared_twice_in_a_row_is_not_forgotten_before_th
 
 
 @together
+async def test_a_cleared_topic_is_not_forgotten_before_the_broker_has_acknowledged_everything(tmp_path, monkeypatch):
+    config = settings(tmp_path, transfer={"spread": 0.0, "inline": 0, "chunk": 1024})
+    refs = [BlobRef(bytes([number] * 32), 1024, 1024) for number in range(4)]
+    names = {TOPICS.published(ref.sha256, 0) for ref in refs}
+
+    def known() -> set[str]:
+        with Ledger.read(tmp_path / "state" / "ledger.db") as ledger:
+            return names & set(ledger.retained())
+
+    async with Hall(tmp_path) as hall:
+        server = hall.server(config)
+        life = asyncio.ensure_future(server.run())
+        while not server._online:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await server._queue.join()
+        await server._in_worker(lambda: server._worker.retain(names))
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryLink, "settled", False)
+            for ref in refs[:3]:
+                await server._sweep(ref)
+            assert known() == names
+        await server._sweep(refs[3])
+        assert known() == {TOPICS.published(refs[3].sha256, 0)}
+        server.stop("enough")
+        await life
+
+
+@together
 async def test_an_offer_of_a_newer_epoch_ends_the_server_and_its_chunks_stay(tmp_path):
     config = settings(tmp_path, transfer={"spread": 0.0, "inline": 0, "chunk": 1024})
     async with Hall(tmp_path) as hall:

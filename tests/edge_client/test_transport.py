@@ -190,6 +190,23 @@ def test_every_link_gives_the_same_sequence(network, scenario):
     asyncio.run(play())
 
 
+def test_a_link_is_settled_once_the_broker_has_acknowledged_and_only_while_it_is_connected(network):
+    async def play():
+        link = network("a")
+        assert not link.settled
+        async with running(link, Recorder()):
+            for _ in range(50):
+                link.publish("t/1", bytes(1000))
+            if isinstance(link, MqttLink):
+                assert not link.settled
+            async with asyncio.timeout(10):
+                while not link.settled:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        assert not link.settled
+
+    asyncio.run(play())
+
+
 def test_closing_sends_what_is_queued_and_no_will(network):
     async def play():
         a, b = network("a", ("will/a", b"gone")), network("b")

@@ -57,6 +57,10 @@ class SimLink:
     def traffic(self) -> Traffic:
         return Traffic(self._sent, self._received)
 
+    @property
+    def settled(self) -> bool:
+        return self.up and self.world.now >= self._upward
+
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         if self.up and not self.dead:
             self.tap(topic, payload, retain)
