@@ -83,7 +83,7 @@ class AsynchronousCoordinator(Conversation):
     @property
     def wake(self) -> float | None:
         """When the next Tick is due, on the clock of ``now``."""
-        times = [self._flights.wake]
+        times = [self._silence, self._flights.wake]
         if self._evaluation is not None and self._evaluation.deadline < math.inf:
             times.append(self._evaluation.deadline)
         if self.phase in ("waiting", "evaluate") and self._connected and self._gather:
@@ -100,7 +100,7 @@ class AsynchronousCoordinator(Conversation):
             case e.Recorded(epoch, task, client):
                 yield self._tell(client, m.Receipt(epoch, task, "recorded"))
                 if found := self._flights.find(epoch, task, client):
-                    yield from self._recorded(found, event)
+                    yield from self._recorded(found, event, now)
                     yield from self._go_on(now)
                 elif restored := self._unanswered.pop((epoch, task), None):
                     self._buffer.add(restored, event)
@@ -109,6 +109,9 @@ class AsynchronousCoordinator(Conversation):
                     self._resting.add(client)
                     yield from self._flights.refuse(client, reason, now)
                     yield from self._go_on(now)
+            case e.Damaged(epoch, task, client):
+                if self._flights.find(epoch, task, client):
+                    yield from self._flights.damaged(client)
             case e.Answered(epoch, task, client, "void"):
                 detail = _VOID.format(most=self.settings.round.max_staleness)
                 yield self._tell(client, m.Receipt(epoch, task, "refused", detail))
@@ -120,7 +123,7 @@ class AsynchronousCoordinator(Conversation):
                 for flight in waiting:
                     yield from self._invite(flight)
 
-    def _recorded(self, flight: Flight, event: e.Recorded) -> Iterator[e.Action]:
+    def _recorded(self, flight: Flight, event: e.Recorded, now: float) -> Iterator[e.Action]:
         task = flight.task
         if task.kind == "train":
             self._buffer.add(task, event)
@@ -129,7 +132,7 @@ class AsynchronousCoordinator(Conversation):
             self._evaluation.tasks.append(flight.identity)
         if member := self._roster.get(event.client):
             member.version, member.digest = task.version, self._digests[task.version]
-        yield from self._flights.recorded(event.client)
+        yield from self._flights.recorded(event.client, now)
 
     # The start of an epoch.
 
@@ -143,6 +146,7 @@ class AsynchronousCoordinator(Conversation):
     def _resume(self, now: float) -> Iterator[e.Action]:
         for task in self._unanswered.values():
             self._flights.restore(task, now)
+        self._flights.resume(self.restored.uploads)
         self._unanswered.clear()
         if self._round.result is not None:
             self._round.begin(now)

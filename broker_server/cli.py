@@ -15,8 +15,8 @@ from rich.table import Table
 
 from broker_server.artifacts import Report, check_folder, read_report, read_tensors, write_artifacts
 from broker_server.config import Federation, load
+from broker_server.entrance import enter
 from broker_server.ledger import BEST, Ledger, Round, Task
-from broker_server.packets import fitted
 from broker_server.report import human_bytes, table
 from broker_server.server import Outcome, Server, broker, locked, server_link
 from broker_server.simulation import Simulated
@@ -44,7 +44,7 @@ def serve(file: Path) -> None:
         with locked(settings) as lock, broker(settings, log) as address:
             # A broker of ours that died does not come back: give up, and whoever watches the server starts both anew.
             link = server_link(settings, address, attempts=0 if settings.broker.url else 5)
-            fit = partial(fitted, address=address, log=log)
+            fit = partial(enter, address=address, log=log)
             server = Server(settings, log, link, on_round=lambda done: log(_line(done)), lock=lock, fit=fit)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):

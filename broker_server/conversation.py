@@ -24,6 +24,12 @@ from edge_client.wire.topics import Chunk, Topics
 Phase = Literal["waiting", "train", "aggregate", "measure", "gather", "evaluate", "stopped"]
 _MEMORY = 32
 """Versions for which one is kept that only clients hold who are away; later the whole difference is hardly larger."""
+_HEARTBEAT = 300.0
+"""Seconds between hellos of an idle client, give or take a quarter."""
+_MISSED = 3.0
+"""Heartbeats without a word after which a client is taken for dead: its last will may be lost."""
+_GREETINGS = 200
+"""Hellos a second that a fleet may answer an offer with."""
 _GATHER = 10.0
 """Seconds, beside the spread, in which a fleet may come back after a restart; then it goes on with who is there."""
 
@@ -50,7 +56,7 @@ class Conversation(ABC):
     def __post_init__(self) -> None:
         restored = self.restored
         self._topics = Topics(self.settings.federation.name)
-        self._roster = Roster(counting=not restored.rounds)
+        self._roster = Roster(counting=not restored.rounds, silence=_MISSED * _HEARTBEAT)
         # A round whose evaluation goes on has its result in the ledger already, and is counted when it is finished.
         finished = [result for result in restored.rounds if result.round != restored.unfinished]
         self._progress = Progress(self.settings.stop, finished)
@@ -153,6 +159,8 @@ class Conversation(ABC):
             case e.Tick():
                 if self._gather is not None and now >= self._gather:
                     self._gather = 0.0
+                for client in self._roster.lapse(now):
+                    yield from self._leaves(client, now)
                 yield from self._tick(now)
             case _:
                 yield from self._answered(event, now)
@@ -162,7 +170,7 @@ class Conversation(ABC):
     def _start(self, now: float) -> Iterator[e.Action]:
         first = self._gather is None
         if first:
-            self._gather = now + self.settings.transfer.spread + _GATHER if self.restored.rounds else 0.0
+            self._gather = now + self._spread + _GATHER if self.restored.rounds else 0.0
             if self.restored.leftovers:
                 yield e.Clear(self.restored.leftovers)
         yield e.Subscribe((self._topics.every_up, self._topics.offer))
@@ -174,12 +182,24 @@ class Conversation(ABC):
             yield from self._resume(now)
         yield from self._consider(now)
 
+    @property
+    def _spread(self) -> float:
+        """Seconds over which clients answer the offer: a large fleet takes longer than was configured."""
+        fleet = max(self.restored.fleet, self._roster.present())
+        return max(self.settings.transfer.spread, float(fleet // _GREETINGS))
+
+    @property
+    def _silence(self) -> float | None:
+        """When clients may have been silent for too long."""
+        return None if self.phase == "stopped" else self._roster.wake
+
     def _offer(self) -> m.Offer:
         return m.Offer(
             self.settings.federation.name,
             self.restored.epoch,
             self.restored.bundle,
-            self.settings.transfer.spread,
+            self._spread,
+            _HEARTBEAT,
             finished=self.phase == "stopped",
         )
 
@@ -195,6 +215,7 @@ class Conversation(ABC):
                 yield from self._said(client, m.decode(payload), now)
             else:
                 yield from self._chunk(client, chunk, payload, now)
+            self._roster.hear(client, now)
         except WireError as error:
             self.dropped += 1
             if self.dropped == 1:
@@ -268,7 +289,7 @@ class Conversation(ABC):
     def _finish(self, now: float) -> Iterator[e.Action]:
         result = self._round.finished(self._roster.up, self._roster.down, now)
         if result is not None:
-            yield e.FinishRound(result, self._progress.add(result))
+            yield e.FinishRound(result, self._progress.add(result), self._roster.present())
         self._round = OpenRound(self._round.number + 1, now, self._roster.up, self._roster.down)
         self.phase = "waiting"
         yield from self._consider(now)

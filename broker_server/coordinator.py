@@ -31,11 +31,12 @@ class Coordinator(Conversation):
         super().__post_init__()
         if self.restored.open_task is not None:
             self.phase, self._open = self.restored.open_task.kind, self._begin(self.restored.open_task)
+            self._open.resume(self.restored.uploads)
 
     @property
     def wake(self) -> float | None:
         """When the next Tick is due, on the clock of ``now``."""
-        times = [self._open.wake] if self._open is not None else []
+        times = [self._silence, self._open.wake if self._open is not None else None]
         if self.phase in ("waiting", "gather") and self._connected:
             times += [time for time in (self._retry, self._gather) if time]
         return min((time for time in times if time is not None), default=None)
@@ -59,6 +60,9 @@ class Coordinator(Conversation):
                 if open_ := self._task_of(epoch, task, client):
                     yield from open_.refuse(client, reason)
                     yield from self._go_on(now)
+            case e.Damaged(epoch, task, client):
+                if open_ := self._task_of(epoch, task, client):
+                    yield from open_.damaged(client)
             case e.Answered(epoch, task, client, status):
                 yield self._tell(client, m.Receipt(epoch, task, status))
             case e.Prepared(held, version, ref):

@@ -166,12 +166,25 @@ class Database:
             raise sqlite3.DatabaseError(verdict)
         if found == len(migrations):
             return
+        if found:
+            self._copy(found)
         with self.group():
             for migration in migrations[found:]:
                 for statement in migration:
                     self._connection.execute(statement)
             self._connection.execute(f"PRAGMA application_id = {APPLICATION}")
             self._connection.execute(f"PRAGMA user_version = {len(migrations)}")
+
+    def _copy(self, schema: int) -> None:
+        """Keep the file as the older fedge wrote it, for a way back."""
+        kept = self.path.with_name(f"{self.path.name}.schema-{schema}")
+        partial = kept.with_name(kept.name + ".new")
+        try:
+            partial.unlink(missing_ok=True)
+            self._connection.execute("VACUUM INTO ?", (str(partial),))
+            os.replace(partial, kept)
+        except OSError as error:
+            raise LedgerError(f"{kept}: {error.strerror}; the ledger is not migrated without a copy") from error
 
     def _schema(self, known: int) -> int:
         """The file's schema number; 0 when it is new."""

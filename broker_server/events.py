@@ -13,6 +13,7 @@ from edge_client.events import Received as Received
 from edge_client.events import Subscribe as Subscribe
 from edge_client.events import Tick as Tick
 from edge_client.wire.messages import BlobRef
+from edge_client.wire.transfer import Tally
 
 # The start.
 
@@ -37,6 +38,10 @@ class Restored:
     """Of the versions that these tasks work on."""
     leftovers: tuple[str, ...] = ()
     """Topics on which an earlier run may have left chunks."""
+    uploads: Mapping[str, Tally] = field(default_factory=dict)
+    """By client, what has come of updates for the task that was under way."""
+    fleet: int = 0
+    """Clients that were there at the end of the last round."""
 
     @property
     def open_task(self) -> Task | None:
@@ -74,6 +79,15 @@ class Refused:
     task: int
     client: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """The chunks of an update do not make up what was announced; they are forgotten."""
+
+    epoch: int
+    task: int
+    client: str
 
 
 @dataclass(frozen=True)
@@ -131,6 +145,7 @@ Event = (
     | Opened
     | Recorded
     | Refused
+    | Damaged
     | Answered
     | Prepared
     | Aggregated
@@ -167,13 +182,28 @@ class Enlarge:
 
 
 @dataclass(frozen=True)
-class Record:
-    """Check an update, write it to the ledger and add it to the sum; answer with Recorded or Refused."""
+class Keep:
+    """Keep one chunk of a client's update until the update is recorded or its task closed."""
 
     epoch: int
     task: int
     client: str
+    ref: BlobRef
+    index: int
     data: bytes
+
+
+@dataclass(frozen=True)
+class Record:
+    """Check an update, write it to the ledger and add it to the sum; answer with Recorded, Refused or Damaged.
+
+    ``data`` None: it is in the chunks that were kept.
+    """
+
+    epoch: int
+    task: int
+    client: str
+    data: bytes | None
 
 
 @dataclass(frozen=True)
@@ -250,10 +280,14 @@ class Clear:
 
 @dataclass(frozen=True)
 class FinishRound:
-    """Write a round's result to the ledger; ``best`` says whether its version is the best so far."""
+    """Write a round's result to the ledger; ``best`` says whether its version is the best so far.
+
+    ``fleet`` is how many clients are there.
+    """
 
     result: Round
     best: bool
+    fleet: int = 0
 
 
 @dataclass(frozen=True)
@@ -277,6 +311,7 @@ Action = (
     | Retain
     | OpenTask
     | Enlarge
+    | Keep
     | Record
     | Inquire
     | Prepare

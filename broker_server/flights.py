@@ -56,8 +56,8 @@ class Flights:
     limit: int
     _flights: dict[str, Flight] = field(init=False, default_factory=dict)
     """By client."""
-    _ready: deque[tuple[str, bytes]] = field(init=False, default_factory=deque)
-    """Updates that are here and wait for the version before them to be made."""
+    _ready: deque[tuple[str, bytes | None]] = field(init=False, default_factory=deque)
+    """Updates that are here and wait for the version before them to be made; None is one in chunks that were kept."""
     _deltas: dict[Way, m.BlobRef | None] = field(init=False, default_factory=dict)
     """What is built, or being built."""
     _uploads: Uploads = field(init=False)
@@ -156,26 +156,42 @@ class Flights:
             return []
         try:
             data = transfer.unwrap(blob)
-            grants = self._uploads.announce(client, blob, now) if data is None else []
+            if data is not None or self._uploads.here(client, blob):
+                self._take(client, data)
+                return []
+            return self._credit(self._uploads.announce(client, blob, now))
         except WireError as error:
             return self.refuse(client, str(error), now)
-        self._take(client, data)
-        return self._credit(grants)
 
     def chunk(self, client: str, sha256: bytes, index: int, payload: bytes, now: float) -> list[e.Action]:
         """A chunk of an update.
 
         Raises:
-            WireError: nobody asked for it, or the update is not what its reference names.
+            WireError: nobody asked for it.
         """
-        data, grants = self._uploads.chunk(client, sha256, index, payload, now)
-        self._take(client, data)
-        return self._credit(grants)
+        new, flight = self._uploads.lacks(client, sha256, index, len(payload)), self._flights.get(client)
+        if flight is None:
+            raise WireError(f"chunk of an upload by {client} whose task is over")
+        ref = self._uploads.ref(client)
+        kept: list[e.Action] = [e.Keep(*flight.identity, client, ref, index, payload)] if new else []
+        done, grants = self._uploads.chunk(client, sha256, index, len(payload), now)
+        if done is not None:
+            self._take(client, None)
+        return kept + self._credit(grants)
+
+    def resume(self, kept: Mapping[str, transfer.Tally]) -> None:
+        """Chunks of updates that came before the server's last restart, by client."""
+        self._uploads.resume({client: tally for client, tally in kept.items() if client in self._flights})
+
+    def damaged(self, client: str) -> list[e.Action]:
+        """A client's update is not what it announced; it sends the update again."""
+        self._flights[client].state = "asked"
+        return [e.Log(f"the update of {client} came damaged; it is sent again")]
 
     def record(self, most: int | None = None) -> list[e.Action]:
         """Hand updates to the ledger: those of evaluations, and at most so many of training; the others wait."""
         actions: list[e.Action] = []
-        waiting: deque[tuple[str, bytes]] = deque()
+        waiting: deque[tuple[str, bytes | None]] = deque()
         while self._ready:
             client, data = self._ready.popleft()
             flight = self._flights[client]
@@ -211,9 +227,10 @@ class Flights:
 
     # Their end.
 
-    def recorded(self, client: str) -> list[e.Action]:
+    def recorded(self, client: str, now: float) -> list[e.Action]:
         """A client's update is in the ledger."""
-        return self._sweep(self._flights.pop(client).way)
+        flight = self._flights.pop(client)
+        return [*self._credit(self._uploads.drop(client, now)), *self._sweep(flight.way)]
 
     def end(self, client: str, now: float) -> list[e.Action]:
         """A task ends without an update; the ledger says so to those who ask."""
@@ -222,7 +239,7 @@ class Flights:
         if flight.state == "ready":
             self._ready = deque((other, data) for other, data in self._ready if other != client)
             actions.append(e.Inquire(*flight.identity, client))
-        return [*actions, *self._credit(self._uploads.forget(client, now)), *self._sweep(flight.way)]
+        return [*actions, *self._credit(self._uploads.drop(client, now)), *self._sweep(flight.way)]
 
     def expire(self, version: int, now: float) -> list[e.Action]:
         """End those that are too old for the sum that leads on from this version."""
@@ -241,7 +258,7 @@ class Flights:
 
     def _take(self, client: str, data: bytes | None) -> None:
         flight = self._flights.get(client)
-        if data is not None and flight is not None and flight.state in ("asked", "away"):
+        if flight is not None and flight.state in ("asked", "away"):
             flight.state = "ready"
             self._ready.append((client, data))
 

@@ -1,5 +1,6 @@
 """Who is there: what each client has said of itself, and the bytes that its transport has counted."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -23,6 +24,10 @@ class Member:
     void: tuple[int, int] | None = None
     """Epoch and number of the void task that its last recorded update was for."""
     traffic: Traffic = field(default_factory=Traffic)
+    heard: float = 0.0
+    """When it last said anything."""
+    lapsed: bool = False
+    """It is not there because it said nothing for too long."""
 
     @property
     def ready(self) -> bool:
@@ -35,15 +40,48 @@ class Roster:
     """All clients that have said hello in this epoch.
 
     ``counting`` says whether what a client counted before its first hello belongs to this run: not so after a restart
-    of the server, when it was counted already.
+    of the server, when it was counted already. ``silence``: seconds without a word after which a client is not there
+    any more: brokers lose last wills too.
     """
 
     counting: bool = True
+    silence: float = math.inf
     up: int = 0
     """Bytes that clients have sent, as far as they have told."""
     down: int = 0
     _members: dict[str, Member] = field(default_factory=dict)
     _present: int = 0
+    _due: float | None = None
+
+    @property
+    def wake(self) -> float | None:
+        """When `lapse` has something to look at."""
+        return self._due if self.silence < math.inf else None
+
+    def hear(self, client: str, now: float) -> None:
+        """A client has said something."""
+        member = self._members.get(client)
+        if member is None:
+            return
+        member.heard = now
+        if member.lapsed:
+            member.present, member.lapsed = True, False
+            self._present += member.ready
+        self._due = now + self.silence if self._due is None else self._due
+
+    def lapse(self, now: float) -> list[str]:
+        """Clients that have just been silent for too long."""
+        if self._due is None or now < self._due:
+            return []
+        there = [(client, member) for client, member in self._members.items() if member.present]
+        gone = [client for client, member in there if now - member.heard >= self.silence]
+        for client in gone:
+            member = self._members[client]
+            self._present -= member.ready
+            member.present, member.lapsed = False, True
+        heard = (member.heard for _, member in there if member.present)
+        self._due = min((time + self.silence for time in heard), default=None)
+        return gone
 
     def hello(self, client: str, hello: Hello) -> Member:
         """Take a hello; a new boot nonce is a new life of the client."""

@@ -59,7 +59,7 @@ class Server:
     lock: Lock | None = None
     """The lock on the federation's ledger (`locked`), where it was taken before; else `run` takes it."""
     fit: Callable[[Federation], Awaitable[Federation]] | None = None
-    """Finds the settings that fit the broker (`packets.fitted`), before anything is cut into chunks."""
+    """Finds the settings that fit the broker (`entrance.enter`), before an epoch begins."""
     _pool: ThreadPoolExecutor = field(init=False)
     _worker: Worker = field(init=False)
     _coordinator: Conversation = field(init=False)
@@ -182,6 +182,9 @@ class Server:
                     f"{self._coordinator.restored.epoch}: another server has taken the federation over; stop that one, "
                     "and serve from its state folder"
                 )
+            case e.Keep(epoch, task, client, ref, index, data):
+                # At once: chunks that waited for the worker would pile up in memory.
+                self._worker.spool.keep((epoch, task), client, ref, index, data)
             case e.Clear(topics):
                 # At once, before the offer sends clients to topics that may be among them; the ledger in its turn.
                 for topic in topics:

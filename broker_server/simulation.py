@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 
 from broker_server.config import Federation
+from broker_server.entrance import enter
 from broker_server.ledger import Round
-from broker_server.packets import fitted
 from broker_server.server import Outcome, Server, broker, locked, read_bundle, server_link
 from edge_client.bundle import Bundle
 from edge_client.data import load_arrays
@@ -69,7 +69,7 @@ async def simulate(
         settings, data = await asyncio.to_thread(_reserve, settings)
         with broker(settings, log) as address:
             link = server_link(settings, address, attempts=5)
-            fit = partial(fitted, address=address, log=log, attempts=5)
+            fit = partial(enter, address=address, log=log, attempts=5)
             server = Server(settings, log, link, on_round=finished, lock=lock, fit=fit)
             serving = asyncio.ensure_future(server.run())
             fleet = await _start(settings, address, data)

@@ -192,19 +192,33 @@ class OpenTask:
         self._set(client, "asked")
         try:
             data = transfer.unwrap(blob)
-            grants = self._uploads.announce(client, blob, now) if data is None else []
+            if data is not None or self._uploads.here(client, blob):
+                return self._take(client, data)
+            return self._credit(self._uploads.announce(client, blob, now))
         except WireError as error:
             return self.refuse(client, str(error))
-        return self._credit(grants) + self._take(client, data)
 
     def chunk(self, client: str, sha256: bytes, index: int, payload: bytes, now: float) -> list[e.Action]:
         """A chunk of a member's update.
 
         Raises:
-            WireError: nobody asked for it, or the update is not what its reference names.
+            WireError: nobody asked for it.
         """
-        data, grants = self._uploads.chunk(client, sha256, index, payload, now)
-        return self._credit(grants) + self._take(client, data)
+        new = self._uploads.lacks(client, sha256, index, len(payload))
+        kept: list[e.Action] = (
+            [e.Keep(*self.identity, client, self._uploads.ref(client), index, payload)] if new else []
+        )
+        ref, grants = self._uploads.chunk(client, sha256, index, len(payload), now)
+        return kept + self._credit(grants) + ([] if ref is None else self._take(client, None))
+
+    def resume(self, kept: Mapping[str, transfer.Tally]) -> None:
+        """Chunks of updates that came before the server's last restart, by client."""
+        self._uploads.resume(kept)
+
+    def damaged(self, client: str) -> list[e.Action]:
+        """A member's update is not what it announced: its radio or its disk errs, and it sends the update again."""
+        self._set(client, "asked")
+        return [e.Log(f"the update of {client} came damaged; it is sent again")]
 
     def recorded(self, event: e.Recorded) -> None:
         """A member's update is in the ledger."""
@@ -260,7 +274,7 @@ class OpenTask:
         self._counts[state] += 1
 
     def _take(self, client: str, data: bytes | None) -> list[e.Action]:
-        if data is None or self._members.get(client) not in ("asked", "gone"):
+        if self._members.get(client) not in ("asked", "gone"):
             return []
         self._set(client, "recording")
         return [e.Record(*self.identity, client, data)]

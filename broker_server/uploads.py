@@ -1,15 +1,16 @@
 """Updates on their way up: the server grants credits, so that a broker never buffers more than was asked for.
 
 A credit is a lease: when its chunks do not come in time they are asked for again, and a client that stays silent loses
-its place to the next in the queue; it announces its update again when it can.
+its place to the next in the queue. What has come of its update stays; it announces the update again when it can, and is
+asked for the rest. This module counts chunks; their bytes are on the disk (`broker_server.spool`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from edge_client.errors import WireError
 from edge_client.wire.messages import BlobRef
-from edge_client.wire.transfer import Assembly, count
+from edge_client.wire.transfer import Tally, count
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Grant:
 
 @dataclass
 class _Incoming:
-    assembly: Assembly
+    tally: Tally
     wake: float
     outstanding: set[int] = field(default_factory=set)
     tries: int = 0
@@ -44,6 +45,8 @@ class Uploads:
     patience: int = 6
     _open: dict[str, _Incoming] = field(default_factory=dict)
     _queue: dict[str, BlobRef] = field(default_factory=dict)
+    _parked: dict[str, Tally] = field(default_factory=dict)
+    """What has come of updates whose clients have no place now."""
 
     @property
     def wake(self) -> float | None:
@@ -51,6 +54,18 @@ class Uploads:
         if self._queue and len(self._open) < self.most:
             return 0.0
         return min((incoming.wake for incoming in self._open.values()), default=None)
+
+    def resume(self, kept: Mapping[str, Tally]) -> None:
+        """What had come before a restart, by client."""
+        self._parked.update(kept)
+
+    def here(self, client: str, ref: BlobRef) -> bool:
+        """Whether all of this blob has come in an earlier life of the server; it is forgotten then."""
+        tally = self._parked.get(client)
+        if tally is None or tally.ref != ref or not tally.complete:
+            return False
+        del self._parked[client]
+        return True
 
     def announce(self, client: str, ref: BlobRef, now: float) -> list[Grant]:
         """A client has a blob to send.
@@ -61,54 +76,90 @@ class Uploads:
         if ref.size > self.limit:
             raise WireError(f"update of {ref.size} bytes; at most {self.limit} fit this model")
         current = self._open.get(client)
-        if current is not None and current.assembly.ref.sha256 == ref.sha256:
+        if current is not None and current.tally.ref == ref:
             return self._grant(client, current, now, again=True)
-        self._open.pop(client, None)
+        self._park(client)
         self._queue[client] = ref
         return self._admit(now)
 
-    def chunk(
-        self, client: str, sha256: bytes, index: int, data: bytes, now: float
-    ) -> tuple[bytes | None, list[Grant]]:
-        """Take one chunk; the whole blob once it is complete and verified, and what is granted next.
+    def lacks(self, client: str, sha256: bytes, index: int, size: int) -> bool:
+        """Whether this chunk of ``size`` bytes is one that has not come; False when it has.
 
         Raises:
-            WireError: nobody asked for this chunk, or the blob is not what its reference names; its client starts anew.
+            WireError: nobody asked for it.
+        """
+        tally = self._tally(client, sha256)
+        if index >= count(tally.ref) or not tally.fits(index, size):
+            raise WireError(f"chunk {index} of {size} bytes does not belong to the upload of {client}")
+        return tally.lacks(index)
+
+    def ref(self, client: str) -> BlobRef:
+        """The blob that a client sends; to be asked of one that sends one."""
+        incoming = self._open.get(client)
+        return self._parked[client].ref if incoming is None else incoming.tally.ref
+
+    def chunk(
+        self, client: str, sha256: bytes, index: int, size: int, now: float
+    ) -> tuple[BlobRef | None, list[Grant]]:
+        """A chunk of ``size`` bytes has come; the blob once it is complete, and what is granted next.
+
+        Raises:
+            WireError: nobody asked for this chunk.
         """
         incoming = self._open.get(client)
-        if incoming is None or incoming.assembly.ref.sha256 != sha256:
-            raise WireError(f"chunk of an upload by {client} that is not under way")
-        ref = incoming.assembly.ref
-        if index >= count(ref) or len(data) != min(ref.chunk, ref.size - index * ref.chunk):
-            raise WireError(f"chunk {index} of {len(data)} bytes does not belong to the upload of {client}")
-        incoming.outstanding.discard(index)
-        if not incoming.assembly.add(index, data):
+        new = self.lacks(client, sha256, index, size)
+        if incoming is not None:
+            incoming.outstanding.discard(index)
+        tally = self._tally(client, sha256)
+        if not new or not tally.mark(index, size):
             return None, []
+        if tally.complete:
+            self._open.pop(client, None)
+            self._parked.pop(client, None)
+            self._queue.pop(client, None)
+            return tally.ref, self._admit(now)
+        if incoming is None:
+            return None, []  # sent before its place was lost: good all the same
         incoming.wake, incoming.tries = now + self.lease, 0
-        if not incoming.assembly.complete:
-            more = len(incoming.outstanding) <= self.window // 2
-            return None, self._grant(client, incoming, now) if more else []
-        del self._open[client]
-        return incoming.assembly.take(), self._admit(now)
+        more = len(incoming.outstanding) <= self.window // 2
+        return None, self._grant(client, incoming, now) if more else []
 
     def tick(self, now: float) -> list[Grant]:
-        """Repeat grants whose lease has run out, and give up on clients that stay silent."""
+        """Repeat grants whose lease has run out, and take the places of clients that stay silent."""
         grants = []
         for client, incoming in list(self._open.items()):
             if now < incoming.wake:
                 continue
             incoming.tries += 1
             if incoming.tries > self.patience:
-                del self._open[client]
+                self._park(client)
             else:
                 grants += self._grant(client, incoming, now, again=True)
         return grants + self._admit(now)
 
     def forget(self, client: str, now: float) -> list[Grant]:
-        """A client is gone: its place is free."""
+        """A client is gone: its place is free, and what has come stays."""
         self._queue.pop(client, None)
-        self._open.pop(client, None)
+        self._park(client)
         return self._admit(now)
+
+    def drop(self, client: str, now: float) -> list[Grant]:
+        """Nothing is wanted of a client any more."""
+        grants = self.forget(client, now)
+        self._parked.pop(client, None)
+        return grants
+
+    def _tally(self, client: str, sha256: bytes) -> Tally:
+        incoming = self._open.get(client)
+        tally = self._parked.get(client) if incoming is None else incoming.tally
+        if tally is None or tally.ref.sha256 != sha256:
+            raise WireError(f"chunk of an upload by {client} that is not under way")
+        return tally
+
+    def _park(self, client: str) -> None:
+        incoming = self._open.pop(client, None)
+        if incoming is not None:
+            self._parked[client] = incoming.tally
 
     def _admit(self, now: float) -> list[Grant]:
         return list(self._admitted(now))
@@ -116,7 +167,10 @@ class Uploads:
     def _admitted(self, now: float) -> Iterator[Grant]:
         while self._queue and len(self._open) < self.most:
             client = next(iter(self._queue))
-            incoming = _Incoming(Assembly(self._queue.pop(client), limit=self.limit), now + self.lease)
+            ref, tally = self._queue.pop(client), self._parked.pop(client, None)
+            if tally is None or tally.ref != ref or tally.complete:
+                tally = Tally(ref, limit=self.limit)
+            incoming = _Incoming(tally, now + self.lease)
             self._open[client] = incoming
             yield from self._grant(client, incoming, now)
 
@@ -125,7 +179,7 @@ class Uploads:
             incoming.outstanding.clear()
         incoming.wake = now + self.lease
         room = self.window - len(incoming.outstanding)
-        wanted = incoming.assembly.missing(self.window + len(incoming.outstanding))
+        wanted = incoming.tally.missing(self.window + len(incoming.outstanding))
         indices = tuple(index for index in wanted if index not in incoming.outstanding)[:room]
         incoming.outstanding.update(indices)
-        return [Grant(client, incoming.assembly.ref.sha256, indices)] if indices else []
+        return [Grant(client, incoming.tally.ref.sha256, indices)] if indices else []

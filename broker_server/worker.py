@@ -25,10 +25,11 @@ from broker_server.database import Lock
 from broker_server.evaluation import HeldOut
 from broker_server.ledger import BEST, Ledger, Task
 from broker_server.publication import Publication
+from broker_server.spool import Spool
 from edge_client.bundle import Bundle
 from edge_client.codec.layout import Vector
 from edge_client.codec.update import decode_update, max_update_bytes
-from edge_client.errors import CodecError
+from edge_client.errors import CodecError, WireError
 from edge_client.manifest import update_layouts
 from edge_client.wire import transfer
 from edge_client.wire.messages import BlobRef
@@ -37,6 +38,8 @@ _MODE = "mode"
 """The note that holds the ``round.mode`` of the open tasks."""
 _SAMPLES_LIMIT = 2**29
 """More samples than this of one client are refused: their product with an update would not be exact any more."""
+_FLEET = "fleet"
+"""The note that holds how many clients there were."""
 _VALUE_LIMIT = 1e9
 """An update with a larger value is refused: one that diverged would take the model of all with it."""
 
@@ -82,6 +85,7 @@ class Worker:
         self._buffers = BufferAggregator.of(self.bundle.manifest)
         self._begin_sum()
         self._layouts = update_layouts(self.bundle.manifest)
+        self.spool = Spool(self._state / "uploads", limit=max_update_bytes(self._layouts))
         self._tasks: dict[tuple[int, int], Task] = {}
         self._blobs: dict[bytes, bytes] = {}
         self._bundle_bytes = bundle_bytes
@@ -102,6 +106,8 @@ class Worker:
             open_tasks=open_tasks,
             digests=self._publication.digests({task.version for task in open_tasks}),
             leftovers=tuple(self._ledger.retained()),
+            fleet=int(self._ledger.get(_FLEET) or 0),
+            uploads=self.spool.restore(open_tasks),
         )
 
     def replay(self, restored: e.Restored) -> Iterator[e.Event]:
@@ -115,7 +121,11 @@ class Worker:
     def perform_all(self, actions: Sequence[e.Action]) -> list[e.Event | None]:
         """Carry out several actions in one commit: all of them are on the disk before any answer is known."""
         with self._ledger.group():
-            return [self.perform(action) for action in actions]
+            answers = [self.perform(action) for action in actions]
+        for action in actions:
+            if isinstance(action, e.Record) and action.data is None:
+                self.spool.discard((action.epoch, action.task), action.client)
+        return answers
 
     def perform(self, action: e.Action) -> e.Event | None:
         """Carry out one action; its answer, where it has one."""
@@ -139,11 +149,13 @@ class Worker:
                 clipped = self._publication.advance(aggregate, result, closes=closes, keep=keep, buffers=buffers)
                 for identity in closes:
                     self._tasks.pop(identity)
+                    self.spool.discard(identity)
                 self._begin_sum()
                 return e.Aggregated(self._publication.version, self._publication.digest, clipped)
             case e.CloseTask(epoch, number, outcome):
                 self._ledger.close_task(epoch, number, outcome)
                 self._tasks.pop((epoch, number))
+                self.spool.discard((epoch, number))
                 if (epoch, number) in self._added:
                     self._begin_sum()
                 return e.Closed(epoch, number)
@@ -151,8 +163,9 @@ class Worker:
                 assert self._held_out is not None
                 vector, buffers = self._publication.parameters(version), self._publication.buffers(version)
                 return e.Evaluated(version, self._held_out.evaluate(vector, buffers=buffers))
-            case e.FinishRound(result, best):
+            case e.FinishRound(result, best, fleet):
                 with self._ledger.group():
+                    self._ledger.put(_FLEET, str(fleet))
                     self._ledger.finish_round(result)
                     if best:
                         self._ledger.put(BEST, str(result.version))
@@ -194,10 +207,13 @@ class Worker:
     def _record(self, action: e.Record) -> e.Event:
         identity = action.epoch, action.task
         try:
-            samples, scalars, vectors = self._decode(action.data, self._tasks[identity])
+            data = self.spool.take(identity, action.client) if action.data is None else action.data
+            samples, scalars, vectors = self._decode(data, self._tasks[identity])
         except CodecError as error:
-            return e.Refused(action.epoch, action.task, action.client, str(error))
-        added = self._ledger.record(action.epoch, action.task, action.client, action.data, samples)
+            return e.Refused(*identity, action.client, str(error))
+        except WireError:
+            return e.Damaged(*identity, action.client)
+        added = self._ledger.record(*identity, action.client, data, samples)
         if added:
             self._add(vectors, samples, identity)
         return e.Recorded(action.epoch, action.task, action.client, samples, scalars)

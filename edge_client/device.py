@@ -13,12 +13,13 @@ from typing import Protocol, TypeVar
 
 from edge_client.bundle import Bundle
 from edge_client.data import DataSource
-from edge_client.errors import BundleError, DataError
+from edge_client.errors import BundleError, DataError, StoreError
 from edge_client.events import (
     Available,
     Cancel,
     Connected,
     Counted,
+    Discard,
     Disconnected,
     Done,
     Event,
@@ -26,6 +27,7 @@ from edge_client.events import (
     Finished,
     Install,
     Installed,
+    Keep,
     Log,
     Publish,
     Received,
@@ -36,11 +38,13 @@ from edge_client.events import (
     Unsubscribe,
     Work,
 )
+from edge_client.held import NO_HASH, Held, SessionSettings
 from edge_client.manifest import Manifest
-from edge_client.session import NO_HASH, ClientSession, Held, SessionSettings
+from edge_client.session import ClientSession
 from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
 from edge_client.transport import Link
+from edge_client.wire.messages import BlobRef
 from edge_client.worker import Worker
 
 Result = TypeVar("Result")
@@ -130,6 +134,7 @@ class Device:
     _timer: asyncio.TimerHandle | None = field(init=False, default=None)
     _stop: threading.Event = field(init=False, default_factory=threading.Event)
     _closing: bool = field(init=False, default=False)
+    _keeping: bool = field(init=False, default=True)
     _jobs: set[asyncio.Task[None]] = field(init=False, default_factory=set)
     _failure: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _error: Exception | None = field(init=False, default=None)
@@ -137,7 +142,8 @@ class Device:
     def __post_init__(self) -> None:
         rng = random.Random(self.seed if self.seed is not None else secrets.randbits(64))  # noqa: S311
         settings = SessionSettings(self.client, self.federation, software=self.software, uplink=self.uplink)
-        self._session = ClientSession(settings, self._resume(), rng, boot=self.boot)
+        held = dataclasses.replace(self._resume(), partial=self.store.partial())
+        self._session = ClientSession(settings, held, rng, boot=self.boot)
         goodbye = self._session.goodbye()
         self.link = self.connect((goodbye.topic, goodbye.payload))
 
@@ -230,10 +236,24 @@ class Device:
                 self._stop.set()
             case Settle(epoch, task, recorded):
                 self.store.settle(epoch, task, recorded=recorded)
+            case Keep(ref, index, data):
+                self._keep(ref, index, data)
+            case Discard():
+                self.store.discard()
             case Log(text):
                 self.log(f"{self.client}: {text}")
             case Done():
                 self.done.set()
+
+    def _keep(self, ref: BlobRef, index: int, data: bytes) -> None:
+        """A chunk that cannot be kept is no harm: only a restart would miss it."""
+        if not self._keeping:
+            return
+        try:
+            self.store.keep(ref, index, data)
+        except StoreError as error:
+            self._keeping = False
+            self.log(f"{self.client}: {error}; the download goes on, and would start anew after a restart")
 
     def _start(self, job: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(self._guard(job))

@@ -4,7 +4,7 @@ The client subscribes to a few chunk topics at a time, so it sets the pace and t
 not arrive is subscribed to again, then asked for: brokers drop retained messages that they have acknowledged.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from edge_client.errors import WireError
 from edge_client.wire.messages import BlobRef
@@ -25,7 +25,8 @@ class Download:
     """One blob on its way down.
 
     ``window`` is the number of chunks subscribed to at a time, ``patience`` the seconds without a new chunk after which
-    the open ones are subscribed to again; it doubles each time, up to a minute.
+    the open ones are subscribed to again; it doubles each time, up to a minute. ``partial`` is what an earlier life of
+    the client has of this blob.
 
     Raises:
         WireError: the blob is larger than ``limit`` bytes.
@@ -35,14 +36,21 @@ class Download:
     limit: int
     window: int = 16
     patience: float = 5.0
+    partial: InitVar[Assembly | None] = None
     wake: float | None = None
     _assembly: Assembly = field(init=False)
     _open: dict[int, None] = field(init=False, default_factory=dict)
     _arrived: list[int] = field(init=False, default_factory=list)
     _stalls: int = field(init=False, default=0)
 
-    def __post_init__(self) -> None:
-        self._assembly = Assembly(self.ref, limit=self.limit)
+    def __post_init__(self, partial: Assembly | None) -> None:
+        known = partial is not None and partial.ref == self.ref
+        self._assembly = partial if known and partial is not None else Assembly(self.ref, limit=self.limit)
+
+    @property
+    def left(self) -> int:
+        """How many chunks are missing."""
+        return self._assembly.left
 
     @property
     def complete(self) -> bool:

@@ -142,6 +142,20 @@ class Settle:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """Keep a chunk of a blob on its way down, for a later life of the client; an attempt is enough."""
+
+    ref: m.BlobRef
+    index: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Discard:
+    """The chunks that were kept are not needed any more."""
+
+
+@dataclass(frozen=True)
 class Log:
     """One line for the operator."""
 
@@ -153,4 +167,4 @@ class Done:
     """The federation has reached its end; a driver may leave or wait for another."""
 
 
-Action = Subscribe | Unsubscribe | Publish | Install | Work | Cancel | Settle | Log | Done
+Action = Subscribe | Unsubscribe | Publish | Install | Work | Cancel | Settle | Keep | Discard | Log | Done

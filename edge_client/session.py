@@ -13,40 +13,11 @@ from dataclasses import dataclass, field, replace
 from edge_client import events as e
 from edge_client.download import Download, Pull, check_blob
 from edge_client.errors import WireError
-from edge_client.upload import Announcement, Pending, announce, pause
+from edge_client.held import NO_HASH, Held, SessionSettings
+from edge_client.upload import Announcement, Patience, Pending, announce
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
 from edge_client.wire.topics import Topics
-
-NO_HASH = bytes(32)
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a client holds when it starts, as its store remembers it."""
-
-    bundle: bytes = NO_HASH
-    version: int = 0
-    digest: bytes = NO_HASH
-    pending: Pending | None = None
-    samples: int = 0
-
-
-@dataclass(frozen=True)
-class SessionSettings:
-    """How a client behaves; sizes in bytes, times in seconds."""
-
-    client: str
-    federation: str
-    software: str = ""
-    uplink: float = 0.0
-    """Bytes a second that the client can send; 0 is not known, and the last upload in chunks tells."""
-    window: int = 16
-    blob_limit: int = 512 * 2**20
-    chunk: int = 64 * 1024
-    inline: int = m.INLINE_LIMIT
-    patience: float = 5.0
-    """Without an answer for this long, say it again; doubles each time, up to five minutes."""
 
 
 @dataclass
@@ -61,6 +32,7 @@ class ClientSession:
     """Messages that were malformed, foreign or too large, and were dropped."""
     _topics: Topics = field(init=False)
     _chunk: int = field(init=False)
+    _patience: Patience = field(init=False)
     _connected: bool = False
     _available: bool = True
     _traffic: m.Traffic = field(default_factory=m.Traffic)
@@ -77,6 +49,9 @@ class ClientSession:
     _install_at: float | None = None
     _installing: bool = False
     _download: Download | None = None
+    _partial: transfer.Assembly | None = None
+    _kept: bool = False
+    """Whether chunks of a download are on the disk."""
     _task: m.Invitation | None = None
     _deadline: float | None = None
     _working: bool = False
@@ -86,9 +61,11 @@ class ClientSession:
     _measured: float = 0.0
 
     def __post_init__(self) -> None:
+        self._patience = Patience(self.settings.patience, self.settings.longest, self.rng)
         self._topics, self._chunk = Topics(self.settings.federation), self.settings.chunk
         self._bundle, self._version, self._digest = self.held.bundle, self.held.version, self.held.digest
         self._samples = self.held.samples
+        self._partial, self._kept = self.held.partial, self.held.partial is not None
         if self.held.pending is not None:
             self._upload = self._announcement(self.held.pending)
 
@@ -159,6 +136,7 @@ class ClientSession:
                 self._rejected, self._installing = bundle, False
                 self._install_at = self._install_at if self._wanted else None
                 yield e.Log(f"bundle {bundle.hex()[:12]} cannot be used here: {reason}")
+                yield from self._discard()
                 yield from self._tick(now)
             case e.Finished():
                 yield from self._finished(event, now)
@@ -183,7 +161,11 @@ class ClientSession:
                 yield from self._told(m.decode(payload), now)
             elif self._download is not None and chunk.sha256 == self._download.ref.sha256:
                 download = self._download
-                yield from self._pull(download.chunk(chunk.index, payload, now), download)
+                left, pull = download.left, download.chunk(chunk.index, payload, now)
+                if download.left < left and download.ref.size >= self.settings.keep:
+                    self._kept = True
+                    yield e.Keep(download.ref, chunk.index, payload)
+                yield from self._pull(pull, download)
                 if download.complete:
                     yield from self._downloaded(download, now)
         except WireError as error:
@@ -244,7 +226,7 @@ class ClientSession:
             # The fate of the last update decides which residual the next one starts from, so it is settled first.
             if identity != self._upload.identity:
                 self._waiting = invitation
-            self._upload.at = now
+            self._upload.remind(now)
             yield from self._tick(now)
         elif self._task is not None:
             if identity != (self._task.epoch, self._task.task):
@@ -298,6 +280,7 @@ class ClientSession:
     def _finished(self, event: e.Finished, now: float) -> Iterator[e.Action]:
         self._working, self._task, self._failures = False, None, 0
         self._version, self._digest = event.version, event.digest
+        yield from self._discard()
         self._upload = self._announcement(Pending(event.epoch, event.task, event.update))
         if self._connected:
             self._upload.at = now
@@ -306,11 +289,12 @@ class ClientSession:
     def _failed(self, event: e.Failed, now: float) -> Iterator[e.Action]:
         self._working, self._task = False, None
         self._version, self._digest = event.version, event.digest
+        yield from self._discard()
         if self._waiting is None:
             yield e.Log(f"task {event.task} failed: {event.reason}")
             yield self._say(m.Decline(event.epoch, event.task, event.reason[:500]))
             # A hello brings the next invitation: a client that always fails must not train day and night for nothing.
-            self._hello_at = now + pause(self.settings.patience, self._failures) if self._connected else None
+            self._hello_at = now + self._patience.after(self._failures) if self._connected else None
             self._failures += 1
         yield from self._next(now)
         yield from self._tick(now)
@@ -336,6 +320,7 @@ class ClientSession:
         self._upload, self._waiting, self._installing = None, None, False
         self._install_at = self._install_at if self._wanted else None
         self._hello_at = now if self._connected else None
+        yield from self._discard()
         yield from self._tick(now)
 
     def _downloaded(self, download: Download, now: float) -> Iterator[e.Action]:
@@ -344,6 +329,7 @@ class ClientSession:
             data = download.take()
         except WireError as error:
             yield e.Log(f"{error}; downloading again")
+            yield from self._discard()
             self._download = download
             yield from self._pull(download.start(now), download)
             return
@@ -357,10 +343,22 @@ class ClientSession:
         download, self._download = self._download, None
         if download is not None:
             yield from self._pull(download.stop(), download)
+            yield from self._discard()
 
     def _fetch(self, ref: m.BlobRef, now: float) -> Iterator[e.Action]:
-        self._download = Download(ref, self.settings.blob_limit, self.settings.window, self.settings.patience)
+        settings, (partial, self._partial) = self.settings, (self._partial, None)
+        self._download = Download(ref, settings.blob_limit, settings.window, settings.patience, partial)
+        if self._download.complete:
+            yield from self._downloaded(self._download, now)
+            return
         yield from self._pull(self._download.start(now), self._download)
+
+    def _discard(self) -> Iterator[e.Action]:
+        """Nothing is on its way that a later life could go on with."""
+        self._partial = None
+        if self._kept:
+            self._kept = False
+            yield e.Discard()
 
     def _pull(self, pull: Pull, download: Download) -> Iterator[e.Action]:
         sha256 = download.ref.sha256
@@ -377,7 +375,7 @@ class ClientSession:
         if self._connected and self._ask_at is not None and now >= self._ask_at:
             # A broker may lose a retained message too; where there is no server yet, this costs a packet now and then.
             self._asked += 1
-            self._ask_at = now + pause(self.settings.patience, self._asked)
+            self._ask_at = now + self._patience.after(self._asked)
             yield e.Subscribe((self._topics.offer, self._topics.down(self.settings.client)))
         if not self._connected or self._offer is None:
             return
@@ -407,7 +405,7 @@ class ClientSession:
             yield self._say(m.Upload(upload.pending.epoch, upload.pending.task, upload.ref, traffic))
 
     def _announcement(self, pending: Pending) -> Announcement:
-        return announce(pending, self._chunk, min(self.settings.inline, self._chunk), self.settings.patience)
+        return announce(pending, self._chunk, min(self.settings.inline, self._chunk), self._patience)
 
     def _say(self, message: m.Message) -> e.Publish:
         return e.Publish(self._topics.up(self.settings.client), m.encode(message))

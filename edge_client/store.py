@@ -19,8 +19,11 @@ import msgspec
 from edge_client.codec.layout import Layout
 from edge_client.codec.model import Model, pack_model, unpack_model
 from edge_client.errors import CodecError, StoreError
-from edge_client.session import NO_HASH, Held
+from edge_client.held import BLOB_LIMIT, NO_HASH, Held
+from edge_client.partial import PartialBlob
 from edge_client.upload import Pending
+from edge_client.wire.messages import BlobRef
+from edge_client.wire.transfer import Assembly
 
 _INDEX = "index.msgpack"
 _SCHEMA = 1
@@ -110,6 +113,7 @@ class Store:
             self._bundles.mkdir(parents=True, exist_ok=True)
             self._index = self._read()
             self._sweep()
+            self._download = PartialBlob(folder / "download.part", limit=BLOB_LIMIT, durable=durable)
         except OSError as error:
             raise StoreError(f"state folder {folder}: {error.strerror or error}; it must be writable") from error
 
@@ -148,6 +152,22 @@ class Store:
         """What earlier encodings left over, packed; None when there is nothing."""
         with self._lock:  # settling removes the file of the one that it replaces
             return self._load(self._index.residual) if self._index.residual else None
+
+    def partial(self) -> Assembly | None:
+        """The blob that was on its way when the client ended."""
+        return self._download.assembly()
+
+    def keep(self, ref: BlobRef, index: int, data: bytes) -> None:
+        """Keep a chunk of a blob on its way; one of another blob replaces what there is.
+
+        Raises:
+            StoreError: the disk refuses.
+        """
+        self._download.keep(ref, index, data)
+
+    def discard(self) -> None:
+        """Forget the blob that was on its way."""
+        self._download.discard()
 
     def hold(self, version: int, digest: bytes) -> None:
         """The client's copy of the model is now this version."""

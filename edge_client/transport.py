@@ -26,9 +26,22 @@ from edge_client.wire.messages import Traffic
 QOS = 1
 _SETTLED = 10.0
 """Seconds after which a connection counts as one that lasts: the pauses between attempts start anew."""
+_FLEET = 3.0
+"""Seconds over which a fleet comes back."""
 _LOST = "connection lost"
 _DOUBTFUL = 4
 """Short connections in a row after which another client of the same name is suspected."""
+
+
+def back_off(short: int, slowest: float, rng: random.Random) -> float:
+    """Seconds before the next connection, after ``short`` ones in a row that failed or did not last.
+
+    After one that lasted, anywhere in the first few: a broker that is started anew loses its whole fleet at once. Then
+    one second, doubled each time up to ``slowest``, of which half is at random.
+    """
+    if not short:
+        return rng.uniform(0.0, min(slowest, _FLEET))
+    return min(slowest, 2.0 ** min(short - 1, 10)) * rng.uniform(0.5, 1.0)
 
 
 class Handler(Protocol):
@@ -140,7 +153,7 @@ class MqttLink:
     """A link over TCP or TLS, with reconnection.
 
     ``attempts`` bounds how often in a row a connection is tried before `run` raises TransportError; 0 tries for ever,
-    with a back-off of 1 to ``slowest`` seconds, jittered, that only a connection which lasts resets.
+    with a back-off of up to ``slowest`` seconds (`back_off`), that only a connection which lasts resets.
     """
 
     address: Address
@@ -155,6 +168,7 @@ class MqttLink:
     _over: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _lost: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _reason: str = field(init=False, default="")
+    _rng: random.Random = field(init=False, default_factory=random.Random)
 
     @property
     def traffic(self) -> Traffic:
@@ -220,8 +234,7 @@ class MqttLink:
                     f"broker {self.address} after {failures} attempts: {self._reason}; is it running and reachable?"
                 )
             with contextlib.suppress(TimeoutError):
-                pause = min(self.slowest, 2.0 ** min(max(short - 1, 0), 10)) * random.uniform(0.5, 1.0)  # noqa: S311
-                await asyncio.wait_for(self._over.wait(), pause)
+                await asyncio.wait_for(self._over.wait(), back_off(short, self.slowest, self._rng))
 
     def drop(self) -> None:
         """Let the connection fall without a word, as a power cut would: the broker sends the last will."""

@@ -1,18 +1,28 @@
 """An update on its way up: announced until there is a receipt, its chunks sent as the server grants them. No I/O."""
 
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from edge_client.wire import transfer
 from edge_client.wire.messages import BlobRef
 
-_SLOWEST = 300.0
 
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for a server that does not answer: ``first`` seconds, doubled each time, up to ``longest``.
 
-def pause(patience: float, attempts: int) -> float:
-    """Seconds to wait after so many attempts: ``patience``, doubled by each, up to five minutes."""
-    return min(_SLOWEST, patience * 2.0 ** min(attempts, 16))
+    Up to a quarter less, at random, so that a fleet that was left waiting does not speak as one.
+    """
+
+    first: float
+    longest: float
+    rng: random.Random
+
+    def after(self, attempts: int) -> float:
+        """Seconds to wait after so many attempts."""
+        return min(self.longest, self.first * 2.0 ** min(attempts, 16)) * self.rng.uniform(0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -28,15 +38,17 @@ class Pending:
 class Announcement:
     """One update without a receipt.
 
-    ``patience``: seconds without an answer after which it is announced again; they double each time, up to five
-    minutes. ``at``: when that is due; not before the server is known to be there, so infinity at first.
+    ``patience``: how long it waits for an answer before it is announced again. ``at``: when that is due; not before the
+    server is known to be there, so infinity at first.
     """
 
     pending: Pending
     ref: BlobRef
-    patience: float
+    patience: Patience
     at: float = math.inf
     _attempts: int = 0
+    _said: float = -math.inf
+    """When it was announced last on this connection, or its chunks were asked for."""
     _granted: float | None = None
     """When the first chunks were; for ever ago where the connection has been lost since, and the time says nothing."""
 
@@ -61,28 +73,37 @@ class Announcement:
 
     def interrupt(self) -> None:
         """The connection is lost: it is announced again when the server is known to be there."""
-        self.at = math.inf
+        self.at, self._said = math.inf, -math.inf
         if self._granted is not None:
             self._granted = -math.inf
+
+    def remind(self, now: float) -> None:
+        """The server asks for it: announce it now, unless that was done a moment ago and the two have crossed.
+
+        Chunks that are under way would be granted again, and sent twice.
+        """
+        if self.ref.inline is not None or now - self._said >= self.patience.first:
+            self.at = now
 
     def due(self, now: float) -> bool:
         """Whether to announce it now; the next time is then set."""
         if now < self.at:
             return False
         self._attempts += 1
-        self.at = now + pause(self.patience, self._attempts)
+        self._said = now
+        self.at = now + self.patience.after(self._attempts)
         return True
 
     def pieces(self, indices: tuple[int, ...], now: float) -> Iterator[tuple[int, bytes]]:
         """The granted chunks, each once; the server is there, so patience starts anew."""
-        self._attempts = 0
+        self._attempts, self._said = 0, now
         self._granted = now if self._granted is None else self._granted
-        self.at = now + self.patience * 2
+        self.at = now + self.patience.after(1)
         for index in dict.fromkeys(indices):
             if index < transfer.count(self.ref):
                 yield index, transfer.piece(self.pending.update, self.ref, index)
 
 
-def announce(pending: Pending, chunk: int, inline: int, patience: float) -> Announcement:
+def announce(pending: Pending, chunk: int, inline: int, patience: Patience) -> Announcement:
     """The announcement of an update: in chunks of ``chunk`` bytes, or whole where it has at most ``inline``."""
     return Announcement(pending, transfer.refer(pending.update, chunk=chunk, inline=inline), patience)

@@ -29,6 +29,7 @@ SERVER = {
     "edge_client.data",
     "edge_client.doctor",
     "edge_client.events",
+    "edge_client.partial",
     "edge_client.trainer",
     "edge_client.transport",
 }

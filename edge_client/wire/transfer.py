@@ -33,8 +33,8 @@ def unwrap(ref: BlobRef) -> bytes | None:
     return _verified(ref.inline, ref)
 
 
-class Assembly:
-    """One blob under way: takes its chunks in any order, knows what is missing, and hands out only verified bytes.
+class Tally:
+    """Which chunks of a blob have come: one byte for each.
 
     Raises:
         WireError: the blob is empty (it would travel inside its reference), or larger than ``limit`` bytes. Nothing is
@@ -45,28 +45,62 @@ class Assembly:
         if not 0 < ref.size <= limit:
             raise WireError(f"blob of {ref.size} bytes; 1 to {limit} are accepted here")
         self.ref = ref
-        self._data = bytearray(ref.size)
-        self._missing = dict.fromkeys(range(count(ref)))
+        self._come = bytearray(count(ref))
+        self.left = len(self._come)
+        """How many have not."""
 
     @property
     def complete(self) -> bool:
         """Whether every chunk is there."""
-        return not self._missing
+        return not self.left
+
+    def lacks(self, index: int) -> bool:
+        """Whether there is a chunk of that index, and it has not come."""
+        return 0 <= index < len(self._come) and not self._come[index]
 
     def missing(self, most: int | None = None) -> tuple[int, ...]:
         """Indices of the first ``most`` chunks that are not there, ascending; of all of them by default."""
-        indices = iter(self._missing)
-        return tuple(indices) if most is None else tuple(index for index, _ in zip(indices, range(most), strict=False))
+        found: list[int] = []
+        at = -1
+        while (most is None or len(found) < most) and (at := self._come.find(0, at + 1)) >= 0:
+            found.append(at)
+        return tuple(found)
+
+    def fits(self, index: int, size: int) -> bool:
+        """Whether ``size`` is that of the chunk."""
+        return size == min(self.ref.chunk, self.ref.size - index * self.ref.chunk)
+
+    def mark(self, index: int, size: int) -> bool:
+        """One chunk has come; False when it is there already or does not belong to this blob."""
+        if not self.lacks(index) or not self.fits(index, size):
+            return False
+        self._come[index] = 1
+        self.left -= 1
+        return True
+
+    def restart(self) -> None:
+        """Forget every chunk, after a blob turned out not to be what its reference names."""
+        self._come = bytearray(count(self.ref))
+        self.left = len(self._come)
+
+
+class Assembly(Tally):
+    """One blob under way: takes its chunks in any order, knows what is missing, and hands out only verified bytes.
+
+    Raises:
+        WireError: as `Tally`.
+    """
+
+    def __init__(self, ref: BlobRef, *, limit: int) -> None:
+        super().__init__(ref, limit=limit)
+        self._data = bytearray(ref.size)
 
     def add(self, index: int, data: bytes) -> bool:
         """Take one chunk; False when it is there already or does not belong to this blob."""
-        if index not in self._missing:
+        if not self.mark(index, len(data)):
             return False
         start = index * self.ref.chunk
-        if len(data) != min(self.ref.chunk, self.ref.size - start):
-            return False
         self._data[start : start + len(data)] = data
-        del self._missing[index]
         return True
 
     def take(self) -> bytes:
@@ -75,13 +109,9 @@ class Assembly:
         Raises:
             WireError: a chunk is missing, or the bytes are not those that the reference names.
         """
-        if self._missing:
-            raise WireError(f"blob has {len(self._missing)} of {count(self.ref)} chunks missing")
+        if self.left:
+            raise WireError(f"blob has {self.left} of {count(self.ref)} chunks missing")
         return _verified(bytes(self._data), self.ref)
-
-    def restart(self) -> None:
-        """Forget every chunk, after a blob turned out not to be what its reference names."""
-        self._missing = dict.fromkeys(range(count(self.ref)))
 
 
 def _verified(data: bytes, ref: BlobRef) -> bytes:

@@ -3,6 +3,7 @@
 An update is the JSON of its samples and scalars (`update`), or anything else, which the paper ledger refuses.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from broker_server import events as e
 from broker_server.config import Federation
 from broker_server.ledger import Round, Task
 from broker_server.server import coordinator
+from edge_client.errors import WireError
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
 from edge_client.wire.topics import Topics
@@ -59,8 +61,10 @@ class Paper:
     sums: list[int] = field(default_factory=list)
     unfinished: int | None = None
     best: int | None = None
+    fleet: int = 0
     kept: set[int] = field(default_factory=lambda: {0})
     blobs: dict[bytes, bytes] = field(default_factory=dict)
+    uploads: dict[tuple[Identity, str], transfer.Assembly] = field(default_factory=dict, compare=False)
 
     def start(self) -> e.Restored:
         self.epoch += 1
@@ -77,6 +81,13 @@ class Paper:
             unfinished=self.unfinished,
             open_tasks=tuple(opened),
             digests={task.version: digest(task.version) for task in opened},
+            fleet=self.fleet,
+            uploads={
+                client: copy.deepcopy(blob)
+                for task in opened
+                for (identity, client), blob in self.uploads.items()
+                if identity == (task.epoch, task.task)
+            },
         )
 
     def replay(self, restored: e.Restored) -> Iterator[e.Recorded]:
@@ -94,8 +105,18 @@ class Paper:
                 task = self.tasks[epoch, number]
                 self.tasks[epoch, number] = msgspec.structs.replace(task, cohort=task.cohort + clients)
                 return e.Opened(epoch, number)
+            case e.Keep(epoch, number, client, ref, index, data):
+                blob = self.uploads.get(((epoch, number), client))
+                if blob is None or blob.ref != ref:
+                    blob = self.uploads[(epoch, number), client] = transfer.Assembly(ref, limit=ref.size)
+                assert blob.add(index, data), "a chunk is kept once"
             case e.Record(epoch, number, client, data):
                 assert (epoch, number) not in self.outcomes, "an update for a closed task would not be counted"
+                if data is None:
+                    try:
+                        data = self.uploads.pop(((epoch, number), client)).take()
+                    except WireError:
+                        return e.Damaged(epoch, number, client)
                 try:
                     known = msgspec.json.decode(data, type=Update)
                 except msgspec.DecodeError as error:
@@ -129,7 +150,8 @@ class Paper:
                 return e.Closed(epoch, number)
             case e.Evaluate(version):
                 return e.Evaluated(version, {"accuracy": version / 10})
-            case e.FinishRound(result, best):
+            case e.FinishRound(result, best, fleet):
+                self.fleet = fleet
                 self.rounds[result.round], self.unfinished = result, None
                 self.best = result.version if best else self.best
             case e.Sweep(ref):

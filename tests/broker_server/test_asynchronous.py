@@ -2,7 +2,8 @@ import pytest
 
 from broker_server import events as e
 from edge_client.wire import messages as m
-from tests.broker_server.desk import NAME, Desk, Paper, digest, invited, of, settings, status, told, update
+from edge_client.wire import transfer
+from tests.broker_server.desk import NAME, TOPICS, Desk, Paper, digest, invited, of, settings, status, told, update
 
 BUFFERED = {"mode": "buffered", "concurrency": 3, "buffer": 2, "deadline": 60.0, "clients": 4, "max_staleness": 2}
 
@@ -358,3 +359,66 @@ def test_a_restart_counts_an_update_whose_client_is_at_its_next_task():
         send(again, client)
     assert len(again.paper.counted[0]) == 3
     assert again.paper.sums == [30]
+
+
+def chunks(table: Desk, client: str, data: bytes, ref: m.BlobRef, indices) -> list[e.Action]:
+    actions = []
+    for index in indices:
+        topic = TOPICS.uploaded(client, ref.sha256, index)
+        actions += table.feed(e.Received(topic, transfer.piece(data, ref, index)))
+    return actions
+
+
+def announced(table: Desk, client: str, ref: m.BlobRef) -> list[e.Action]:
+    return table.say(client, m.Upload(*flying(table)[client], ref))
+
+
+def test_chunks_outlive_the_clients_absence_and_the_server():
+    table = started()
+    slow, *_ = flying(table)
+    data = update(7).ljust(4000)
+    ref = transfer.refer(data, chunk=1024, inline=0)
+    announced(table, slow, ref)
+    chunks(table, slow, data, ref, (0,))
+    table.say(slow, m.Goodbye(b"boot0000"))
+    table.hello(slow)
+    assert told(announced(table, slow, ref), slow, m.Credit) == [m.Credit(ref.sha256, (1, 2, 3))]
+    chunks(table, slow, data, ref, (2,))
+    again = desk(table.paper)
+    again.hello(*"abcd")
+    assert told(announced(again, slow, ref), slow, m.Credit) == [m.Credit(ref.sha256, (1, 3))]
+    assert status(chunks(again, slow, data, ref, (1, 3)), slow) == ["recorded"]
+
+
+def test_an_update_that_comes_damaged_is_sent_again():
+    table = started()
+    client, *_ = flying(table)
+    data = update(7).ljust(3000)
+    ref = transfer.refer(data, chunk=1024, inline=0)
+    announced(table, client, ref)
+    assert told(chunks(table, client, bytes(3000), ref, range(3)), client) == []
+    assert told(announced(table, client, ref), client) == [m.Credit(ref.sha256, (0, 1, 2))]
+    assert status(chunks(table, client, data, ref, range(3)), client) == ["recorded"]
+
+
+def test_chunks_of_a_task_that_is_over_are_dropped():
+    table = started()
+    client, *_ = flying(table)
+    data = update(7).ljust(3000)
+    ref = transfer.refer(data, chunk=1024, inline=0)
+    announced(table, client, ref)
+    chunks(table, client, data, ref, (0,))
+    table.say(client, m.Decline(*flying(table)[client], "the disk is full"))
+    before = table.coordinator.dropped
+    assert not of(chunks(table, client, data, ref, (1, 2)), e.Keep)
+    assert table.coordinator.dropped == before + 2
+
+
+def test_a_client_that_has_died_without_a_last_will_is_not_asked_after_a_few_heartbeats():
+    table = started()
+    _, *others = flying(table)
+    (waiting,) = set("abcd") - set(flying(table))
+    for _ in range(4):
+        table.wait(240.0)
+        table.hello(*others, waiting)
+    assert table.coordinator.clients == 3

@@ -11,7 +11,9 @@ import pytest
 from broker_server import events as e
 from broker_server.coordinator import Coordinator
 from edge_client import events as c
-from edge_client.session import ClientSession, Held, Pending, SessionSettings
+from edge_client.held import Held, SessionSettings
+from edge_client.session import ClientSession
+from edge_client.upload import Pending
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
 from tests.broker_server.desk import BUNDLE, NAME, TOPICS, Paper, digest, settings, update

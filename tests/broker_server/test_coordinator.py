@@ -1,6 +1,6 @@
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 import pytest
@@ -176,7 +176,7 @@ def test_a_void_round_waits_for_clients_without_spinning():
         table.say(client, m.Goodbye(b"boot0000"))
     table.wait(100.0)
     assert table.coordinator.phase == "waiting"
-    assert table.coordinator.wake is None
+    assert table.coordinator.wake > table.now + 600  # when it looks who has fallen silent
     assert of(table.hello("a", "b"), e.OpenTask)
 
 
@@ -307,6 +307,23 @@ def test_hellos_of_other_epochs_and_bundles_are_ignored():
     assert table.say("a", msgspec.structs.replace(hello, epoch=1)) != []
 
 
+def test_a_client_that_died_without_a_last_will_is_not_asked_after_a_few_heartbeats():
+    table = desk(round={"cohort": 2, "clients": 3, "minimum": 1, "deadline": 60.0}, stop={"rounds": 99})
+    table.hello("a", "b", "c")
+    dead = table.cohort[0]
+    alive = sorted({"a", "b", "c"} - {dead})
+    for _ in range(4):
+        table.wait(240.0)
+        table.hello(*alive)
+        for client in alive:
+            if client in table.cohort:
+                table.upload(client)
+    assert table.coordinator.clients == 2
+    assert dead not in table.cohort
+    table.hello(dead)
+    assert table.coordinator.clients == 3
+
+
 # Updates.
 
 
@@ -338,7 +355,7 @@ def chunked(size: int) -> tuple[bytes, m.BlobRef]:
     return data, transfer.refer(data, chunk=1024, inline=0)
 
 
-def send(table: Desk, client: str, data: bytes, ref: m.BlobRef, indices: tuple[int, ...]) -> list[e.Action]:
+def send(table: Desk, client: str, data: bytes, ref: m.BlobRef, indices: Iterable[int]) -> list[e.Action]:
     actions = []
     for index in indices:
         topic = TOPICS.uploaded(client, ref.sha256, index)
@@ -360,6 +377,50 @@ def test_a_large_update_comes_in_chunks_that_were_asked_for():
     actions = send(table, first, data, ref, (3,))
     assert status(actions, first) == ["recorded"]
     assert told(actions, second) == [m.Credit(ref.sha256, (0, 1))]
+
+
+def test_an_update_that_comes_damaged_is_announced_and_sent_again():
+    table = desk()
+    table.hello("a", "b", "c")
+    first = table.cohort[0]
+    data, ref = chunked(3000)
+    announced = m.Upload(*table.task, ref)
+    table.say(first, announced)
+    actions = send(table, first, bytes(3000), ref, (0, 1, 2))
+    assert told(actions, first) == []
+    assert [log.text for log in of(actions, e.Log)] == [f"the update of {first} came damaged; it is sent again"]
+    assert told(table.say(first, announced), first) == [m.Credit(ref.sha256, (0, 1, 2))]
+    assert status(send(table, first, data, ref, (0, 1, 2)), first) == ["recorded"]
+
+
+def test_a_client_that_is_cut_off_and_a_server_that_dies_cost_no_chunk():
+    config = settings(round={"cohort": 2, "clients": 2}, transfer={"window": 2})
+    table = Desk(config)
+    table.hello("a", "b")
+    data, ref = chunked(4000)
+    announced = m.Upload(*table.task, ref)
+    table.say("a", announced)
+    send(table, "a", data, ref, (0,))
+    table.say("a", m.Goodbye(b"boot0000"))
+    assert invited(table.hello("a"))
+    assert told(table.say("a", announced), "a") == [m.Credit(ref.sha256, (1, 2))]
+    send(table, "a", data, ref, (2,))
+    again = Desk(config, table.paper)
+    again.hello("a", "b")
+    assert told(again.say("a", announced), "a") == [m.Credit(ref.sha256, (1, 3))]
+    assert status(send(again, "a", data, ref, (1, 3)), "a") == ["recorded"]
+
+
+def test_an_update_that_was_whole_when_the_server_died_is_recorded_without_a_chunk():
+    config = settings(round={"cohort": 2, "clients": 2})
+    table = Desk(config, manual=(e.Record,))
+    table.hello("a", "b")
+    data, ref = chunked(4000)
+    table.say("a", announced := m.Upload(*table.task, ref))
+    send(table, "a", data, ref, range(4))
+    again = Desk(config, table.paper)
+    again.hello("a", "b")
+    assert status(again.say("a", announced), "a") == ["recorded"]
 
 
 @pytest.mark.parametrize(

@@ -161,20 +161,79 @@ def test_a_round_is_unfinished_until_its_evaluation_is_there(ledger):
     assert ledger.rounds() == results
 
 
-def test_a_ledger_of_the_first_schema_migrates_with_the_round_that_clients_evaluate(tmp_path):
-    raw = sqlite3.connect(tmp_path / "ledger.db")
-    for statement in MIGRATIONS[0]:
-        raw.execute(statement)
+def older(path, schema):
+    """A ledger as a fedge of an older schema left it."""
+    raw = sqlite3.connect(path)
+    for migration in MIGRATIONS[:schema]:
+        for statement in migration:
+            raw.execute(statement)
+    columns = "round, version, clients, samples, seconds, bytes_up, bytes_down, metrics"
     for number in (1, 2):
-        raw.execute("INSERT INTO rounds VALUES (?, ?, 1, 1, 0.0, 0, 0, '{}')", (number, number))
+        raw.execute(f"INSERT INTO rounds ({columns}) VALUES (?, ?, 1, 1, 0.0, 0, 0, '{{}}')", (number, number))
     raw.execute("INSERT INTO tasks VALUES (1, 4, 2, 'evaluate', 2, x'', 0.0, NULL)")
+    raw.execute("INSERT INTO members VALUES (NULL, 1, 4, 'a')")
+    raw.execute("INSERT INTO updates VALUES (NULL, 1, 4, 'a', 7, 3, x'00', x'616263')")
+    raw.execute("INSERT INTO versions (version, round, state, remainder, optimizer) VALUES (2, 2, x'01', x'', x'')")
+    if schema > 1:
+        raw.execute("UPDATE rounds SET finished = 0 WHERE round = 2")
     raw.execute(f"PRAGMA application_id = {APPLICATION}")
-    raw.execute("PRAGMA user_version = 1")
+    raw.execute(f"PRAGMA user_version = {schema}")
     raw.commit()
     raw.close()
+
+
+@pytest.mark.parametrize("schema", range(1, len(MIGRATIONS)))
+def test_a_ledger_of_an_older_schema_migrates_with_all_that_it_holds_and_a_copy_is_kept(tmp_path, schema):
+    older(tmp_path / "ledger.db", schema)
     with open_ledger(tmp_path) as ledger:
         assert ledger.unfinished() == 2
         assert [done.round for done in ledger.rounds()] == [1, 2]
+        assert [(task.epoch, task.task, task.cohort) for task in ledger.open_tasks()] == [(1, 4, ("a",))]
+        assert list(ledger.updates()) == [((1, 4), "a", 7, b"abc")]
+        assert ledger.latest().state == b"\x01"
+        assert ledger.record(1, 4, "b", b"data", 1)
+    copy = sqlite3.connect(tmp_path / f"ledger.db.schema-{schema}")
+    assert copy.execute("PRAGMA user_version").fetchone() == (schema,)
+    assert copy.execute("SELECT client FROM updates").fetchall() == [("a",)]
+    copy.close()
+
+
+def test_a_new_ledger_and_one_of_this_schema_are_not_copied(tmp_path):
+    for _ in range(2):
+        open_ledger(tmp_path).close()
+    assert [path.name for path in tmp_path.iterdir() if "schema" in path.name] == []
+
+
+def test_a_ledger_that_cannot_be_copied_stays_as_it_is(tmp_path):
+    older(tmp_path / "ledger.db", 1)
+    (tmp_path / "ledger.db.schema-1").mkdir()
+    (tmp_path / "ledger.db.schema-1" / "in the way").touch()
+    with pytest.raises(LedgerError, match=r"ledger.db.schema-1: .*; the ledger is not migrated without a copy"):
+        open_ledger(tmp_path)
+    raw = sqlite3.connect(tmp_path / "ledger.db")
+    assert raw.execute("PRAGMA user_version").fetchone() == (1,)
+    raw.close()
+
+
+def test_a_full_disk_says_so_and_takes_nothing_with_it(ledger):
+    epoch = ledger.new_epoch()
+    ledger.open_task(task(epoch=epoch))
+    ledger.record(epoch, 1, "a", b"first", 1)
+    connection = ledger._database._connection
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {pages + 3}")
+
+    def both():
+        with ledger.group():
+            ledger.record(epoch, 1, "b", b"small", 1)
+            ledger.record(epoch, 1, "c", bytes(100_000), 1)
+
+    with pytest.raises(LedgerError, match=r"full; check the disk's free space"):
+        both()
+    assert ledger.recorded(epoch, 1) == ["a"]
+    connection.execute("PRAGMA max_page_count = 1000000")
+    assert ledger.record(epoch, 1, "c", bytes(100_000), 1)
+    assert [client for _, client, _, _ in ledger.updates()] == ["a", "c"]
 
 
 def test_retained_topics_and_notes(ledger):

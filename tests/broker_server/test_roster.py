@@ -92,3 +92,35 @@ def test_after_a_restart_only_what_is_new_counts(counting, expected):
     roster.hello("a", hello(sent=10))
     roster.count("a", Traffic(14, 0))
     assert roster.up == expected
+
+
+def test_who_says_nothing_for_too_long_is_not_there_until_heard_again():
+    roster = Roster(silence=100.0)
+    assert roster.wake is None
+    for client, now in (("a", 0.0), ("b", 50.0)):
+        roster.hello(client, hello())
+        roster.hear(client, now)
+    assert roster.wake == 100.0
+    assert roster.lapse(99.0) == []
+    assert roster.lapse(100.0) == ["a"]
+    assert (roster.present(), [c.id for c in roster.candidates()], roster.wake) == (1, ["b"], 150.0)
+    roster.hear("a", 120.0)
+    assert roster.present() == 2
+    assert roster.lapse(150.0) == ["b"]
+    assert roster.lapse(220.0) == ["a"]
+    assert (roster.present(), roster.wake) == (0, None)
+    roster.hello("a", hello())
+    roster.hear("a", 230.0)
+    assert (roster.present(), roster.wake) == (1, 330.0)
+
+
+def test_who_has_said_goodbye_is_not_there_whatever_comes_after():
+    roster = Roster(silence=100.0)
+    roster.hello("a", hello())
+    roster.hear("a", 0.0)
+    roster.goodbye("a", b"first...")
+    roster.hear("a", 1.0)
+    assert roster.present() == 0
+    assert roster.lapse(101.0) == []
+    roster.hear("a", 102.0)
+    assert roster.present() == 0

@@ -1,6 +1,7 @@
 """The server's driver with real devices, ledger, trainer and codec, over a broker in memory."""
 
 import asyncio
+import dataclasses
 import functools
 import socket
 import sqlite3
@@ -15,6 +16,7 @@ from broker_server.config import Federation
 from broker_server.evaluation import HeldOut
 from broker_server.ledger import Ledger, Round
 from broker_server.server import Outcome, Server, broker, check_names, server_link
+from broker_server.worker import Worker
 from edge_client.bundle import Bundle
 from edge_client.data import ArraySource
 from edge_client.device import Device, Workshop
@@ -511,3 +513,117 @@ def test_a_target_that_no_evaluation_reports_is_refused_at_the_start(tmp_path, s
     with pytest.raises(ConfigError, match=r"stop\.metric is 'acuracy', .*known there: accuracy, loss"):
         check_names(config, Bundle.from_bytes(toy_bundle(hidden=8)))
     check_names(settings(tmp_path, stop={"metric": "client_loss"} | stop), Bundle.from_bytes(toy_bundle(hidden=8)))
+
+
+@together
+async def test_a_server_that_ends_in_the_middle_of_an_upload_asks_the_next_time_for_the_rest(tmp_path):
+    config = settings(
+        tmp_path,
+        transfer={"spread": 0.0, "inline": 0, "chunk": 1024, "window": 1},
+        codec={"kind": "none"},
+        round={"cohort": 1, "minimum": 1},
+        stop={"rounds": 1},
+    )
+    (tmp_path / "toy.fedge").write_bytes(toy_bundle(features=100, hidden=100))
+    np.savez(tmp_path / "test.npz", **toy_data(50, seed=99, features=100))
+    source = ArraySource(toy_data(30, seed=1, features=100))
+    sent: list[tuple[str, int]] = []
+
+    class Watched(MemoryLink):
+        def publish(self, topic, payload, *, retain=False):
+            _, chunk = TOPICS.parse_up(topic)
+            if chunk is not None:
+                sent.append((topic, len(payload)))
+                if len(sent) == 12:
+                    life.cancel()
+            super().publish(topic, payload, retain=retain)
+
+    async with Hall(tmp_path) as hall:
+        one = device(tmp_path / "devices", "c1", hall.hub, hall.workshop)
+        one.open_data = lambda manifest: (source, source)
+        one.link = Watched(hall.hub)
+        one._session.settings = dataclasses.replace(one._session.settings, inline=0, chunk=1024)
+        hall.devices.append(one)
+        hall.lives.append(asyncio.ensure_future(one.run()))
+        life = asyncio.ensure_future(hall.server(config).run())
+        with pytest.raises(asyncio.CancelledError):
+            await life
+        assert list((tmp_path / "state" / "uploads").iterdir())
+        outcome = await hall.server(config).run()
+    assert "1 round" in outcome.reason
+    twice = len(sent) - len(set(sent))
+    assert len(set(sent)) > 30
+    assert twice <= 2, f"{twice} chunks were sent twice"
+    assert not list((tmp_path / "state" / "uploads").iterdir())
+
+
+@pytest.mark.parametrize("codec", ["quantized", "none"])
+def test_a_small_model_needs_no_blob_no_credit_and_four_messages_a_client_and_round(tmp_path, codec):
+    """Counted on the wire: everything that any link publishes."""
+    clients, rounds = ("c1", "c2", "c3"), 6
+    said: list[tuple[str, type]] = []
+
+    class Wire(MemoryBroker):
+        def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+            said.append((topic, type(m.decode(payload))))
+            super().publish(topic, payload, retain=retain)
+
+    @together
+    async def play():
+        config = settings(tmp_path, codec={"kind": codec}, stop={"rounds": rounds})
+        (tmp_path / "toy.fedge").write_bytes(toy_bundle(features=50, hidden=50))
+        np.savez(tmp_path / "test.npz", **toy_data(50, seed=99, features=50))
+        async with Hall(tmp_path) as hall:
+            hall.hub = Wire()
+            for name in clients:
+                source = ArraySource(toy_data(40, seed=int(name[1]), features=50))
+                hall.join(name)
+                hall.devices[-1].open_data = lambda manifest, source=source: (source, source)
+            await hall.server(config).run()
+
+    play()
+    assert Bundle.open(tmp_path / "toy.fedge").layout.size * 4 > 10_000
+    assert {kind for _, kind in said} <= {m.Offer, m.Hello, m.Invitation, m.Upload, m.Receipt, m.Goodbye}
+    everything = [kind for topic, kind in said if kind not in (m.Offer, m.Goodbye)]
+    assert everything.count(m.Hello) == len(clients)
+    assert everything.count(m.Upload) >= len(clients) * (rounds - 1)
+    assert len(everything) <= 4 * len(clients) * rounds
+
+
+@together
+async def test_a_full_disk_ends_the_run_with_a_message_and_the_next_one_counts_everything_once(tmp_path, monkeypatch):
+    config = settings(tmp_path, codec={"kind": "none"}, stop={"rounds": 2}, evaluation={"every": 0})
+    (tmp_path / "toy.fedge").write_bytes(toy_bundle(hidden=800))
+    told: list[m.Receipt] = []
+
+    class Wire(MemoryBroker):
+        def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+            message = m.decode(payload) if topic.endswith("/msg") else None
+            if isinstance(message, m.Receipt):
+                told.append(message)
+            super().publish(topic, payload, retain=retain)
+
+    perform_all, full = Worker.perform_all, False
+
+    def filling(self, actions):
+        nonlocal full
+        if not full:
+            full = True
+            connection = self._ledger._database._connection
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()
+            connection.execute(f"PRAGMA max_page_count = {pages + 10}")
+        return perform_all(self, actions)
+
+    monkeypatch.setattr(Worker, "perform_all", filling)
+    async with Hall(tmp_path) as hall:
+        hall.hub = Wire()
+        hall.join("c1", "c2", "c3")
+        with pytest.raises(LedgerError, match=r"ledger\.db: .*full; check the disk's free space"):
+            await hall.server(config).run()
+        before = len(counted(config).get(1, []))
+        assert before < 3
+        assert [receipt.status for receipt in told] == ["recorded"] * before
+        await hall.server(config).run()
+    assert counted(config) == {1: ["c1", "c2", "c3"], 2: ["c1", "c2", "c3"]}
+    with Ledger.read(tmp_path / "state" / "ledger.db") as ledger:
+        assert [(done.clients, done.samples) for done in ledger.rounds()] == [(3, 150), (3, 150)]

@@ -15,7 +15,7 @@ def blob(size: int = 4000, fill: bytes = b"u"):
 def give(uploads: Uploads, client: str, data, ref, indices, now: float = 0.0):
     done, grants = None, []
     for index in indices:
-        done, more = uploads.chunk(client, ref.sha256, index, transfer.piece(data, ref, index), now)
+        done, more = uploads.chunk(client, ref.sha256, index, len(transfer.piece(data, ref, index)), now)
         grants += more
     return done, grants
 
@@ -26,7 +26,7 @@ def test_a_window_of_chunks_at_a_time():
     assert uploads.announce("a", ref, 0.0) == [Grant("a", ref.sha256, (0, 1))]
     assert give(uploads, "a", data, ref, (1,)) == (None, [Grant("a", ref.sha256, (2,))])
     assert give(uploads, "a", data, ref, (0,)) == (None, [Grant("a", ref.sha256, (3,))])
-    assert give(uploads, "a", data, ref, (3, 2)) == (data, [])
+    assert give(uploads, "a", data, ref, (3, 2)) == (ref, [])
     assert uploads.wake is None
 
 
@@ -35,7 +35,7 @@ def test_places_are_limited_and_the_queue_moves_on():
     data, ref = blob()
     assert [grant.client for client in "abc" for grant in uploads.announce(client, ref, 0.0)] == ["a", "b"]
     done, grants = give(uploads, "b", data, ref, range(4))
-    assert done == data
+    assert done == ref
     assert [grant.client for grant in grants] == ["c"]
     uploads.announce("d", ref, 0.0)
     assert [grant.client for grant in uploads.forget("a", 0.0)] == ["d"]
@@ -68,18 +68,45 @@ def test_another_blob_of_the_same_client_replaces_the_first():
     assert uploads.announce("a", second, 0.0) == [Grant("a", second.sha256, (0, 1, 2, 3))]
     with pytest.raises(WireError, match="not under way"):
         give(uploads, "a", old, first, (0,))
-    assert give(uploads, "a", data, second, range(4))[0] == data
+    assert give(uploads, "a", data, second, range(4))[0] == second
 
 
-def test_bytes_that_are_not_the_named_ones_free_the_place_for_the_next():
-    uploads = Uploads(1, 16, LIMIT)
-    (_, ref), (other, _) = blob(), blob(fill=b"w")
+def test_a_silent_clients_chunks_stay_and_only_the_rest_is_asked_for_when_it_is_back():
+    uploads = Uploads(1, 2, LIMIT, lease=10.0, patience=0)
+    data, ref = blob()
+    other, second = blob(fill=b"w")
     uploads.announce("a", ref, 0.0)
-    uploads.announce("b", ref, 0.0)
-    with pytest.raises(WireError, match="SHA-256"):
-        give(uploads, "a", other, ref, range(4))
-    assert uploads.wake == 0.0
-    assert [grant.client for grant in uploads.tick(0.0)] == ["b"]
+    give(uploads, "a", data, ref, (0,))
+    uploads.announce("b", second, 0.0)
+    assert [grant.client for grant in uploads.tick(10.0)] == ["b"]
+    assert give(uploads, "a", data, ref, (1,), 11.0) == (None, [])  # it was under way when the place was lost
+    assert uploads.announce("a", ref, 12.0) == []
+    assert give(uploads, "b", other, second, range(4), 13.0)[1][-1] == Grant("a", ref.sha256, (2, 3))
+    assert give(uploads, "a", data, ref, (3, 2), 14.0) == (ref, [])
+
+
+def test_a_client_that_leaves_and_comes_back_goes_on():
+    uploads = Uploads(1, 16, LIMIT)
+    data, ref = blob()
+    uploads.announce("a", ref, 0.0)
+    give(uploads, "a", data, ref, (0, 1))
+    uploads.forget("a", 1.0)
+    assert uploads.wake is None
+    assert uploads.announce("a", ref, 2.0) == [Grant("a", ref.sha256, (2, 3))]
+
+
+def test_what_came_before_a_restart_is_not_asked_for_again():
+    data, ref = blob()
+    tallies = {"a": transfer.Tally(ref, limit=LIMIT), "b": transfer.Tally(ref, limit=LIMIT)}
+    for index in range(4):
+        tallies["a"].mark(index, len(transfer.piece(data, ref, index)))
+    tallies["b"].mark(1, 1024)
+    uploads = Uploads(4, 16, LIMIT)
+    uploads.resume(tallies)
+    assert uploads.here("a", ref)
+    assert not uploads.here("b", ref)
+    assert uploads.announce("b", ref, 0.0) == [Grant("b", ref.sha256, (0, 2, 3))]
+    assert not uploads.here("c", ref)
 
 
 @pytest.mark.parametrize(("index", "payload"), [(4, b""), (0, b"short"), (3, bytes(1024))])
@@ -88,8 +115,8 @@ def test_a_chunk_of_the_wrong_size_or_place_is_refused(index, payload):
     data, ref = blob()
     uploads.announce("a", ref, 0.0)
     with pytest.raises(WireError, match="does not belong"):
-        uploads.chunk("a", ref.sha256, index, payload, 0.0)
-    assert give(uploads, "a", data, ref, range(4))[0] == data
+        uploads.chunk("a", ref.sha256, index, len(payload), 0.0)
+    assert give(uploads, "a", data, ref, range(4))[0] == ref
 
 
 def test_a_blob_above_the_limit_is_refused_before_anything_is_allocated():

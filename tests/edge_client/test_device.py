@@ -1,8 +1,11 @@
 """A whole device: session, store, worker and trainer over a link in memory, with a server that follows a script."""
 
 import asyncio
+import builtins
 import contextlib
 import dataclasses
+import errno
+import os
 
 import numpy as np
 import pytest
@@ -372,3 +375,113 @@ def test_a_workshop_opens_a_bundle_once(workshop):
     with pytest.raises(BundleError):
         workshop.open(b"e", b"not a bundle")
     assert workshop.trainer(first) is workshop.trainer(first)
+
+
+def large_bundle():
+    return toy_bundle(features=300, hidden=1000)
+
+
+def test_a_restart_in_the_middle_of_a_download_goes_on_with_what_had_come(tmp_path, workshop, lines):
+    data = large_bundle()
+    ref = refer(data, chunk=65536, inline=0)
+
+    async def scene():
+        async with federation() as (broker, server):
+            topics = [TOPICS.published(ref.sha256, index) for index in range(count(ref))]
+            for topic, index in zip(topics[:-1], range(count(ref) - 1), strict=True):
+                server.link.publish(topic, piece(data, ref, index), retain=True)
+            server.link.publish(TOPICS.offer, m.encode(m.Offer("demo", 1, ref, 0.0)), retain=True)
+            first = device(broker, tmp_path, workshop, lines, toy_data(60, features=300))
+            came, keep = asyncio.Event(), first.store.keep
+
+            def counted(*arguments):
+                keep(*arguments)
+                if first.store._download.tally.left == 1:
+                    came.set()
+
+            first.store.keep = counted
+            async with alive(first):
+                await asyncio.wait_for(came.wait(), 20)
+            for topic in topics[:-1]:
+                server.link.publish(topic, b"", retain=True)  # now nobody could send them again
+            server.link.publish(topics[-1], piece(data, ref, count(ref) - 1), retain=True)
+            async with alive(device(broker, tmp_path, workshop, lines, toy_data(60, features=300))):
+                hello = await server.said(m.Hello)
+                assert hello.bundle == ref.sha256
+        assert not (tmp_path / "download.part").exists()
+
+    assert ref.size > 2**20
+    asyncio.run(scene())
+
+
+def test_a_disk_too_full_to_keep_a_download_does_not_stop_it(tmp_path, workshop, lines, monkeypatch):
+    data = large_bundle()
+
+    def full(*arguments):
+        raise StoreError("download.part: No space left on device")
+
+    monkeypatch.setattr(Store, "keep", full)
+
+    async def scene():
+        async with federation() as (broker, server):
+            server.offer(data=data)
+            async with alive(device(broker, tmp_path, workshop, lines, toy_data(60, features=300))):
+                assert (await server.said(m.Hello)).bundle == refer(data, chunk=1024).sha256
+
+    asyncio.run(scene())
+    assert [line for line in lines if "the download goes on" in line] == lines
+
+
+def full_disk(word):
+    """Files of one kind cannot be written, until the returned patch is undone."""
+    real = builtins.open
+
+    def opened(path, mode="r", **more):
+        if "w" in mode and word in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, mode, **more)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr("edge_client.store.open", opened, raising=False)
+    return patch
+
+
+def test_a_full_disk_declines_the_task_and_the_next_one_goes_well_when_there_is_space(tmp_path, workshop, lines):
+    async def scene():
+        async with federation() as (broker, server):
+            server.offer()
+            async with alive(device(broker, tmp_path, workshop, lines)):
+                await server.said(m.Hello)
+                patch = full_disk("update-")
+                server.invite(1)
+                declined = await server.said(m.Decline)
+                assert "No space left on device" in declined.reason
+                patch.undo()
+                server.invite(2)
+                assert (await server.said(m.Upload)).task == 2
+
+    asyncio.run(scene())
+
+
+def test_a_disk_too_full_for_a_receipt_ends_the_device_and_the_receipt_is_asked_for_again(tmp_path, workshop, lines):
+    async def scene():
+        async with federation() as (broker, server):
+            server.offer()
+            async with alive(device(broker, tmp_path, workshop, lines)) as life:
+                await server.said(m.Hello)
+                server.invite(1)
+                first = await server.said(m.Upload)
+                patch = full_disk("index")
+                server.tell(m.Receipt(1, 1, "recorded"))
+                with pytest.raises(StoreError, match="No space left on device"):
+                    await asyncio.wait_for(life, 20)
+                patch.undo()
+            again = device(broker, tmp_path, workshop, lines)
+            async with alive(again):
+                assert (await server.said(m.Upload)).blob.sha256 == first.blob.sha256
+                server.tell(m.Receipt(1, 1, "recorded"))
+                server.invite(2)
+                assert (await server.said(m.Upload)).task == 2
+            assert again.store.residual()
+
+    asyncio.run(scene())

@@ -12,7 +12,7 @@ from edge_client import store as module
 from edge_client.codec.layout import Layout, TensorSpec
 from edge_client.codec.model import untrained
 from edge_client.errors import StoreError
-from edge_client.session import NO_HASH, Held
+from edge_client.held import NO_HASH, Held
 from edge_client.store import FileCopies, Store, claimed
 from edge_client.upload import Pending
 

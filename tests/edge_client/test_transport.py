@@ -5,9 +5,13 @@ import contextlib
 import socket
 import subprocess
 
+import msgspec
 import pytest
 
 from broker_server.broker import EmbeddedBroker, find_mosquitto
+from broker_server.config import Federation
+from broker_server.server import server_link
+from edge_client.doctor.peer import Peer
 from edge_client.errors import TransportError
 from edge_client.memory import MemoryBroker, MemoryLink
 from edge_client.transport import Address, MqttLink
@@ -363,13 +367,30 @@ def test_traffic_is_what_crosses_the_socket_over_reconnections(broker):
     asyncio.run(play())
 
 
-def test_small_messages_do_not_wait_for_each_other(broker):
+def without_delay(client):
+    return client.socket().getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+
+
+def test_small_messages_do_not_wait_for_each_other_on_any_connection(broker):
+    address = Address.parse(broker.url)
+    settings = msgspec.convert({"federation": {"name": "f", "bundle": "b"}}, Federation)
+
     async def play():
-        link = MqttLink(Address.parse(broker.url), "nodelay")
-        async with running(link, Recorder()):
-            assert link._client.socket().getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+        for link in (MqttLink(address, "client"), server_link(settings, address)):
+            async with running(link, Recorder()):
+                assert without_delay(link._client)
+                link.drop()
+                await asyncio.wait_for(reconnected(link), 10)
+                assert without_delay(link._client)
+
+    async def reconnected(link):
+        first = link._client
+        while link._client is first or link._client is None or not link._client.is_connected():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
     asyncio.run(play())
+    with Peer(address, "doctor") as peer:
+        assert without_delay(peer._client)
 
 
 def test_tls_hands_over_every_message_of_a_record(tmp_path, monkeypatch):

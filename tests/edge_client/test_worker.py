@@ -15,7 +15,7 @@ from edge_client.codec.update import decode_scalars, decode_update
 from edge_client.data import ArraySource
 from edge_client.errors import StoreError
 from edge_client.feedback import pack_residual
-from edge_client.session import NO_HASH
+from edge_client.held import NO_HASH
 from edge_client.store import FileCopies, Store
 from edge_client.trainer import Trainer
 from edge_client.wire import messages as m

@@ -1,0 +1,20 @@
+"""What a server does at a broker before it begins an epoch there."""
+
+from collections.abc import Callable
+
+from broker_server.config import Federation
+from broker_server.packets import fitted
+from broker_server.rival import refuse_rival
+from edge_client.transport import Address
+
+
+async def enter(settings: Federation, address: Address, log: Callable[[str], None], *, attempts: int = 0) -> Federation:
+    """The settings that fit the broker at ``address``, where no other server of the federation lives.
+
+    Raises:
+        LedgerError: one does.
+        TransportError: the broker cannot be reached after ``attempts``, where that is not 0, or takes too little.
+    """
+    found = await fitted(settings, address, log, attempts=attempts)
+    await refuse_rival(found, address)
+    return found
