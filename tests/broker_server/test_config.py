@@ -73,7 +73,7 @@ learning_rate = 0.5
 momentum = 0.9
 [codec]
 kind = "none"
-target = "nmse"
+target = "bits"
 value = 0.3
 feedback = "none"
 upload_seconds = 30

@@ -127,7 +127,7 @@ def test_a_void_result_is_told_again_with_each_invitation_until_the_next_one_cou
 
 
 CODECS = {
-    "the same for all": ({"value": 3.0}, {"a": (3.0, 0), "b": (3.0, 0), "pi-7": (3.0, 0)}),
+    "the same for all": ({"value": 0.3}, {"a": (0.3, 0), "b": (0.3, 0), "pi-7": (0.3, 0)}),
     "by id and by pattern": (
         {"target": "bits", "value": 0.2, "clients": {"pi-*": 0.1, "b": 0.05}},
         {"a": (0.2, 0), "b": (0.05, 0), "pi-7": (0.1, 0)},
@@ -151,7 +151,7 @@ def test_each_client_is_told_its_rate(name):
     table.hello("b", uplink=1000.0)
     found = invited(table.hello("pi-7", uplink=0.001))
     assert {client: (told_.update.value, told_.update.limit) for client, told_ in found.items()} == expected
-    assert {told_.update.target for told_ in found.values()} == {codec.get("target", "bits")}
+    assert {told_.update.target for told_ in found.values()} == {codec.get("target", "nmse")}
 
 
 def test_a_link_that_has_changed_changes_the_limit():

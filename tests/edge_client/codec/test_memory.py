@@ -119,7 +119,7 @@ def test_a_model_of_one_block(bits):
     delta = planted(layout, 1)
     tracemalloc.start()
     try:
-        encode_update({"delta": delta}, {"delta": layout}, {}, CodecSettings(value=bits))
+        encode_update({"delta": delta}, {"delta": layout}, {}, CodecSettings(target="bits", value=bits))
         assert tracemalloc.get_traced_memory()[1] < 3 * delta.nbytes
     finally:
         tracemalloc.stop()

@@ -200,7 +200,7 @@ def test_vectors_that_travel_raw_take_nothing_from_the_bits(conv):
     raw = planted(LARGE, 2)
     layouts = {"delta": conv.layout, "control": LARGE}
     sent = {"delta": conv.vector, "control": raw}
-    encoded = encode_update(sent, layouts, {}, CodecSettings(value=1.0))
+    encoded = encode_update(sent, layouts, {}, CodecSettings(target="bits", value=1.0))
     assert (len(encoded.data) - 4 * raw.size) * 8 / conv.vector.size == pytest.approx(1, rel=0.05)
     total = 4 * raw.size + 3000
     encoded = encode_update(sent, layouts, {}, CodecSettings(target="bytes", value=total))
