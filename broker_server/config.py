@@ -115,7 +115,7 @@ class Codec(_Section, frozen=True):
     target: Literal["bits", "nmse", "bytes", "step"] = "nmse"
     """What ``value`` says of an update: its bits a parameter, its noise (energy of what is lost over that of the
     update), its bytes, or its quantization step (in root mean squares of the update)."""
-    value: Rate = 0.25
+    value: Rate = 0.1
     clients: dict[ClientPattern, Rate] = {}
     """Other values for some clients, by id or by pattern (``pi-*``); the first that fits holds."""
     upload_seconds: Duration = 0.0

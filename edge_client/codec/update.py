@@ -61,7 +61,7 @@ class CodecSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     kind: Literal["quantized", "none"] = "quantized"
     target: Literal["step", "bits", "bytes", "nmse"] = "nmse"
-    value: Annotated[float, Meta(gt=0)] = 0.25
+    value: Annotated[float, Meta(gt=0)] = 0.1
 
     def __post_init__(self) -> None:
         limit = TARGETS[self.target]

@@ -55,7 +55,7 @@ class UpdatePlan(Struct, frozen=True, forbid_unknown_fields=True):
 
     kind: Literal["quantized", "none"] = "quantized"
     target: Literal["bits", "nmse", "bytes", "step"] = "nmse"
-    value: Annotated[float, Meta(gt=0, le=1e12)] = 0.25
+    value: Annotated[float, Meta(gt=0, le=1e12)] = 0.1
     feedback: Literal["residual", "length", "none"] = "residual"
     """What becomes of what the encoding loses: it is kept and added to the next update (error feedback); or forgotten,
     and the update made as long as if nothing were lost; or just forgotten."""
