@@ -1,20 +1,23 @@
-"""Order of the tests: files that take minutes come first, so that none of them is left when others are done."""
+"""Order of the tests, and what stays together where several processes run them (``pytest -n 2 --dist loadgroup``)."""
 
 from pathlib import Path
 
 import pytest
 
-LONGEST = (
-    "test_readme.py",
-    "test_install.py",
-    "test_chaos.py",
-    "test_nats_cluster.py",
-    "test_broker.py",
-    "test_demo.py",
-)
+HERE = Path(__file__).parent
+RULES = HERE / "export" / "rules"
+LONGEST = ("test_readme.py", "rules", "test_install.py", "test_nats_cluster.py", "test_demo.py")
+"""Groups that take minutes come first, so that none of them is left when the others are done."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, the others in their order after them."""
+    """A file's tests share what they export; those of the rules know from one another which rules were tried."""
     order = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(Path(item.path).name, len(order)))
+
+    def group(item: pytest.Item) -> str:
+        path = Path(item.path)
+        return "rules" if path.is_relative_to(RULES) else str(path.relative_to(HERE))
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: order.get(Path(group(item)).name, len(order)))

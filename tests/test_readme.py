@@ -49,7 +49,9 @@ def run(command: list[str], folder: Path, environment: dict[str, str], seconds: 
 
 def environment(**more: str) -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1", "ORT_DISABLE_TELEMETRY": "1"} | more
+    # What `make test` was given is not for the commands.
+    own = {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS", "MFLAGS")}
+    return own | {"PATH": path, "PYTHONUNBUFFERED": "1", "ORT_DISABLE_TELEMETRY": "1"} | more
 
 
 def kind(language: str, text: str) -> str:
