@@ -43,7 +43,7 @@ CASES = ("fashion-mnist", "mnist-writers", "shakespeare")
 SEEDS = 3
 SHARES = (1 / 25, 1 / 100, 1 / 400)
 """Sparsities that the paper of STC uses."""
-LONGER = 1.4
+LONGER = 1.2
 """Contenders may take so many times the rounds of fp32 FedAvg."""
 SHORT = 3
 """Rounds of a run that shows what a round takes on the wire."""
