@@ -124,10 +124,11 @@ class Codec(_Section, frozen=True):
     feedback: Literal["residual", "length", "none"] = "residual"
     """A client carries what quantization left over into its next update; or, where most come once, makes the update as
     long as if nothing were left over; or neither."""
-    lattice: Factor = 10.0
-    """Lattice step of the global model, in standard deviations of a round's global update."""
-    hysteresis: Annotated[float, Meta(ge=0.5, le=1)] = 0.5
-    """A parameter stays where it is on the lattice while it is at most this many steps from where it should be."""
+    model_step: Factor = 30.0
+    """Quantization step of the global model's versions, in standard deviations of a round's global update."""
+    model_noise: Annotated[float, Meta(gt=0, lt=1)] = 0.07
+    """What a version leaves out, for later ones to tell, has at most this share of the energy of all that the model has
+    learned: the first rounds are told more finely."""
 
     def rate(self, client: str) -> float:
         """The value of ``target`` for one client."""

@@ -307,7 +307,7 @@ class Conversation(ABC):
 
 def _diverged(version: int, clipped: int) -> str:
     return (
-        f"version {version}: {clipped} parameters are out of the lattice's reach and stay at its edge: "
+        f"version {version}: {clipped} parameters would have gone out of all bounds and stay where they were: "
         "training diverges; a lower learning rate may help"
     )
 

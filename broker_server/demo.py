@@ -42,7 +42,6 @@ lr = 0.3
 [codec]
 target = "step"
 value = 2.0
-lattice = 1.0
 
 [evaluation]
 data = "test.npz"

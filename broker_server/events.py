@@ -113,7 +113,7 @@ class Prepared:
 class Aggregated:
     """A new version of the global model is in the ledger, and its tasks are closed.
 
-    ``clipped`` counts the parameters that were out of the lattice's reach and stay at its edge.
+    ``clipped`` counts the parameters that would have gone out of all bounds and stay where they were.
     """
 
     version: int

@@ -48,13 +48,15 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     round: int
     """The round that made it; 0 for the untrained model."""
     state: bytes
-    """The packed lattice state; empty once pruned."""
+    """The packed model; empty once pruned."""
     remainder: bytes = b""
-    """What rounding to the lattice left over."""
+    """What coding left over."""
     optimizer: bytes = b""
     """The server optimizer's packed state."""
     pace: float = 0.0
-    """Standard deviation of the steps that led here, averaged; the lattice's step follows it."""
+    """Standard deviation of the steps that led here, averaged; the step of coding follows it."""
+    anchor: int = 0
+    """The version whose codes this one continues; 0 for the bundle's weights."""
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
@@ -254,9 +256,10 @@ class Ledger:
             for epoch, task in closes:
                 self.close_task(epoch, task, "done")
             self._database.write(
-                "INSERT INTO versions (version, round, state, remainder, optimizer, pace) VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO versions (version, round, state, remainder, optimizer, pace, anchor) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 *(version.version, version.round, version.state),
-                *(version.remainder, version.optimizer, version.pace),
+                *(version.remainder, version.optimizer, version.pace, version.anchor),
             )
 
     def version(self, number: int) -> Version | None:

@@ -62,4 +62,5 @@ MIGRATIONS: Migrations = (
         "UPDATE rounds SET finished = 0 WHERE round IN (SELECT round FROM tasks WHERE outcome IS NULL)",
     ),
     ("ALTER TABLE versions ADD COLUMN pace REAL NOT NULL DEFAULT 0",),
+    ("ALTER TABLE versions ADD COLUMN anchor INTEGER NOT NULL DEFAULT 0",),
 )

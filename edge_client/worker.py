@@ -63,7 +63,7 @@ class Worker:
 
     def _model(self, invitation: Invitation, delta: bytes | None, bundle: Bundle) -> Model:
         layout = bundle.layout
-        first = untrained(layout.size, bundle.initial_buffers())
+        first = untrained(layout, bundle.initial_buffers())
         # Copies are named by what they hold, so one of that name is the model, wherever it came from.
         known = self.copies.load(invitation.digest, layout)
         if known is not None:

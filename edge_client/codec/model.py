@@ -1,6 +1,6 @@
-"""A version of the global model: its parameters (`lattice`) and its buffers, which travel as they are.
+"""A version of the global model: its parameters (`versions`) and its buffers, which travel as they are.
 
-Buffers (running statistics, counters) are float32 whatever their dtype, outside lattice and residual. A model without
+Buffers (running statistics, counters) are float32 whatever their dtype, outside codes and residual. A model without
 any has exactly the bytes and the digest of its parameters.
 
 The bytes are *models with buffers* in ``FORMAT.md``.
@@ -14,8 +14,8 @@ from functools import cached_property
 import numpy as np
 
 from edge_client.codec.integers import Reader, varint
-from edge_client.codec.lattice import State, apply_delta, encode_delta, origin, pack_state, unpack_state
 from edge_client.codec.layout import Layout, Vector
+from edge_client.codec.versions import CodedState, State, apply_delta, encode_delta, pack_state, unpack_state
 from edge_client.errors import CodecError
 
 VERSION = 1
@@ -45,6 +45,10 @@ class Model:
         """32 bytes that name this version."""
         return self._digest
 
+    def at_rest(self) -> "Model":
+        """The same version, in as little memory as it needs."""
+        return Model(self.state.at_rest(), self.buffers)
+
     @cached_property
     def _digest(self) -> bytes:
         if not self.buffers.size:
@@ -54,18 +58,18 @@ class Model:
         return blake.digest()
 
 
-def untrained(n: int, buffers: Vector) -> Model:
-    """Version 0 of a model with ``n`` parameters, and the bundle's first values of its buffers."""
-    return Model(origin(n), buffers)
+def untrained(layout: Layout, buffers: Vector) -> Model:
+    """Version 0 of a model with this layout: the bundle's weights, and its first values of the buffers."""
+    return Model(CodedState(layout), buffers)
 
 
-def encode_model_delta(old: Model, new: Model, layout: Layout) -> bytes:
+def encode_model_delta(old: Model, new: Model) -> bytes:
     """Bytes that lead a holder of ``old`` to ``new``; buffers are sent in full.
 
     Raises:
-        CodecError: the models do not fit the layout or each other.
+        CodecError: the models do not fit each other.
     """
-    return _framed(encode_delta(old.state, new.state, layout), new)
+    return _framed(encode_delta(old.state, new.state), new)
 
 
 def apply_model_delta(old: Model, data: bytes, layout: Layout) -> Model:

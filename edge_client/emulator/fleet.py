@@ -81,9 +81,10 @@ class FleetReport(msgspec.Struct, frozen=True):
 
 @dataclass
 class SharedCopies:
-    """The global model's versions that some phone of this process holds; each is kept once."""
+    """The global model's versions that some phone of this process holds, each once, all but the newest at rest."""
 
     _models: dict[bytes, Model] = field(default_factory=dict)
+    _newest: bytes = b""
     _holders: dict[bytes, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -95,7 +96,10 @@ class SharedCopies:
     def save(self, digest: bytes, model: Model, replaces: bytes) -> None:
         """One phone more holds ``model``, one less what it replaces."""
         with self._lock:
-            self._models.setdefault(digest, model)
+            if digest not in self._models:
+                if self._newest in self._models:
+                    self._models[self._newest] = self._models[self._newest].at_rest()
+                self._models[digest], self._newest = model, digest
             self._holders[digest] = self._holders.get(digest, 0) + 1
             left = self._holders.get(replaces, 0) - 1
             if left > 0:

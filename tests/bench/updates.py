@@ -1,8 +1,8 @@
 """Updates as clients send them, for the codec's benchmark: real ones from non-IID federations, and synthetic vectors.
 
 A federation runs in one process, without a broker: clients hold the version they last received, train one local epoch,
-add what error feedback kept for them, encode with the product's codec; the server takes the weighted mean and places
-the model on its lattice. What three clients of an early, a middle and a late round are about to encode is kept in
+add what error feedback kept for them, encode with the product's codec; the server takes the weighted mean and codes
+the next version. What three clients of an early, a middle and a late round are about to encode is kept in
 ``build/bench/updates``: the parameters' delta and the residual together.
 """
 
@@ -16,11 +16,13 @@ import numpy as np
 from federations import BUILD, ROUNDS, RUNS, Run, data, export
 from stored import Update
 
+from broker_server.coding import Coder
+from broker_server.config import Codec
 from broker_server.selection import Candidate, select
 from edge_client.bundle import Bundle
-from edge_client.codec.lattice import choose_exponent, origin, place
 from edge_client.codec.layout import Layout, TensorSpec, Vector
 from edge_client.codec.update import CodecSettings, decode_update, encode_update
+from edge_client.codec.versions import CodedState
 from edge_client.data import Arrays, ArraySource
 from edge_client.emulator.partition import Indices, partition
 from edge_client.trainer import Trainer
@@ -29,8 +31,6 @@ from edge_client.wire.messages import TrainPlan
 FOLDER = BUILD / "bench" / "updates"
 CLIENTS = 3
 """Updates kept of a round."""
-LATTICE = 20.0
-"""Step of the global model, in standard deviations of a round's global update."""
 SIDE = int(os.environ.get("FEDGE_SIDE", "1000"))
 """Synthetic vectors are one square tensor; a test wants a small one."""
 
@@ -80,9 +80,10 @@ class Federation:
     def updates(self, rounds: int) -> Iterator[tuple[int, Update]]:
         """Round and update of every client that is asked, round after round."""
         layout, base, trainer = self.bundle.layout, self.bundle.initial(), Trainer(self.bundle)
-        state, exponent = origin(layout.size), None
+        state, rate = CodedState(layout), Codec()
+        coder = Coder.after(state, 0, rate.model_noise)
         residuals: dict[int, Vector] = {}
-        remainder = np.zeros(layout.size, np.float32)
+        exact, pace = np.zeros(layout.size), 0.0
         for number in range(rounds):
             model = state.parameters(base)
             total, weight = np.zeros(layout.size), 0
@@ -100,8 +101,9 @@ class Federation:
                 total += result.samples * received.astype(np.float64)
                 weight += result.samples
             step = total / weight
-            exponent = choose_exponent(float(step.std()), LATTICE, exponent)
-            state, remainder = place(model.astype(np.float64) + step + remainder, base, exponent)
+            exact += step
+            pace += (float(step.std()) - pace) / min(number + 1, 10)
+            state, coder = coder.encode(exact, rate.model_step * pace)
 
     def _cohort(self, number: int) -> list[int]:
         everyone = [Candidate(f"{client:06d}") for client in range(len(self.parts))]

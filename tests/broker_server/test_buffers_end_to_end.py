@@ -37,7 +37,7 @@ def test_the_server_evaluates_with_the_federated_statistics(tmp_path: Path, code
     settings = {
         "federation": {"name": "b", "bundle": str(tmp_path / "b.fedge"), "state": str(tmp_path / "state")},
         "round": {"cohort": 4, "deadline": 60.0},
-        "codec": {"kind": codec, "target": "step", "value": 2.0, "lattice": 1.0},
+        "codec": {"kind": codec, "target": "step", "value": 2.0},
         "transfer": {"spread": 0.0},
         "train": {"batch_size": 20, "epochs": 2},
         "stop": {"rounds": 3},

@@ -77,8 +77,8 @@ target = "bits"
 value = 0.3
 feedback = "none"
 upload_seconds = 30
-lattice = 30
-hysteresis = 1
+model_step = 20
+model_noise = 0.1
 [codec.clients]
 "pi-*" = 0.05
 [evaluation]

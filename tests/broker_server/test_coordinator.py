@@ -637,7 +637,7 @@ def test_an_aggregate_out_of_reach_is_told():
     table.perform()
     finish_round(table)
     actions = table.feed(e.Aggregated(1, digest(1), clipped=7))
-    assert "version 1: 7 parameters are out of the lattice's reach" in of(actions, e.Log)[0].text
+    assert "version 1: 7 parameters would have gone out of all bounds" in of(actions, e.Log)[0].text
     assert of(actions, e.FinishRound)
 
 

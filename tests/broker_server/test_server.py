@@ -40,8 +40,7 @@ def settings(folder: Path, **sections: dict[str, object]) -> Federation:
         "federation": identity,
         "round": {"cohort": 3, "deadline": 30.0},
         "train": {"epochs": 2, "batch_size": 16},
-        # The defaults are for models of a million parameters; with so few, nothing would move for some rounds.
-        "codec": {"target": "step", "value": 2.0, "lattice": 1.0},
+        "codec": {"target": "step", "value": 2.0},
         "transfer": {"spread": 0.0},
         "evaluation": {"data": str(folder / "test.npz")},
         "stop": {"rounds": 3},

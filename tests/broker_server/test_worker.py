@@ -10,9 +10,9 @@ from broker_server.config import Federation
 from broker_server.ledger import Ledger, Round, Task
 from broker_server.worker import Worker
 from edge_client.bundle import Bundle
-from edge_client.codec.lattice import apply_delta, origin
 from edge_client.codec.model import apply_model_delta, untrained
 from edge_client.codec.update import CodecSettings, encode_update
+from edge_client.codec.versions import CodedState, apply_delta
 from edge_client.errors import BundleError, DataError, LedgerError
 from edge_client.wire import transfer
 from tests.toy import toy_bundle, toy_data
@@ -71,7 +71,7 @@ def test_a_round_is_the_weighted_mean(make):
     assert isinstance(answer, e.Aggregated)
     prepared = worker.perform(e.Prepare(0, 1))
     assert isinstance(prepared, e.Prepared)
-    reached = apply_delta(origin(BUNDLE.layout.size), prepared.ref.inline, BUNDLE.layout)
+    reached = apply_delta(CodedState(BUNDLE.layout), prepared.ref.inline, BUNDLE.layout)
     assert reached.digest() == answer.digest
     expected = BUNDLE.initial() + (10 * delta(1) + 30 * delta(2)) / 40
     np.testing.assert_allclose(reached.parameters(BUNDLE.initial()), expected, rtol=1e-5, atol=1e-6)
@@ -86,7 +86,7 @@ def test_a_duplicate_adds_nothing(make):
     assert isinstance(again, e.Recorded)
     answer = once.perform(aggregate())
     ref = once.perform(e.Prepare(0, 1)).ref
-    twice = apply_delta(origin(BUNDLE.layout.size), ref.inline, BUNDLE.layout)
+    twice = apply_delta(CodedState(BUNDLE.layout), ref.inline, BUNDLE.layout)
     np.testing.assert_allclose(twice.parameters(BUNDLE.initial()), BUNDLE.initial() + delta(1), rtol=1e-5, atol=1e-6)
     assert answer.version == 1
 
@@ -291,7 +291,7 @@ def test_buffers_are_published_with_the_model(make, tmp_path):
     worker.perform(e.Record(1, 1, "b", with_buffers(2, 4.0, 30, 30)))
     answer = worker.perform(aggregate())
     ref = worker.perform(e.Prepare(0, 1)).ref
-    first = untrained(BUNDLE.layout.size, Bundle.from_bytes(BUFFERED).initial_buffers())
+    first = untrained(BUNDLE.layout, Bundle.from_bytes(BUFFERED).initial_buffers())
     reached = apply_model_delta(first, ref.inline, BUNDLE.layout)
     assert reached.digest() == answer.digest
     np.testing.assert_array_equal(reached.buffers, np.array([3.5] * 4 + [40], np.float32))
@@ -353,7 +353,7 @@ def advance(number: int, *tasks: int) -> e.Aggregate:
 
 def model(worker: Worker):
     made = worker.perform(e.Prepare(0, worker.start().version))
-    return apply_delta(origin(BUNDLE.layout.size), made.ref.inline, BUNDLE.layout).parameters(BUNDLE.initial())
+    return apply_delta(CodedState(BUNDLE.layout), made.ref.inline, BUNDLE.layout).parameters(BUNDLE.initial())
 
 
 WITHOUT_ROUNDS = {"round": {"mode": "buffered", "staleness": 0.5}}
@@ -438,7 +438,7 @@ def test_a_delta_leads_to_an_older_version_too(make):
         reached.append(worker.perform(advance(number, number)).digest)
     prepared = worker.perform(e.Prepare(0, 1))
     assert prepared.version == 1
-    assert apply_delta(origin(BUNDLE.layout.size), prepared.ref.inline, BUNDLE.layout).digest() == reached[0]
+    assert apply_delta(CodedState(BUNDLE.layout), prepared.ref.inline, BUNDLE.layout).digest() == reached[0]
 
 
 def test_what_is_open_when_the_mode_is_changed_is_void(make):

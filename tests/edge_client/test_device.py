@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from edge_client.bundle import Bundle
-from edge_client.codec.lattice import LatticeState, encode_delta, origin
 from edge_client.codec.update import decode_scalars, decode_update
+from edge_client.codec.versions import CodedState, encode_delta
 from edge_client.data import ArraySource, check
 from edge_client.device import Device, Workshop
 from edge_client.errors import BundleError, DataError, StoreError
@@ -21,11 +21,12 @@ from edge_client.store import FileCopies, Store
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
 from edge_client.wire.transfer import Assembly, count, piece, refer
+from tests.edge_client.codec.conftest import coded
 from tests.toy import toy_bundle, toy_data
 
 DATA = toy_bundle()
 BUNDLE = Bundle.from_bytes(DATA)
-ZERO = origin(BUNDLE.layout.size)
+ZERO = CodedState(BUNDLE.layout)
 TOPICS = Topics("demo")
 
 
@@ -170,9 +171,8 @@ def test_a_device_fetches_trains_uploads_and_goes_on(tmp_path, workshop, lines):
                 assert made.store.held().pending.update == upload.blob.inline
                 server.tell(m.Receipt(1, 1, "recorded"))
 
-                k = np.arange(BUNDLE.layout.size, dtype=np.int32)
-                state = LatticeState(-6, k)
-                delta = encode_delta(ZERO, state, BUNDLE.layout)
+                state = coded(BUNDLE.layout, 1)
+                delta = encode_delta(ZERO, state)
                 ref = refer(delta, chunk=1024, inline=0)
                 server.spread(ref, delta)
                 server.invite(2, state, version=1, held=0, delta=ref)
@@ -217,8 +217,8 @@ def test_an_update_in_chunks(tmp_path, workshop, lines):
 
 def test_a_restart_resumes_with_the_bundle_the_copy_and_the_update(tmp_path, workshop, lines):
     async def play():
-        state = LatticeState(-6, np.ones(BUNDLE.layout.size, np.int32))
-        delta = refer(encode_delta(ZERO, state, BUNDLE.layout), chunk=1024)
+        state = coded(BUNDLE.layout, 1)
+        delta = refer(encode_delta(ZERO, state), chunk=1024)
         async with federation() as (broker, server):
             server.offer()
             async with alive(device(broker, tmp_path, workshop, lines)):

@@ -180,7 +180,7 @@ def test_a_new_bundle_forgets_everything(tmp_path):
 
 def test_the_copy_of_the_model_is_replaced_and_a_damaged_one_counts_as_none(tmp_path):
     store, copies = prepared(tmp_path), FileCopies(tmp_path)
-    state = untrained(4, np.zeros(0, np.float32))
+    state = untrained(LAYOUT, np.zeros(0, np.float32))
     copies.save(state.digest(), state, V1)
     store.commit(1, 3, b"u", None, version=2, digest=state.digest())
     Store(tmp_path)
@@ -196,7 +196,7 @@ def test_the_copy_of_the_model_is_replaced_and_a_damaged_one_counts_as_none(tmp_
 
 
 def test_settling_does_not_take_away_what_a_task_is_writing(tmp_path):
-    store, copies, state = prepared(tmp_path), FileCopies(tmp_path), untrained(4, np.zeros(0, np.float32))
+    store, copies, state = prepared(tmp_path), FileCopies(tmp_path), untrained(LAYOUT, np.zeros(0, np.float32))
     copies.save(state.digest(), state, V1)
     thread = threading.Thread(target=store.settle, args=(1, 2), kwargs={"recorded": True})
     thread.start()

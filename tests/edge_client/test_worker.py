@@ -8,10 +8,10 @@ import pytest
 
 from edge_client import events as e
 from edge_client.bundle import Bundle
-from edge_client.codec.lattice import LatticeState, encode_delta, origin
 from edge_client.codec.layout import Layout, TensorSpec
 from edge_client.codec.model import Model, encode_model_delta, untrained
 from edge_client.codec.update import decode_scalars, decode_update
+from edge_client.codec.versions import CodedState, encode_delta
 from edge_client.data import ArraySource
 from edge_client.errors import StoreError
 from edge_client.feedback import pack_residual
@@ -20,13 +20,14 @@ from edge_client.store import FileCopies, Store
 from edge_client.trainer import Trainer
 from edge_client.wire import messages as m
 from edge_client.worker import Worker
+from tests.edge_client.codec.conftest import coded
 from tests.edge_client.test_store import Faults, PowerCut
 from tests.toy import toy_bundle, toy_data
 
 BUNDLE = Bundle.from_bytes(toy_bundle())
 SIZE = BUNDLE.layout.size
-ZERO = origin(SIZE)
-MOVED = LatticeState(-8, np.arange(SIZE, dtype=np.int32) - 3)
+ZERO = CodedState(BUNDLE.layout)
+MOVED = coded(BUNDLE.layout, 1)
 DIGEST = bytes.fromhex(BUNDLE.digest)
 
 
@@ -111,15 +112,15 @@ def msgspec_update(work, plan):
 
 
 def test_a_delta_brings_the_model_to_its_version_and_the_copy_is_kept(worker, trainer):
-    delta = encode_delta(ZERO, MOVED, BUNDLE.layout)
+    delta = encode_delta(ZERO, MOVED)
     answer = worker.perform(invitation(state=MOVED, version=3, delta=delta), trainer, never)
     assert isinstance(answer, e.Finished)
     assert (answer.version, answer.digest) == (3, MOVED.digest())
     assert worker.copies.load(MOVED.digest(), BUNDLE.layout).digest() == MOVED.digest()
     again = worker.perform(invitation(2, state=MOVED, version=3, held=3), trainer, never)
     assert isinstance(again, e.Finished)
-    further = LatticeState(-8, MOVED.k + 1)
-    delta = encode_delta(MOVED, further, BUNDLE.layout)
+    further = coded(BUNDLE.layout, 1, 2)
+    delta = encode_delta(MOVED, further)
     last = worker.perform(invitation(3, state=further, version=4, held=3, delta=delta), trainer, never)
     assert (last.version, last.digest) == (4, further.digest())
     assert worker.copies.load(MOVED.digest(), BUNDLE.layout) is None
@@ -197,7 +198,7 @@ def test_an_update_can_be_made_as_long_as_what_was_learned(tmp_path):
     pi, tutor, layout = wide(tmp_path)
 
     def told(feedback, **rate):
-        work = invitation(state=origin(layout.size), update=m.UpdatePlan(feedback=feedback, **rate))
+        work = invitation(state=CodedState(layout), update=m.UpdatePlan(feedback=feedback, **rate))
         update = pi.perform(work, tutor, never).update
         return len(update), decode_update(update, {"delta": layout}).vectors["delta"]
 
@@ -247,7 +248,7 @@ RATES = {
 def test_a_limit_bounds_the_bytes_whatever_the_target(tmp_path, name):
     plan, wanted = RATES[name]
     pi, tutor, layout = wide(tmp_path)
-    work = invitation(state=origin(layout.size), update=plan)
+    work = invitation(state=CodedState(layout), update=plan)
     answer = pi.perform(work, tutor, never)
     assert isinstance(answer, e.Finished)
     free = pi.perform(msgspec_update(work, msgspec.structs.replace(plan, limit=0)), tutor, never)
@@ -261,7 +262,7 @@ def test_a_limit_bounds_the_bytes_whatever_the_target(tmp_path, name):
 
 def test_without_quantization_there_is_no_limit(tmp_path):
     pi, tutor, layout = wide(tmp_path)
-    answer = pi.perform(invitation(state=origin(layout.size), update=m.UpdatePlan("none", limit=100)), tutor, never)
+    answer = pi.perform(invitation(state=CodedState(layout), update=m.UpdatePlan("none", limit=100)), tutor, never)
     assert len(answer.update) > 4 * layout.size
 
 
@@ -388,7 +389,7 @@ def test_a_store_that_cannot_be_written_fails_the_task_with_what_is_still_held(w
         raise StoreError("cannot write update-1.bin: No space left on device")
 
     monkeypatch.setattr(worker.store, "commit", full)
-    delta = encode_delta(ZERO, MOVED, BUNDLE.layout)
+    delta = encode_delta(ZERO, MOVED)
     answer = worker.perform(invitation(state=MOVED, version=3, delta=delta), trainer, never)
     assert answer == e.Failed(1, 1, "cannot write update-1.bin: No space left on device", 0, NO_HASH)
 
@@ -400,13 +401,11 @@ def test_buffers_come_from_the_model_and_go_back_with_the_update(tmp_path, train
     store.install(bytes.fromhex(bundle.digest), b"bundle")
     source = ArraySource(toy_data(40, seed=1))
     pi = Worker("pi", source, ArraySource(toy_data(10, seed=2)), store, FileCopies(tmp_path))
-    first = untrained(SIZE, bundle.initial_buffers())
+    first = untrained(BUNDLE.layout, bundle.initial_buffers())
     moved = Model(MOVED, np.array([0.5] * 4 + [100], np.float32))
     buffered = Trainer(bundle)
 
-    answer = pi.perform(
-        invitation(state=moved, version=1, delta=encode_model_delta(first, moved, bundle.layout)), buffered, never
-    )
+    answer = pi.perform(invitation(state=moved, version=1, delta=encode_model_delta(first, moved)), buffered, never)
     assert isinstance(answer, e.Finished)
     assert answer.digest == moved.digest()
     found = decode_update(answer.update, layouts).vectors["buffers"]

@@ -10,7 +10,6 @@ from typing import Any
 from unittest import mock
 
 import msgspec
-import numpy as np
 
 from broker_server import events as e
 from broker_server.coordinator import Coordinator
@@ -21,8 +20,8 @@ from broker_server.uploads import Uploads
 from broker_server.worker import Worker as ServerWorker
 from edge_client import events as c
 from edge_client import store
-from edge_client.codec.lattice import LatticeState
 from edge_client.codec.model import Model, apply_model_delta, untrained
+from edge_client.codec.versions import CodedState
 from edge_client.session import ClientSession
 from edge_client.store import Store
 from edge_client.wire import messages as m
@@ -174,17 +173,17 @@ def _never_too_old() -> Patches:
 def _wrong_base() -> Patches:
     def model(self: Worker, invitation: m.Invitation, delta: bytes | None, bundle: Any) -> Model:
         layout = bundle.layout
-        first = untrained(layout.size, bundle.initial_buffers())
+        first = untrained(layout, bundle.initial_buffers())
         known = self.copies.load(invitation.digest, layout)
         if known is not None or delta is None:
             return known or first
         start = first if invitation.held == 0 else self._copy(self.store.held().digest, layout)
         good = apply_model_delta(start, delta, layout)
-        if not isinstance(good.state, LatticeState) or not isinstance(start.state, LatticeState):
+        if not isinstance(good.state, CodedState) or not isinstance(start.state, CodedState):
             return good
         # As if every delta led from the bundle's weights.
-        moved = np.ldexp(start.state.k.astype(np.float64), start.state.exponent - good.state.exponent)
-        return Model(LatticeState(good.state.exponent, (good.state.k - moved).astype(np.int32)), good.buffers)
+        kept = sum(one == other for one, other in zip(start.state.codes, good.state.codes, strict=False))
+        return Model(CodedState(layout, good.state.codes[kept:]), good.buffers)
 
     return [mock.patch.object(Worker, "_model", model)]
 

@@ -11,6 +11,8 @@ import pytest
 from edge_client.codec.blocks import blocks
 from edge_client.codec.layout import Layout, TensorSpec, Vector
 from edge_client.codec.quantize import LEVEL_LIMIT, Quantized, quantize
+from edge_client.codec.vector import VectorEncoder
+from edge_client.codec.versions import CodedState
 
 CONV = Layout(
     (
@@ -73,6 +75,20 @@ def planted(layout: Layout, seed: int, rank: int = 3) -> Vector:
     return (np.concatenate(parts) * 1e-3).astype(np.float32)
 
 
+def code(layout: Layout, seed: int, *, step: float = 1.0, scale: float = 1.0) -> bytes:
+    """A code of the global model: a planted vector, its largest value ``scale``, quantized at ``step`` root mean
+    squares."""
+    vector = planted(layout, seed).astype(np.float64)
+    vector *= scale / np.abs(vector).max()
+    encoder = VectorEncoder(vector.astype(np.float32), layout)
+    return encoder.encode(step * encoder.rms)
+
+
+def coded(layout: Layout, *seeds: int) -> CodedState:
+    """A version of the global model with a code for each seed."""
+    return CodedState(layout, tuple(code(layout, seed) for seed in seeds))
+
+
 SMALL = 3000
 """Elements of a small block."""
 
@@ -81,7 +97,7 @@ SMALL = 3000
 def small_blocks() -> Iterator[None]:
     """In here the codec cuts layouts into blocks of at most ``SMALL`` elements."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("blocks", "lattice", "update", "vector"):
+        for module in ("blocks", "update", "vector"):
             patch.setattr(f"edge_client.codec.{module}.blocks", functools.partial(blocks, limit=SMALL))
         yield
 

@@ -8,13 +8,13 @@ import numpy as np
 
 from edge_client.codec.entropy import decode_levels, encode_levels
 from edge_client.codec.integers import pack, unpack
-from edge_client.codec.lattice import LatticeState, RawState, apply_delta, encode_delta, pack_state, unpack_state
 from edge_client.codec.layout import Layout, TensorSpec
 from edge_client.codec.model import Model, apply_model_delta, encode_model_delta, pack_model, unpack_model
 from edge_client.codec.update import CodecSettings, UpdateReader, decode_scalars, decode_update, encode_update
 from edge_client.codec.vector import VectorEncoder, decode_vector
+from edge_client.codec.versions import CodedState, RawState, apply_delta, encode_delta, pack_state, unpack_state
 from edge_client.errors import CodecError
-from tests.edge_client.codec.conftest import planted, small_blocks
+from tests.edge_client.codec.conftest import code, planted, small_blocks
 
 LAYOUT = Layout(
     (
@@ -31,14 +31,10 @@ COUNT = 700
 """Of the integers in a list."""
 
 
-def _coordinates(seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return np.rint(rng.standard_t(2, LAYOUT.size) * (rng.random(LAYOUT.size) < 0.3)).astype(np.int32)
-
-
-OLD, NEW = LatticeState(-3, _coordinates(1)), LatticeState(-4, _coordinates(2))
+_FIRST, _SECOND, _THIRD = (code(LAYOUT, seed, step=2.0) for seed in (1, 2, 3))
+OLD, NEW = CodedState(LAYOUT, (_FIRST, _SECOND)), CodedState(LAYOUT, (_FIRST, b"", _THIRD))
 RAW = RawState(planted(LAYOUT, 4))
-OLD_MODEL, NEW_MODEL = (Model(state, np.full(3, state.exponent, np.float32)) for state in (OLD, NEW))
+OLD_MODEL, NEW_MODEL = (Model(state, np.full(3, len(state.codes), np.float32)) for state in (OLD, NEW))
 
 
 def _update(data: bytes) -> None:
@@ -83,10 +79,10 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
 }
 
 
-def _known(found: LatticeState | RawState | Model) -> None:
+def _known(found: CodedState | RawState | Model) -> None:
     """Nothing passes that was not encoded: digests see to that."""
-    assert found.digest() in {one.digest() for one in (NEW, RAW, NEW_MODEL)}
     assert found.parameters(np.zeros(LAYOUT.size, np.float32)).shape == (LAYOUT.size,)
+    assert found.digest() in {one.digest() for one in (NEW, RAW, NEW_MODEL)}
 
 
 @functools.cache
@@ -113,17 +109,18 @@ def seeds() -> dict[str, list[bytes]]:
         encoder = VectorEncoder(vector, LAYOUT)
         vectors += [encoder.encode(step * encoder.rms) for step in (0.05, 1.0, 3.0)]
     lists = [np.full(COUNT, 9), rng.geometric(0.1, COUNT), rng.integers(0, 2**32, COUNT), rng.random(COUNT) < 0.01]
-    index = np.flatnonzero(NEW.k)
+    level = np.rint(rng.standard_t(2, LAYOUT.size) * (rng.random(LAYOUT.size) < 0.3)).astype(np.int32)
+    index = np.flatnonzero(level)
     return {
         "update": updates,
         "blocks": blocks,
         "scalars": updates,
         "vector": vectors,
-        "levels": [encode_levels(index, NEW.k[index].astype(np.int32), LAYOUT)],
+        "levels": [encode_levels(index, level[index], LAYOUT)],
         "list": [pack(values.astype(np.uint32)) for values in lists],
-        "delta": [encode_delta(OLD, NEW, LAYOUT)],
+        "delta": [encode_delta(OLD, NEW)],
         "state": [pack_state(NEW), pack_state(RAW)],
-        "model_delta": [encode_model_delta(OLD_MODEL, NEW_MODEL, LAYOUT)],
+        "model_delta": [encode_model_delta(OLD_MODEL, NEW_MODEL)],
         "model": [pack_model(NEW_MODEL)],
     }
 

@@ -1,6 +1,6 @@
 """A second decoder, written from ``edge_client/codec/FORMAT.md`` alone: plain Python, slow, and nothing of the first.
 
-A layout is a list of ``(name, shape)``, a vector a list of floats, a lattice state ``(exponent, k)`` and a raw one a
+A layout is a list of ``(name, shape)``, a vector a list of floats, a state ``(codes, offset)`` and a raw one a
 list of floats. Headings are those of the page.
 """
 
@@ -354,61 +354,76 @@ def update(data, layouts, limit=BLOCK_LIMIT):
 # Versions of the global model
 
 
+# A state is a pair of its codes and its offset, a raw one a list of floats.
+
+
+def floats(values):
+    return struct.pack(f"<{len(values)}f", *values)
+
+
+def encoded_varint(value):
+    out = []
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def listed(codes):
+    return encoded_varint(len(codes)) + b"".join(encoded_varint(len(code)) + code for code in codes)
+
+
 def digest_of_state(state):
-    if isinstance(state, list):
-        return hashlib.blake2b(b"R" + struct.pack(f"<{len(state)}f", *state), digest_size=32).digest()
-    exponent, k = state
-    highest = max((abs(one) for one in k), default=0)
-    width = 1 if highest < 2**7 else 2 if highest < 2**15 else 4
-    head = b"L" + struct.pack("<ib", exponent if highest else 0, width)
-    whole = b"".join(one.to_bytes(width, "little", signed=True) for one in k)
-    return hashlib.blake2b(head + whole, digest_size=32).digest()
+    head = b"R" + floats(state) if isinstance(state, list) else b"C" + listed(state[0]) + floats(state[1])
+    return hashlib.blake2b(head, digest_size=32).digest()
+
+
+def version(codes, layout, limit=BLOCK_LIMIT):
+    require(len(codes) <= 32, "count")
+    offset = [0.0] * total(layout)
+    for code in codes:
+        if code:
+            offset = [f32(a + b) for a, b in zip(offset, quantized(code, layout, limit), strict=True)]
+    require(all(map(math.isfinite, offset)), "finite")
+    return codes, offset
 
 
 def parameters(state, base):
-    exponent, k = state
-    return [f32(value + math.ldexp(one, exponent)) for one, value in zip(k, base, strict=True)]
+    return [f32(value + more) for value, more in zip(base, state[1], strict=True)]
 
 
 def checked(state, digest):
-    if not isinstance(state, list):
-        require(-100 <= state[0] <= 100 and all(abs(one) < 2**24 for one in state[1]), "range")
-    require(digest_of_state(state)[:16] == digest, "digest")
+    require(digest_of_state(state)[: len(digest)] == digest, "digest")
     return state
+
+
+def codes_of(cursor):
+    codes = [cursor.section() for _ in range(cursor.varint(32))]
+    cursor.end()
+    return codes
 
 
 def delta(data, old, layout, limit=BLOCK_LIMIT):
     cursor = Cursor(data)
-    require(cursor.take(3) == b"FD\x02", "magic")
-    kind, before, after = cursor.take(1)[0], cursor.take(8), cursor.take(16)
-    require(before == digest_of_state(old)[:8], "another version")
+    require(cursor.take(3) == b"FD\x03", "magic")
+    kind, after = cursor.take(1)[0], cursor.take(16)
     if kind == 1:
         return checked(raw(cursor.rest(), total(layout)), after)
     require(kind == 0 and not isinstance(old, list), "kind")
-    fine, exponent = cursor.fixed("2b")
-    require(-100 <= fine <= exponent <= 100, "exponents")
-    d = [level for block, body in split(cursor, layout, limit) for level in levels(body, block)]
-    before_exponent, k = old
-    if any(k):
-        require(before_exponent >= fine, "exponents")
-        k = [one * 2 ** (before_exponent - fine) for one in k]
-        require(all(abs(one) < 2**30 for one in k), "range")
-    coarse = 2 ** (exponent - fine)
-    g = [one + more for one, more in zip(k, d, strict=True)]
-    require(all(one % coarse == 0 for one in g), "off the lattice")
-    return checked((exponent, [one // coarse for one in g]), after)
+    count, summary = cursor.varint(32), cursor.take(8)
+    kept = old[0][:count]
+    require(len(kept) == count and hashlib.blake2b(listed(kept), digest_size=8).digest() == summary, "another version")
+    return checked(version([*kept, *codes_of(cursor)], layout, limit), after)
 
 
-def packed_state(data, n, limit=BLOCK_LIMIT):
+def packed_state(data, layout, limit=BLOCK_LIMIT):
     cursor = Cursor(data)
-    require(cursor.take(3) == b"FS\x02", "magic")
-    kind, digest = cursor.take(1)[0], cursor.take(16)
+    require(cursor.take(3) == b"FS\x03", "magic")
+    kind, digest = cursor.take(1)[0], cursor.take(32)
     if kind == 1:
-        return checked(raw(cursor.rest(), n), digest)
+        return checked(raw(cursor.rest(), total(layout)), digest)
     require(kind == 0, "kind")
-    (exponent,) = cursor.fixed("b")
-    k = [level for block, body in split(cursor, [("k", (n,))], limit) for level in levels(body, block)]
-    return checked((exponent, k), digest)
+    return checked(version(codes_of(cursor), layout, limit), digest)
 
 
 def model(data, read):

@@ -18,20 +18,13 @@ from hypothesis import strategies as st
 
 from edge_client.codec.entropy import encode_levels
 from edge_client.codec.integers import pack
-from edge_client.codec.lattice import (
-    LatticeState,
-    RawState,
-    apply_delta,
-    encode_delta,
-    origin,
-    pack_state,
-    unpack_state,
-)
 from edge_client.codec.layout import Layout, TensorSpec
 from edge_client.codec.model import Model, apply_model_delta, encode_model_delta, pack_model, unpack_model
 from edge_client.codec.update import CodecSettings, decode_update, encode_update
+from edge_client.codec.vector import VectorEncoder
+from edge_client.codec.versions import CodedState, RawState, apply_delta, encode_delta, pack_state, unpack_state
 from tests.edge_client.codec import reference_decoder as reference
-from tests.edge_client.codec.conftest import PLANTED, SMALL, planted, small_blocks
+from tests.edge_client.codec.conftest import PLANTED, SMALL, code, planted, small_blocks
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUT = Layout((TensorSpec("w", (64, 100)), TensorSpec("b", (64,)), TensorSpec("v", (9, 80))))
@@ -47,11 +40,6 @@ def plain(layout):
 def same(found, vector):
     """Equal bits, except that any NaN is as good as another."""
     np.testing.assert_array_equal(np.array(found, np.float32), vector)
-
-
-def coordinates(layout, seed, scale):
-    rng = np.random.default_rng(seed)
-    return np.rint(scale * rng.standard_t(3, layout.size) * (rng.random(layout.size) < 0.4)).astype(np.int32)
 
 
 @pytest.mark.parametrize("step", [3.0, 0.3, 0.01])
@@ -102,28 +90,24 @@ def test_lists(values):
     assert reference.integers(pack(np.array(values, np.uint32)), len(values)) == values
 
 
-@pytest.mark.parametrize("exponents", [(-3, -3), (-3, -5), (-5, -3)])
-def test_lattice_versions(exponents):
-    old, new = (
-        LatticeState(exponent, coordinates(PLANTED, seed, 30)) for seed, exponent in enumerate(exponents, start=1)
-    )
+def test_coded_versions():
     with small_blocks():
-        steps = [(origin(PLANTED.size, 0), old), (old, new), (new, origin(PLANTED.size, -3))]
-        deltas = [(before, encode_delta(before, after, PLANTED), after) for before, after in steps]
-        packed = pack_state(new)
-    for before, data, after in deltas:
-        found = reference.delta(data, (before.exponent, before.k.tolist()), plain(PLANTED), SMALL)
-        assert found == (after.exponent, after.k.tolist())
-    assert reference.packed_state(packed, PLANTED.size, SMALL) == (new.exponent, new.k.tolist())
-    base = np.random.default_rng(5).standard_normal(PLANTED.size).astype(np.float32)
-    same(reference.parameters((new.exponent, new.k.tolist()), base.tolist()), new.parameters(base))
+        first, second, third = (code(PLANTED, seed, step=step) for seed, step in ((1, 2.0), (2, 0.7), (3, 4.0)))
+        old, new = CodedState(PLANTED, (first, second)), CodedState(PLANTED, (first, b"", third))
+        steps = [(CodedState(PLANTED), old), (old, new), (new, CodedState(PLANTED))]
+        deltas = [(before, encode_delta(before, after), after.offset) for before, after in steps]
+        for before, data, after in deltas:
+            found = reference.delta(data, (list(before.codes), before.offset.tolist()), plain(PLANTED), SMALL)
+            same(found[1], after)
+        same(reference.packed_state(pack_state(new), plain(PLANTED), SMALL)[1], new.offset)
+        base = np.random.default_rng(5).standard_normal(PLANTED.size).astype(np.float32)
+        same(reference.parameters((new.codes, new.offset.tolist()), base.tolist()), new.parameters(base))
 
 
 def test_raw_versions():
     old, new = (RawState(planted(LAYOUT, seed)) for seed in (1, 2))
-    found = reference.delta(encode_delta(old, new, LAYOUT), old.values.tolist(), plain(LAYOUT))
-    same(found, new.values)
-    same(reference.packed_state(pack_state(new), LAYOUT.size), new.values)
+    same(reference.delta(encode_delta(old, new), old.values.tolist(), plain(LAYOUT)), new.values)
+    same(reference.packed_state(pack_state(new), plain(LAYOUT)), new.values)
 
 
 def test_damage_is_refused_by_both():
@@ -157,16 +141,18 @@ def make():
     vectors = {"delta": planted(LAYOUT, 1), "buffers": np.array([1.5, -2.25, 1e-7], np.float32)}
     scalars = {"samples": 600, "loss": 0.5}
     sent = CodecSettings(target="step", value=0.5)
-    old, new = LatticeState(-3, coordinates(LAYOUT, 1, 3)), LatticeState(-4, coordinates(LAYOUT, 2, 300))
+    first, second = code(LAYOUT, 1, step=1.0), code(LAYOUT, 2, step=0.5)
+    third = VectorEncoder(np.random.default_rng(3).standard_normal(LAYOUT.size, np.float32), LAYOUT).encode(0.02)
+    old, new = CodedState(LAYOUT, (first, second)), CodedState(LAYOUT, (first, third))
     model = Model(new, np.array([0.5, -2.0], np.float32))
     made = {
         "update": encode_update(vectors, BOTH, scalars, sent).data,
-        "delta": encode_delta(old, new, LAYOUT),
-        "first": encode_delta(origin(LAYOUT.size), old, LAYOUT),
+        "delta": encode_delta(old, new),
+        "first": encode_delta(CodedState(LAYOUT), old),
         "state": pack_state(new),
         "raw": pack_state(RawState(vectors["buffers"])),
         "model": pack_model(model),
-        "model_delta": encode_model_delta(Model(old, np.zeros(2, np.float32)), model, LAYOUT),
+        "model_delta": encode_model_delta(Model(old, np.zeros(2, np.float32)), model),
     }
     with small_blocks():
         made["blocks"] = encode_update({"delta": vectors["delta"]}, ONE, scalars, sent).data
@@ -187,8 +173,8 @@ def write():
 
 def decode(files):
     """SHA-256 of what each file decodes to, by the codec and by the reference decoder."""
-    here = apply_delta(origin(LAYOUT.size), files["first"], LAYOUT)
-    there = reference.delta(files["first"], (0, [0] * LAYOUT.size), plain(LAYOUT))
+    here = apply_delta(CodedState(LAYOUT), files["first"], LAYOUT)
+    there = reference.delta(files["first"], ([], [0.0] * LAYOUT.size), plain(LAYOUT))
     with small_blocks():
         in_blocks = first_update(files["blocks"], ONE)
     moved = apply_model_delta(Model(here, np.zeros(2, np.float32)), files["model_delta"], LAYOUT)
@@ -201,11 +187,11 @@ def decode(files):
             apply_delta(here, files["delta"], LAYOUT),
             reference.delta(files["delta"], there, plain(LAYOUT)),
         ),
-        "state": (unpack_state(files["state"], LAYOUT), reference.packed_state(files["state"], LAYOUT.size)),
-        "raw": (unpack_state(files["raw"], BUFFERS), reference.packed_state(files["raw"], BUFFERS.size)),
+        "state": (unpack_state(files["state"], LAYOUT), reference.packed_state(files["state"], plain(LAYOUT))),
+        "raw": (unpack_state(files["raw"], BUFFERS), reference.packed_state(files["raw"], plain(BUFFERS))),
         "model": (
             stored,
-            reference.model(files["model"], lambda inner: reference.packed_state(inner, LAYOUT.size)),
+            reference.model(files["model"], lambda inner: reference.packed_state(inner, plain(LAYOUT))),
         ),
         "model_delta": (
             moved,
@@ -221,8 +207,8 @@ def fingerprint(found):
     match found:
         case Model():
             found = (found.state, found.buffers)
-        case LatticeState():
-            found = (found.exponent, found.k)
+        case CodedState():
+            found = (list(found.codes), found.offset)
         case RawState():
             found = found.values
         case dict():
@@ -230,8 +216,8 @@ def fingerprint(found):
     if isinstance(found, tuple):
         for one in found:
             sha.update(fingerprint(one).encode())
-    elif isinstance(found, int):
-        sha.update(str(found).encode())
+    elif isinstance(found, list) and all(isinstance(one, bytes) for one in found):
+        sha.update(b"".join(found))
     else:
         array = np.asarray(found)
         sha.update(array.astype("<i4" if array.dtype.kind == "i" else "<f4").tobytes())
@@ -252,10 +238,10 @@ def test_golden_files_hold_what_they_should(monkeypatch):
     assert {name: data[:3].hex() for name, data in files.items()} == {
         "update": "465502",
         "blocks": "465502",
-        "delta": "464402",
-        "first": "464402",
-        "state": "465302",
-        "raw": "465302",
+        "delta": "464403",
+        "first": "464403",
+        "state": "465303",
+        "raw": "465303",
         "model": "464201",
         "model_delta": "464201",
     }

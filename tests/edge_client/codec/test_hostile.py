@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pcodec import ChunkConfig, DeltaSpec, ModeSpec, standalone
 
-from edge_client.codec import lattice
+from edge_client.codec import versions
 from edge_client.codec.entropy import decode_levels, encode_levels
 from edge_client.codec.integers import CONSTANT, PCODEC, SPARSE, pack, section, unpack, varint
 from edge_client.codec.layout import Layout, TensorSpec
@@ -19,7 +19,7 @@ from edge_client.codec.lowrank import LEVEL_LIMIT
 from edge_client.codec.update import CodecSettings, _layouts_digest, decode_update, encode_update
 from edge_client.codec.vector import decode_vector
 from edge_client.errors import CodecError
-from tests.edge_client.codec.conftest import planted
+from tests.edge_client.codec.conftest import code, planted
 from tests.edge_client.codec.hostile import COUNT, DECODERS, LAYOUT, LAYOUTS, feed, seeds
 
 
@@ -204,18 +204,14 @@ def test_the_densest_and_widest_levels_take_no_more():
     assert peak_of(lambda found: decode_levels(found, BIG), data) < 20 * 4 * BIG.size
 
 
-def test_hostile_deltas_off_the_lattice_and_out_of_range():
-    rng = np.random.default_rng(5)
-    old = lattice.LatticeState(-3, rng.integers(-50, 50, BIG.size).astype(np.int32))
-    good = bytearray(lattice.encode_delta(old, lattice.LatticeState(-3, np.roll(old.k, 1)), BIG))
-    for fine in range(-128, 128, 5):
-        for exponent in range(-128, 128, 31):
-            good[28:30] = struct.pack("<2b", fine, exponent)
-            with pytest.raises(CodecError):
-                lattice.apply_delta(old, bytes(good), BIG)
-    level = encode_levels(np.arange(BIG.size), np.full(BIG.size, 2**31 - 1, np.int32), BIG)
-    with pytest.raises(CodecError):
-        lattice.apply_delta(old, bytes(good[:28]) + struct.pack("<2b", -3, -3) + level, BIG)
+def test_deltas_take_no_more_memory_than_their_model_whatever_their_codes_claim():
+    old, new = (versions.CodedState(BIG, (code(BIG, 1, step=3.0), code(BIG, seed, step=3.0))) for seed in (2, 3))
+    good, rng = versions.encode_delta(old, new), np.random.default_rng(5)
+    for flips in (0, 1, 1, 2, 5):
+        bad = bytearray(good)
+        for at in rng.integers(20, min(len(bad), 400), flips):
+            bad[at] = rng.integers(256)
+        assert peak_of(lambda found: versions.apply_delta(old, found, BIG), bytes(bad)) < 20 * 4 * BIG.size
 
 
 def test_a_list_is_bounded_by_what_its_reader_expects():

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from edge_client.codec.blocks import BLOCK
-from edge_client.codec.lattice import LatticeState, apply_delta, encode_delta, origin
 from edge_client.codec.layout import Layout, TensorSpec
 from edge_client.codec.update import CodecSettings, decode_update, encode_update
+from edge_client.codec.vector import VectorEncoder
+from edge_client.codec.versions import CodedState, apply_delta, encode_delta
 from tests.edge_client.codec.conftest import planted
 
 ROOT = Path(__file__).parents[3]
@@ -62,38 +63,29 @@ def decode(path: str) -> int:
     return resident() - before
 
 
-def version(n: int) -> LatticeState:
-    rng = np.random.default_rng(2)
-    k = np.zeros(n, np.int8)
-    for at in range(0, n, BLOCK):
-        k[at : at + BLOCK] = rng.integers(0, 200, len(k[at : at + BLOCK]), np.uint8) < 8
-    return LatticeState(-8, k)
-
-
-def send_delta(path: str) -> int:
-    """Bytes that a composite delta took beside the versions that it leads from and to."""
-    old, new = origin(LAYOUT.size, -8), version(LAYOUT.size)
-    before = resident()
-    Path(path).write_bytes(encode_delta(old, new, LAYOUT))
-    return resident() - before
+def version(path: str) -> None:
+    """A version of two codes, as a delta."""
+    encoder = VectorEncoder(vector(), LAYOUT)
+    code = encoder.encode(3 * encoder.rms)
+    Path(path).write_bytes(encode_delta(CodedState(LAYOUT), CodedState(LAYOUT, (code, code))))
 
 
 def take_delta(path: str) -> int:
     """Bytes that applying it took, the new version with them."""
-    old, data = origin(LAYOUT.size, -8), Path(path).read_bytes()
+    data = Path(path).read_bytes()
     before = resident()
-    apply_delta(old, data, LAYOUT)
+    apply_delta(CodedState(LAYOUT), data, LAYOUT)
     return resident() - before
 
 
-def measured(call: str) -> int:
+def measured(call: str) -> int | None:
     script = f"import json; from tests.edge_client.codec.test_memory import *; print(json.dumps({call}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
-    found: int = json.loads(done.stdout)
+    found: int | None = json.loads(done.stdout)
     return found
 
 
@@ -107,9 +99,9 @@ def test_an_update(tmp_path):
 
 def test_a_delta(tmp_path):
     path = str(tmp_path / "delta")
-    assert measured(f"send_delta({path!r})") < 40 * BLOCK
-    # Coordinates are int32 while they are added up, and a byte each in the end.
-    assert measured(f"take_delta({path!r})") < 5.5 * LAYOUT.size + 30 * BLOCK
+    assert measured(f"version({path!r})") is None
+    # The sum of the codes, the one that is added to it, and what a block takes.
+    assert measured(f"take_delta({path!r})") < 2 * 4 * LAYOUT.size + 30 * BLOCK
 
 
 @pytest.mark.parametrize("bits", [0.1, 1.0])

@@ -10,19 +10,22 @@ import numpy as np
 import pytest
 
 from broker_server.broker import EmbeddedBroker, find_mosquitto
-from edge_client.codec.lattice import LatticeState, origin
+from edge_client.bundle import Bundle
 from edge_client.codec.layout import Layout, TensorSpec
+from edge_client.codec.versions import CodedState
 from edge_client.emulator.fleet import Fleet, FleetReport, FleetSpec, SharedCopies
 from edge_client.errors import ConfigError, DataError, TransportError
 from edge_client.transport import Address, MqttLink
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
 from edge_client.wire.transfer import refer
+from tests.edge_client.codec.conftest import coded
 from tests.toy import toy_bundle, toy_data
 
 LAYOUT = Layout((TensorSpec("w", (4,)),))
+PARAMETERS = Bundle.from_bytes(toy_bundle()).layout
 TOPICS = Topics("demo")
-STATES = [LatticeState(-4, np.full(4, number, np.int32)) for number in range(1, 9)]
+STATES = [coded(LAYOUT, number) for number in range(1, 9)]
 needs_mosquitto = pytest.mark.skipif(find_mosquitto() is None, reason="needs the Debian package mosquitto")
 
 
@@ -31,7 +34,7 @@ def test_a_shared_copy_is_kept_as_long_as_a_phone_holds_it():
     for _ in range(2):
         copies.save(first.digest(), first, bytes(32))
     copies.save(second.digest(), second, first.digest())
-    assert copies.load(first.digest(), LAYOUT) is first
+    assert copies.load(first.digest(), LAYOUT).digest() == first.digest()
     copies.save(second.digest(), second, first.digest())
     assert copies.load(first.digest(), LAYOUT) is None
     assert copies.load(second.digest(), LAYOUT) is second
@@ -126,9 +129,9 @@ def test_a_broker_that_is_not_there_ends_the_fleet(spec):
 class Server:
     """Invites every phone that says hello to one task, receipts each update, then ends the federation."""
 
-    def __init__(self, url, clients, size):
+    def __init__(self, url, clients, layout):
         self.link = MqttLink(Address.parse(url), "server")
-        self.clients, self.digest = clients, origin(size).digest()
+        self.clients, self.digest = clients, CodedState(layout).digest()
         self.boots, self.updates, self.finished = {}, {}, asyncio.Event()
         self.uplinks = set()
         self.hello = asyncio.Event()
@@ -176,7 +179,7 @@ def broker(tmp_path_factory):
 @pytest.mark.parametrize("habits", [{}, {"latency": 0.01, "bandwidth": 1e6}, {"dropout": 0.5, "seed": 3}])
 def test_phones_take_part_until_the_federation_has_finished(broker, spec, habits):
     async def play():
-        server = Server(broker.url, 3, 15)
+        server = Server(broker.url, 3, PARAMETERS)
         life = asyncio.ensure_future(server.link.run(server))
         try:
             fleet = Fleet(spec(url=broker.url, holdout=0.2, attempts=0, slots=2, **habits), lambda line: None)
@@ -207,7 +210,7 @@ def process(tmp_path, data):
 @needs_mosquitto
 def test_a_fleet_process_ends_when_its_input_closes_and_prints_its_report(broker, spec, tmp_path):
     async def play():
-        server = Server(broker.url, 4, 15)  # one more than there are: it never finishes
+        server = Server(broker.url, 4, PARAMETERS)  # one more than there are: it never finishes
         life = asyncio.ensure_future(server.link.run(server))
         try:
             fleet = process(tmp_path, msgspec.json.encode(spec(url=broker.url)))
