@@ -36,7 +36,7 @@ class BlobRef(Struct, frozen=True, array_like=True):
     inline: Annotated[bytes, Meta(max_length=INLINE_LIMIT)] | None = None
 
 
-class TrainPlan(Struct, frozen=True, forbid_unknown_fields=True):
+class TrainPlan(Struct, frozen=True, array_like=True):
     """How a client trains: ``epochs`` over its data, or exactly ``steps`` mini-batches where that is not zero.
 
     ``hypers`` override the defaults of the bundle's scalar inputs by name (``lr``, ``momentum``, ``mu`` and the like).
@@ -50,7 +50,7 @@ class TrainPlan(Struct, frozen=True, forbid_unknown_fields=True):
     ] = {}
 
 
-class UpdatePlan(Struct, frozen=True, forbid_unknown_fields=True):
+class UpdatePlan(Struct, frozen=True, array_like=True):
     """How this client encodes its update; the first three as in `edge_client.codec.update.CodecSettings`."""
 
     kind: Literal["quantized", "none"] = "quantized"

@@ -150,7 +150,7 @@ WRONG = {
     "text that is not UTF-8": b"\x94\x01\x09\x93\x01\x02\xa4\xff\xff\xff\xff\xc4\x00",
     "nested without end": b"\x93\x01\x02" + b"\x91" * 100_000 + b"\xc0",
     "an array that claims 4 G entries": b"\x94\x01\x08\x92\xc4\x20" + HASH + b"\xdd\xff\xff\xff\xff",
-    "a plan with an unknown field": m.encode(INVITATION).replace(b"\xa6epochs", b"\xa6epochz"),
+    "a plan of an unknown kind": m.encode(INVITATION).replace(b"\xa9quantized", b"\xa9quantizer"),
     "a long signature": msgspec.msgpack.encode([1, 2, [BOOT], bytes(65)]),
 }
 
