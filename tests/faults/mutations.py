@@ -3,6 +3,7 @@
 Each is what somebody might write, patched over what ships, with the kinds of faults under which it shows.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -181,9 +182,9 @@ def _wrong_base() -> Patches:
         good = apply_model_delta(start, delta, layout)
         if not isinstance(good.state, CodedState) or not isinstance(start.state, CodedState):
             return good
-        # As if every delta led from the bundle's weights.
-        kept = sum(one == other for one, other in zip(start.state.codes, good.state.codes, strict=False))
-        return Model(CodedState(layout, good.state.codes[kept:]), good.buffers)
+        # As if a delta led from the version that is held, not from its anchor.
+        kept = len(os.path.commonprefix([start.state.codes, good.state.codes]))
+        return Model(CodedState(layout, start.state.codes + good.state.codes[kept:]), good.buffers)
 
     return [mock.patch.object(Worker, "_model", model)]
 

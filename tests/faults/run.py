@@ -89,6 +89,8 @@ class Run:
             clock = WallClock(world)
             for name in ("ledger", "worker"):
                 stack.enter_context(mock.patch(f"broker_server.{name}.time", clock))
+            # Anchors move on within the few rounds of a run.
+            stack.enter_context(mock.patch("broker_server.coding._AGE", 2))
             stack.enter_context(mock.patch("broker_server.worker.HeldOut", Held))
             stack.enter_context(mock.patch("broker_server.worker.write_artifacts", return_value=None))
             try:
