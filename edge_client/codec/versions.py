@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 
 import numpy as np
 
@@ -139,6 +140,12 @@ def add_codes(codes: Sequence[bytes], layout: Layout, start: Vector | None = Non
     return total
 
 
+def shared(old: CodedState, new: CodedState) -> int:
+    """How many of their first codes two versions have in common."""
+    pairs = zip(old.codes, new.codes, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def encode_delta(old: State, new: State) -> bytes:
     """Bytes that lead a holder of ``old`` to ``new``: the codes that it lacks.
 
@@ -151,9 +158,7 @@ def encode_delta(old: State, new: State) -> bytes:
         raise CodecError("a raw version has no delta to a coded version; expected two versions of one codec")
     if old.layout != new.layout:
         raise CodecError(f"versions have {old.layout.size} and {new.layout.size} parameters; expected one layout")
-    kept = 0
-    while kept < min(len(old.codes), len(new.codes)) and old.codes[kept] == new.codes[kept]:
-        kept += 1
+    kept = shared(old, new)
     start = varint(kept) + _summary(old.codes[:kept])
     return _head(_DELTA, _CODED) + new.digest()[:_DIGEST] + start + _listed(new.codes[kept:])
 

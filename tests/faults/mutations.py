@@ -3,7 +3,6 @@
 Each is what somebody might write, patched over what ships, with the kinds of faults under which it shows.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from broker_server.worker import Worker as ServerWorker
 from edge_client import events as c
 from edge_client import store
 from edge_client.codec.model import Model, apply_model_delta, untrained
-from edge_client.codec.versions import CodedState
+from edge_client.codec.versions import CodedState, shared
 from edge_client.session import ClientSession
 from edge_client.store import Store
 from edge_client.wire import messages as m
@@ -183,7 +182,7 @@ def _wrong_base() -> Patches:
         if not isinstance(good.state, CodedState) or not isinstance(start.state, CodedState):
             return good
         # As if a delta led from the version that is held, not from its anchor.
-        kept = len(os.path.commonprefix([start.state.codes, good.state.codes]))
+        kept = shared(start.state, good.state)
         return Model(CodedState(layout, start.state.codes + good.state.codes[kept:]), good.buffers)
 
     return [mock.patch.object(Worker, "_model", model)]
