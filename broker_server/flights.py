@@ -103,8 +103,9 @@ class Flights:
         return min((time for time in (self._uploads.wake, *due) if time is not None), default=None)
 
     def blobs(self) -> list[m.BlobRef]:
-        """Deltas that travel in chunks."""
-        return [ref for ref in self._deltas.values() if ref is not None and ref.inline is None]
+        """Deltas that travel in chunks; those with the same bytes once."""
+        refs = [ref for ref in self._deltas.values() if ref is not None and ref.inline is None]
+        return list({ref.sha256: ref for ref in refs}.values())
 
     # Asking.
 
@@ -141,11 +142,12 @@ class Flights:
     def prepared(self, way: Way, ref: m.BlobRef) -> tuple[list[e.Action], list[Flight]]:
         """A delta is built: what to do with it, and whom it lets invite."""
         waiting = [flight for flight in self._flights.values() if flight.way == way and flight.state == "asked"]
-        spread: list[e.Action] = [e.Spread(ref)] if ref.inline is None else []
-        if way in self._deltas:
-            self._deltas[way] = ref
-            return spread + self._sweep(way), waiting
-        return [e.Sweep(ref)] if spread else [], []
+        if way not in self._deltas:
+            return [e.Sweep(ref)] if ref.inline is None else [], []
+        # From all versions of one anchor it is the same: who pulls it already would get it again.
+        spread: list[e.Action] = [e.Spread(ref)] if ref.inline is None and ref not in self.blobs() else []
+        self._deltas[way] = ref
+        return spread + self._sweep(way), waiting
 
     # What clients do.
 

@@ -114,8 +114,8 @@ class OpenTask:
         return "void" if late else None
 
     def blobs(self) -> list[m.BlobRef]:
-        """Deltas that travel in chunks."""
-        return [ref for ref in self._deltas.values() if ref.inline is None]
+        """Deltas that travel in chunks; those with the same bytes once."""
+        return list({ref.sha256: ref for ref in self._deltas.values() if ref.inline is None}.values())
 
     # Opening and inviting.
 
@@ -161,8 +161,9 @@ class OpenTask:
 
     def prepared(self, held: int, ref: m.BlobRef) -> list[e.Action]:
         """The delta from version ``held`` is built."""
+        # From all versions of one anchor it is the same: who pulls it already would get it again.
+        spread: list[e.Action] = [e.Spread(ref)] if ref.inline is None and ref not in self.blobs() else []
         self._deltas[held] = ref
-        spread: list[e.Action] = [e.Spread(ref)] if ref.inline is None else []
         return spread + [self._invitation(client, held) for client in self._waiting.pop(held, ())]
 
     def refill(self) -> list[e.Action]:
@@ -250,8 +251,8 @@ class OpenTask:
     # Its end.
 
     def sweep(self) -> list[e.Action]:
-        """Clear its deltas away."""
-        return [e.Sweep(delta) for delta in self.blobs()]
+        """Clear its deltas away, each as often as it was built."""
+        return [e.Sweep(delta) for delta in self._deltas.values() if delta.inline is None]
 
     def void(self) -> list[e.Action]:
         """Too few results came: none of them counts. Once the ledger says so, their clients are told (`voided`)."""
