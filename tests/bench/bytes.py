@@ -46,10 +46,11 @@ CASES = ("fashion-mnist", "mnist-writers", "shakespeare")
 SEEDS = 3
 SHARES = (1 / 25, 1 / 100, 1 / 400)
 """Sparsities that the paper of STC uses."""
+MOMENTUM: Sections = {"aggregation": {"momentum": 0.5}}
 SETTINGS: dict[str, Sections] = {
-    "fashion-mnist": {},
-    "mnist-writers": {"aggregation": {"momentum": 0.5}},
-    "shakespeare": {"aggregation": {"momentum": 0.5}},
+    "fashion-mnist": MOMENTUM,
+    "mnist-writers": MOMENTUM,
+    "shakespeare": {**MOMENTUM, "codec": {"model_step": 15.0, "model_noise": 0.05}},
 }
 """What fedge is told beyond its defaults: quantization delays what clients learn, and momentum makes up for that."""
 LONGER = 1.2
