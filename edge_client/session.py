@@ -5,16 +5,15 @@ a Pi, in an emulated phone and under a simulator. It holds messages and encoded 
 and storing are actions that a driver carries out, whose results come back as events.
 """
 
-import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from edge_client import events as e
 from edge_client.download import Download, Pull, check_blob
 from edge_client.errors import WireError
 from edge_client.held import NO_HASH, Held, SessionSettings
-from edge_client.upload import Announcement, Patience, Pending, announce
+from edge_client.upload import Outbox, Patience, Pending
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
 from edge_client.wire.topics import Topics
@@ -31,8 +30,8 @@ class ClientSession:
     dropped: int = 0
     """Messages that were malformed, foreign or too large, and were dropped."""
     _topics: Topics = field(init=False)
-    _chunk: int = field(init=False)
     _patience: Patience = field(init=False)
+    _outbox: Outbox = field(init=False)
     _connected: bool = False
     _available: bool = True
     _traffic: m.Traffic = field(default_factory=m.Traffic)
@@ -56,18 +55,17 @@ class ClientSession:
     _deadline: float | None = None
     _working: bool = False
     _waiting: m.Invitation | None = None
-    _upload: Announcement | None = None
     _failures: int = 0
-    _measured: float = 0.0
 
     def __post_init__(self) -> None:
+        self._topics = Topics(self.settings.federation)
         self._patience = Patience(self.settings.patience, self.settings.longest, self.rng)
-        self._topics, self._chunk = Topics(self.settings.federation), self.settings.chunk
+        self._outbox = Outbox(self.settings.inline, self.settings.chunk, self._patience)
         self._bundle, self._version, self._digest = self.held.bundle, self.held.version, self.held.digest
         self._samples = self.held.samples
         self._partial, self._kept = self.held.partial, self.held.partial is not None
         if self.held.pending is not None:
-            self._upload = self._announcement(self.held.pending)
+            self._outbox.put(self.held.pending)
 
     @property
     def wake(self) -> float | None:
@@ -76,21 +74,19 @@ class ClientSession:
             return None
         if self._offer is None:
             return self._ask_at
-        times = [self._deadline, self._ask_at]
+        times = [self._deadline, self._ask_at, self._outbox.wake]
         if self._ready:
             times.append(self._hello_at)
         if not self._busy:
             times.append(self._install_at)
         if self._download is not None:
             times.append(self._download.wake)
-        if self._upload is not None and self._upload.at < math.inf:
-            times.append(self._upload.at)
         return min((time for time in times if time is not None), default=None)
 
     @property
     def idle(self) -> bool:
         """Whether there is no task and no update without a receipt."""
-        return self._task is None and self._waiting is None and self._upload is None
+        return self._task is None and self._waiting is None and self._outbox.empty
 
     @property
     def _ready(self) -> bool:
@@ -124,8 +120,7 @@ class ClientSession:
                     yield from self._pull(self._download.start(now), self._download)
             case e.Disconnected():
                 self._connected, self._hello_at, self._ask_at = False, None, None
-                if self._upload is not None:
-                    self._upload.interrupt()
+                self._outbox.interrupt()
             case e.Received(topic, payload):
                 yield from self._received(topic, payload, now)
             case e.Counted(traffic):
@@ -180,9 +175,8 @@ class ClientSession:
             case m.Invitation():
                 yield from self._invited(message, now)
             case m.Credit(sha256, indices):
-                if self._upload is not None and self._upload.ref.sha256 == sha256:
-                    for index, data in self._upload.pieces(indices, now):
-                        yield e.Publish(self._topics.uploaded(self.settings.client, sha256, index), data)
+                for index, data in self._outbox.grant(sha256, indices, now):
+                    yield e.Publish(self._topics.uploaded(self.settings.client, sha256, index), data)
             case m.Receipt():
                 yield from self._settled(message, now)
             case _:
@@ -197,9 +191,8 @@ class ClientSession:
         self._ask_at = None
         known = None if self._offer is None or self._hello_at is None else self._offer.epoch
         greeted = known == offer.epoch
-        self._offer, self._chunk = offer, min(self.settings.chunk, offer.bundle.chunk)  # what the broker takes
-        if self._upload is not None and self._upload.ref.chunk != self._chunk:
-            self._upload = replace(self._announcement(self._upload.pending), at=self._upload.at)
+        self._offer = offer
+        self._outbox.cut(self.settings.inline, min(self.settings.chunk, offer.bundle.chunk))
         if offer.finished:
             yield e.Done()
         if not self._wanted:
@@ -209,8 +202,7 @@ class ClientSession:
         if self._ready:
             if not greeted:
                 self._hello_at = now + self.rng.uniform(0, offer.spread)
-                if self._upload is not None:
-                    self._upload.at = self._hello_at
+                self._outbox.schedule(self._hello_at)
         elif self._wanted and (self._download is None or self._download.ref.sha256 != offer.bundle.sha256):
             if self._install_at is None:
                 self._install_at = now + self.rng.uniform(0, offer.spread)
@@ -222,11 +214,11 @@ class ClientSession:
         if invitation.delta is not None:
             check_blob(invitation.delta, self.settings.blob_limit)
         identity = (invitation.epoch, invitation.task)
-        if self._upload is not None:
+        if not self._outbox.empty:
             # The fate of the last update decides which residual the next one starts from, so it is settled first.
-            if identity != self._upload.identity:
+            if not self._outbox.holds(*identity):
                 self._waiting = invitation
-            self._upload.remind(now)
+            self._outbox.remind(now)
             yield from self._tick(now)
         elif self._task is not None:
             if identity != (self._task.epoch, self._task.task):
@@ -242,9 +234,7 @@ class ClientSession:
         yield e.Settle(receipt.epoch, receipt.task, recorded=receipt.status == "recorded")
         if receipt.status == "refused":
             yield e.Log(f"update for task {receipt.task} refused: {receipt.detail}")
-        if self._upload is not None and self._upload.identity == (receipt.epoch, receipt.task):
-            self._measured = self._upload.speed(now) or self._measured
-            self._upload = None
+        if self._outbox.settle(receipt.epoch, receipt.task, now):
             yield from self._next(now)
 
     # A task, from invitation to receipt.
@@ -281,9 +271,9 @@ class ClientSession:
         self._working, self._task, self._failures = False, None, 0
         self._version, self._digest = event.version, event.digest
         yield from self._discard()
-        self._upload = self._announcement(Pending(event.epoch, event.task, event.update))
+        self._outbox.put(Pending(event.epoch, event.task, event.update))
         if self._connected:
-            self._upload.at = now
+            self._outbox.schedule(now)
         yield from self._tick(now)
 
     def _failed(self, event: e.Failed, now: float) -> Iterator[e.Action]:
@@ -317,7 +307,8 @@ class ClientSession:
     def _installed(self, event: e.Installed, now: float) -> Iterator[e.Action]:
         self._bundle, self._version, self._digest = event.bundle, 0, NO_HASH
         self._samples = event.samples
-        self._upload, self._waiting, self._installing = None, None, False
+        self._outbox.drop()
+        self._waiting, self._installing = None, False
         self._install_at = self._install_at if self._wanted else None
         self._hello_at = now if self._connected else None
         yield from self._discard()
@@ -396,16 +387,11 @@ class ClientSession:
         if self._hello_at is not None and now >= self._hello_at and self._ready:
             self._hello_at = now + self._offer.heartbeat * self.rng.uniform(0.75, 1.25)
             held = self._bundle, self._version, self._digest, self._samples
-            about = self._available, self._traffic, self.settings.software, self.settings.uplink or self._measured
+            about = self._available, self._traffic, self.settings.software, self.settings.uplink or self._outbox.speed
             yield self._say(m.Hello(self._offer.epoch, self.boot, *held, *about))
-        upload = self._upload
-        if upload is not None and upload.due(now):
-            # The bytes that follow are told with the announcement: they count for the round that they belong to.
-            traffic = m.Traffic(self._traffic.sent + upload.coming, self._traffic.received)
-            yield self._say(m.Upload(upload.pending.epoch, upload.pending.task, upload.ref, traffic))
-
-    def _announcement(self, pending: Pending) -> Announcement:
-        return announce(pending, self._chunk, min(self.settings.inline, self._chunk), self._patience)
+        upload = self._outbox.say(self._traffic, now)
+        if upload is not None:
+            yield self._say(upload)
 
     def _say(self, message: m.Message) -> e.Publish:
         return e.Publish(self._topics.up(self.settings.client), m.encode(message))

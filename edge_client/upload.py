@@ -1,12 +1,12 @@
-"""An update on its way up: announced until there is a receipt, its chunks sent as the server grants them. No I/O."""
+"""Updates on their way up: announced until there is a receipt, their chunks sent as the server grants them. No I/O."""
 
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edge_client.wire import transfer
-from edge_client.wire.messages import BlobRef
+from edge_client.wire.messages import BlobRef, Traffic, Upload
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,82 @@ class Announcement:
                 yield index, transfer.piece(self.pending.update, self.ref, index)
 
 
-def announce(pending: Pending, chunk: int, inline: int, patience: Patience) -> Announcement:
-    """The announcement of an update: in chunks of ``chunk`` bytes, or whole where it has at most ``inline``."""
-    return Announcement(pending, transfer.refer(pending.update, chunk=chunk, inline=inline), patience)
+@dataclass
+class Outbox:
+    """What a client has to send: at most one update, as the next task begins only once the last has its receipt.
+
+    ``inline``: bytes that travel inside the announcement. ``chunk``: bytes of a chunk, where there are more.
+    """
+
+    inline: int
+    chunk: int
+    patience: Patience
+    speed: float = 0.0
+    """Bytes a second of the last update that went in chunks; 0 before the first."""
+    _update: Announcement | None = field(init=False, default=None)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no update is without a receipt."""
+        return self._update is None
+
+    @property
+    def wake(self) -> float | None:
+        """When `say` has something to say; None when that depends on others."""
+        return None if self._update is None or self._update.at == math.inf else self._update.at
+
+    def holds(self, epoch: int, task: int) -> bool:
+        """Whether it is this task's update that has no receipt."""
+        return self._update is not None and self._update.identity == (epoch, task)
+
+    def put(self, pending: Pending, at: float = math.inf) -> None:
+        """An update to be announced at ``at``; infinity where the server is not known to be there."""
+        ref = transfer.refer(pending.update, chunk=self.chunk, inline=min(self.inline, self.chunk))
+        self._update = Announcement(pending, ref, self.patience, at)
+
+    def drop(self) -> None:
+        """Forget the update: nobody waits for it any more."""
+        self._update = None
+
+    def cut(self, inline: int, chunk: int) -> None:
+        """These sizes are what the broker takes; an update that was cut to others is cut again."""
+        self.inline, self.chunk = inline, chunk
+        if self._update is not None and self._update.ref.chunk != chunk:
+            self.put(self._update.pending, self._update.at)
+
+    def schedule(self, at: float) -> None:
+        """The server is there: announce at ``at`` what there is."""
+        if self._update is not None:
+            self._update.at = at
+
+    def interrupt(self) -> None:
+        """The connection is lost."""
+        if self._update is not None:
+            self._update.interrupt()
+
+    def remind(self, now: float) -> None:
+        """The server asks for the update."""
+        if self._update is not None:
+            self._update.remind(now)
+
+    def grant(self, sha256: bytes, indices: tuple[int, ...], now: float) -> Iterator[tuple[int, bytes]]:
+        """The chunks to send for a credit; none where it is for another update than this one."""
+        if self._update is not None and self._update.ref.sha256 == sha256:
+            yield from self._update.pieces(indices, now)
+
+    def settle(self, epoch: int, task: int, now: float) -> bool:
+        """There is a receipt; True where it is for the update that is here, which is done then."""
+        if self._update is None or not self.holds(epoch, task):
+            return False
+        self.speed = self._update.speed(now) or self.speed
+        self._update = None
+        return True
+
+    def say(self, traffic: Traffic, now: float) -> Upload | None:
+        """The announcement, where it is due; ``traffic`` is what the transport has counted."""
+        update = self._update
+        if update is None or not update.due(now):
+            return None
+        # The bytes that follow are told with the announcement: they count for the round that they belong to.
+        told = Traffic(traffic.sent + update.coming, traffic.received)
+        return Upload(*update.identity, update.ref, told)

@@ -136,7 +136,8 @@ class Client:
         self.sent.add(topic)
         self.site.open.add(self.name)
         self.site.most = max(self.site.most, len(self.site.open))
-        if self.session._upload is not None and len(self.sent) == count(self.session._upload.ref):
+        update = self.session._outbox._update
+        if update is not None and len(self.sent) == count(update.ref):
             self.site.open.discard(self.name)
 
 
