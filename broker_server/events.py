@@ -13,7 +13,7 @@ from edge_client.events import Received as Received
 from edge_client.events import Subscribe as Subscribe
 from edge_client.events import Tick as Tick
 from edge_client.wire.messages import BlobRef
-from edge_client.wire.transfer import Tally
+from edge_client.wire.transfer import Checklist
 
 # The start.
 
@@ -38,7 +38,7 @@ class Restored:
     """Of the versions that these tasks work on."""
     leftovers: tuple[str, ...] = ()
     """Topics on which an earlier run may have left chunks."""
-    uploads: Mapping[str, Tally] = field(default_factory=dict)
+    uploads: Mapping[str, Checklist] = field(default_factory=dict)
     """By client, what has come of updates for the task that was under way."""
     fleet: int = 0
     """Clients that were there at the end of the last round."""

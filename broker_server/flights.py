@@ -181,9 +181,9 @@ class Flights:
             self._take(client, None)
         return kept + self._credit(grants)
 
-    def resume(self, kept: Mapping[str, transfer.Tally]) -> None:
+    def resume(self, kept: Mapping[str, transfer.Checklist]) -> None:
         """Chunks of updates that came before the server's last restart, by client."""
-        self._uploads.resume({client: tally for client, tally in kept.items() if client in self._flights})
+        self._uploads.resume({client: checklist for client, checklist in kept.items() if client in self._flights})
 
     def damaged(self, client: str) -> list[e.Action]:
         """A client's update is not what it announced; it sends the update again."""

@@ -13,7 +13,7 @@ from broker_server.ledger import Task
 from edge_client.errors import LedgerError, StoreError
 from edge_client.partial import PartialBlob
 from edge_client.wire.messages import BlobRef
-from edge_client.wire.transfer import Tally
+from edge_client.wire.transfer import Checklist
 
 Identity = tuple[int, int]
 _NAME = re.compile(r"([0-9]+)-([0-9]+)-(.+)\.part\Z")
@@ -31,9 +31,9 @@ class Spool:
         self._limit = limit
         self._files: dict[tuple[Identity, str], PartialBlob] = {}
 
-    def restore(self, tasks: Iterable[Task]) -> dict[str, Tally]:
+    def restore(self, tasks: Iterable[Task]) -> dict[str, Checklist]:
         """What came before a restart for each client's last open task; what came for others is removed."""
-        found: dict[str, Tally] = {}
+        found: dict[str, Checklist] = {}
         last = {client: (task.epoch, task.task) for task in tasks for client in task.cohort}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -46,8 +46,8 @@ class Spool:
                     path.unlink()
                     continue
                 blob = self._file(identity, client)
-                if blob.tally is not None:
-                    found[client] = copy.deepcopy(blob.tally)  # what is asked for is ahead of what is written
+                if blob.checklist is not None:
+                    found[client] = copy.deepcopy(blob.checklist)  # what is asked for is ahead of what is written
         except (OSError, StoreError) as error:
             raise LedgerError(f"updates under way: {error}") from error
         return found

@@ -212,7 +212,7 @@ class OpenTask:
         ref, grants = self._uploads.chunk(client, sha256, index, len(payload), now)
         return kept + self._credit(grants) + ([] if ref is None else self._take(client, None))
 
-    def resume(self, kept: Mapping[str, transfer.Tally]) -> None:
+    def resume(self, kept: Mapping[str, transfer.Checklist]) -> None:
         """Chunks of updates that came before the server's last restart, by client."""
         self._uploads.resume(kept)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from edge_client.errors import WireError
 from edge_client.wire.messages import BlobRef
-from edge_client.wire.transfer import Tally, count
+from edge_client.wire.transfer import Checklist, count
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Grant:
 
 @dataclass
 class _Incoming:
-    tally: Tally
+    checklist: Checklist
     wake: float
     outstanding: set[int] = field(default_factory=set)
     tries: int = 0
@@ -45,7 +45,7 @@ class Uploads:
     patience: int = 6
     _open: dict[str, _Incoming] = field(default_factory=dict)
     _queue: dict[str, BlobRef] = field(default_factory=dict)
-    _parked: dict[str, Tally] = field(default_factory=dict)
+    _parked: dict[str, Checklist] = field(default_factory=dict)
     """What has come of updates whose clients have no place now."""
 
     @property
@@ -55,14 +55,14 @@ class Uploads:
             return 0.0
         return min((incoming.wake for incoming in self._open.values()), default=None)
 
-    def resume(self, kept: Mapping[str, Tally]) -> None:
+    def resume(self, kept: Mapping[str, Checklist]) -> None:
         """What had come before a restart, by client."""
         self._parked.update(kept)
 
     def here(self, client: str, ref: BlobRef) -> bool:
         """Whether all of this blob has come in an earlier life of the server; it is forgotten then."""
-        tally = self._parked.get(client)
-        if tally is None or tally.ref != ref or not tally.complete:
+        checklist = self._parked.get(client)
+        if checklist is None or checklist.ref != ref or not checklist.complete:
             return False
         del self._parked[client]
         return True
@@ -76,7 +76,7 @@ class Uploads:
         if ref.size > self.limit:
             raise WireError(f"update of {ref.size} bytes; at most {self.limit} fit this model")
         current = self._open.get(client)
-        if current is not None and current.tally.ref == ref:
+        if current is not None and current.checklist.ref == ref:
             return self._grant(client, current, now, again=True)
         self._park(client)
         self._queue[client] = ref
@@ -88,15 +88,15 @@ class Uploads:
         Raises:
             WireError: nobody asked for it.
         """
-        tally = self._tally(client, sha256)
-        if index >= count(tally.ref) or not tally.fits(index, size):
+        checklist = self._checklist(client, sha256)
+        if index >= count(checklist.ref) or not checklist.fits(index, size):
             raise WireError(f"chunk {index} of {size} bytes does not belong to the upload of {client}")
-        return tally.lacks(index)
+        return checklist.lacks(index)
 
     def ref(self, client: str) -> BlobRef:
         """The blob that a client sends; to be asked of one that sends one."""
         incoming = self._open.get(client)
-        return self._parked[client].ref if incoming is None else incoming.tally.ref
+        return self._parked[client].ref if incoming is None else incoming.checklist.ref
 
     def chunk(
         self, client: str, sha256: bytes, index: int, size: int, now: float
@@ -110,14 +110,14 @@ class Uploads:
         new = self.lacks(client, sha256, index, size)
         if incoming is not None:
             incoming.outstanding.discard(index)
-        tally = self._tally(client, sha256)
-        if not new or not tally.mark(index, size):
+        checklist = self._checklist(client, sha256)
+        if not new or not checklist.mark(index, size):
             return None, []
-        if tally.complete:
+        if checklist.complete:
             self._open.pop(client, None)
             self._parked.pop(client, None)
             self._queue.pop(client, None)
-            return tally.ref, self._admit(now)
+            return checklist.ref, self._admit(now)
         if incoming is None:
             return None, []  # sent before its place was lost: good all the same
         incoming.wake, incoming.tries = now + self.lease, 0
@@ -149,17 +149,17 @@ class Uploads:
         self._parked.pop(client, None)
         return grants
 
-    def _tally(self, client: str, sha256: bytes) -> Tally:
+    def _checklist(self, client: str, sha256: bytes) -> Checklist:
         incoming = self._open.get(client)
-        tally = self._parked.get(client) if incoming is None else incoming.tally
-        if tally is None or tally.ref.sha256 != sha256:
+        checklist = self._parked.get(client) if incoming is None else incoming.checklist
+        if checklist is None or checklist.ref.sha256 != sha256:
             raise WireError(f"chunk of an upload by {client} that is not under way")
-        return tally
+        return checklist
 
     def _park(self, client: str) -> None:
         incoming = self._open.pop(client, None)
         if incoming is not None:
-            self._parked[client] = incoming.tally
+            self._parked[client] = incoming.checklist
 
     def _admit(self, now: float) -> list[Grant]:
         return list(self._admitted(now))
@@ -167,10 +167,10 @@ class Uploads:
     def _admitted(self, now: float) -> Iterator[Grant]:
         while self._queue and len(self._open) < self.most:
             client = next(iter(self._queue))
-            ref, tally = self._queue.pop(client), self._parked.pop(client, None)
-            if tally is None or tally.ref != ref or tally.complete:
-                tally = Tally(ref, limit=self.limit)
-            incoming = _Incoming(tally, now + self.lease)
+            ref, checklist = self._queue.pop(client), self._parked.pop(client, None)
+            if checklist is None or checklist.ref != ref or checklist.complete:
+                checklist = Checklist(ref, limit=self.limit)
+            incoming = _Incoming(checklist, now + self.lease)
             self._open[client] = incoming
             yield from self._grant(client, incoming, now)
 
@@ -179,7 +179,7 @@ class Uploads:
             incoming.outstanding.clear()
         incoming.wake = now + self.lease
         room = self.window - len(incoming.outstanding)
-        wanted = incoming.tally.missing(self.window + len(incoming.outstanding))
+        wanted = incoming.checklist.missing(self.window + len(incoming.outstanding))
         indices = tuple(index for index in wanted if index not in incoming.outstanding)[:room]
         incoming.outstanding.update(indices)
-        return [Grant(client, incoming.tally.ref.sha256, indices)] if indices else []
+        return [Grant(client, incoming.checklist.ref.sha256, indices)] if indices else []

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from edge_client.errors import StoreError
 from edge_client.wire.messages import CHUNK_MAX, CHUNK_MIN, BlobRef
-from edge_client.wire.transfer import Assembly, Tally
+from edge_client.wire.transfer import Assembly, Checklist
 
 _MAGIC = b"fedgepart1"
 _HEADER = struct.Struct("<10s32sQII")
@@ -38,7 +38,7 @@ class PartialBlob:
         self._durable = durable
         self._size = 0
         self._unsynced = 0
-        self.tally: Tally | None = None
+        self.checklist: Checklist | None = None
         """Which chunks of which blob are there; None when there is no blob."""
         with self._explained():
             if path.exists():
@@ -51,15 +51,15 @@ class PartialBlob:
             StoreError: the disk refuses; what was there before still is.
         """
         with self._explained():
-            if self.tally is None or self.tally.ref != ref:
+            if self.checklist is None or self.checklist.ref != ref:
                 self.discard()
-                tally = Tally(ref, limit=self._limit)
+                checklist = Checklist(ref, limit=self._limit)
                 self._append(_header(ref))
-                self.tally = tally
-            if not self.tally.lacks(index) or not self.tally.fits(index, len(data)):
+                self.checklist = checklist
+            if not self.checklist.lacks(index) or not self.checklist.fits(index, len(data)):
                 return
             self._append(_CHUNK.pack(index, _sum(index, data)) + data)
-            self.tally.mark(index, len(data))
+            self.checklist.mark(index, len(data))
 
     def assembly(self) -> Assembly | None:
         """What has come, in memory; None when there is no blob.
@@ -67,18 +67,18 @@ class PartialBlob:
         Raises:
             StoreError: the disk refuses.
         """
-        if self.tally is None:
+        if self.checklist is None:
             return None
-        found = Assembly(self.tally.ref, limit=self._limit)
+        found = Assembly(self.checklist.ref, limit=self._limit)
         with self._explained(), open(self._path, "rb") as file:
             file.seek(_HEADER.size)
-            for index, data in _chunks(file, self.tally):
+            for index, data in _chunks(file, self.checklist):
                 found.add(index, data)
         return found
 
     def discard(self) -> None:
         """Remove the file; there is no blob any more."""
-        self.tally, self._size, self._unsynced = None, 0, 0
+        self.checklist, self._size, self._unsynced = None, 0, 0
         with self._explained():
             self._path.unlink(missing_ok=True)
 
@@ -104,14 +104,14 @@ class PartialBlob:
             if ref is None or not 0 < ref.size <= self._limit:
                 self.discard()
                 return
-            tally = Tally(ref, limit=self._limit)
+            checklist = Checklist(ref, limit=self._limit)
             self._size = _HEADER.size
-            for index, data in _chunks(file, tally):
-                tally.mark(index, len(data))
+            for index, data in _chunks(file, checklist):
+                checklist.mark(index, len(data))
                 self._size += _CHUNK.size + len(data)
         if self._path.stat().st_size > self._size:
             os.truncate(self._path, self._size)
-        self.tally = tally
+        self.checklist = checklist
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -123,13 +123,13 @@ class PartialBlob:
             ) from error
 
 
-def _chunks(file: BinaryIO, tally: Tally) -> Iterator[tuple[int, bytes]]:
+def _chunks(file: BinaryIO, checklist: Checklist) -> Iterator[tuple[int, bytes]]:
     """The chunks of a log, up to the first that is torn."""
-    ref = tally.ref
+    ref = checklist.ref
     while len(head := file.read(_CHUNK.size)) == _CHUNK.size:
         index, checksum = _CHUNK.unpack(head)
         data = file.read(max(0, min(ref.chunk, ref.size - index * ref.chunk)))
-        if not data or not tally.fits(index, len(data)) or _sum(index, data) != checksum:
+        if not data or not checklist.fits(index, len(data)) or _sum(index, data) != checksum:
             return
         yield index, data
 

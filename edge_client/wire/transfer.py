@@ -33,7 +33,7 @@ def unwrap(ref: BlobRef) -> bytes | None:
     return _verified(ref.inline, ref)
 
 
-class Tally:
+class Checklist:
     """Which chunks of a blob have come: one byte for each.
 
     Raises:
@@ -84,11 +84,11 @@ class Tally:
         self.left = len(self._come)
 
 
-class Assembly(Tally):
+class Assembly(Checklist):
     """One blob under way: takes its chunks in any order, knows what is missing, and hands out only verified bytes.
 
     Raises:
-        WireError: as `Tally`.
+        WireError: as `Checklist`.
     """
 
     def __init__(self, ref: BlobRef, *, limit: int) -> None:

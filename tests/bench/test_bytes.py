@@ -68,7 +68,7 @@ def test_the_sum_of_missed_ternary_updates_takes_what_is_shortest():
 def test_a_small_run_yields_every_field(tmp_path):
     require("tinyshakespeare")
     if find_mosquitto() is None:
-        pytest.skip("no mosquitto on this machine")
+        pytest.skip("needs the Debian package mosquitto")
     variables = {"FEDGE_BUILD": str(tmp_path), "FEDGE_ROUNDS": "2", "FEDGE_CLIENTS": "6", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(BENCH / "bytes.py"), "shakespeare", "--seeds", "1"]
     first = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)

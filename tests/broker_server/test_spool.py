@@ -28,7 +28,7 @@ def keep(made, client, indices, data=DATA, identity=IDENTITY):
 def test_what_has_come_is_there_after_a_restart(tmp_path):
     keep(spool(tmp_path)[0], "b.c-d", (3, 0))
     made, found = spool(tmp_path)
-    assert {client: tally.missing() for client, tally in found.items()} == {"b.c-d": (1, 2)}
+    assert {client: checklist.missing() for client, checklist in found.items()} == {"b.c-d": (1, 2)}
     for index in (1, 2):
         found["b.c-d"].mark(index, 1024)  # as the coordinator does before the chunk is written
     keep(made, "b.c-d", (1, 2))

@@ -97,12 +97,12 @@ def test_a_client_that_leaves_and_comes_back_goes_on():
 
 def test_what_came_before_a_restart_is_not_asked_for_again():
     data, ref = blob()
-    tallies = {"a": transfer.Tally(ref, limit=LIMIT), "b": transfer.Tally(ref, limit=LIMIT)}
+    checklists = {"a": transfer.Checklist(ref, limit=LIMIT), "b": transfer.Checklist(ref, limit=LIMIT)}
     for index in range(4):
-        tallies["a"].mark(index, len(transfer.piece(data, ref, index)))
-    tallies["b"].mark(1, 1024)
+        checklists["a"].mark(index, len(transfer.piece(data, ref, index)))
+    checklists["b"].mark(1, 1024)
     uploads = Uploads(4, 16, LIMIT)
-    uploads.resume(tallies)
+    uploads.resume(checklists)
     assert uploads.here("a", ref)
     assert not uploads.here("b", ref)
     assert uploads.announce("b", ref, 0.0) == [Grant("b", ref.sha256, (0, 2, 3))]

@@ -396,7 +396,7 @@ def test_a_restart_in_the_middle_of_a_download_goes_on_with_what_had_come(tmp_pa
 
             def counted(*arguments):
                 keep(*arguments)
-                if first.store._download.tally.left == 1:
+                if first.store._download.checklist.left == 1:
                     came.set()
 
             first.store.keep = counted

@@ -54,7 +54,7 @@ def test_a_chunk_that_is_there_or_does_not_fit_costs_no_space(path):
 def test_another_blob_replaces_the_one_before(path):
     kept(path, (0, 1, 2))
     kept(path, (5,), OTHER, DATA[::-1])
-    assert PartialBlob(path, limit=LIMIT).tally.ref == OTHER
+    assert PartialBlob(path, limit=LIMIT).checklist.ref == OTHER
     assert missing(path) == (0, 1, 2, 3, 4, 6, 7, 8, 9)
 
 
@@ -95,7 +95,7 @@ def test_a_file_of_something_else_counts_as_none(path, data):
 
 def test_a_blob_above_the_limit_counts_as_none(path):
     kept(path, (0,))
-    assert PartialBlob(path, limit=len(DATA) - 1).tally is None
+    assert PartialBlob(path, limit=len(DATA) - 1).checklist is None
 
 
 def test_a_full_disk_is_an_error_and_what_was_kept_stays(path, monkeypatch):
