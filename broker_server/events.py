@@ -208,7 +208,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Inquire:
-    """Look up an update to a task that is not open; answer with Answered."""
+    """Look up an update to a task that is not open; answer with Answered, "late" where the ledger has forgotten it."""
 
     epoch: int
     task: int

@@ -2,7 +2,8 @@
 
 The ledger holds open tasks and the updates recorded for them, the versions of the global model, the rounds' results,
 the topics that are retained on the broker, and notes. A crash at any moment leaves the last commit; a task and the
-version made from it change in one transaction, so an update is counted in exactly one version.
+version made from it change in one transaction, so an update is counted in exactly one version. Of closed tasks it
+remembers the last ones, to answer those who did not hear what became of their updates.
 
 All calls on one ledger come from the thread that opened it.
 """
@@ -23,7 +24,11 @@ from edge_client.errors import LedgerError
 
 BEST = "best_version"
 """The note that holds the number of the best version, which ``prune`` keeps."""
+REMEMBERED = 100_000
+"""Invitations, the latest ones, whose tasks are remembered; some 25 MB. A closed task of before is forgotten."""
 _EPOCH = "epoch"
+_FORGOTTEN_AT_ONCE = 100
+"""Tasks that one close may delete, so that a ledger that grew for years does not hold up a round."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,7 +191,7 @@ class Ledger:
         return int(row[0] or 0) if row else 0
 
     def close_task(self, epoch: int, task: int, outcome: Literal["done", "void"]) -> None:
-        """End a task and drop its updates' data; their size and hash stay.
+        """End a task and drop its updates' data; their size and hash stay for as long as the task is remembered.
 
         Raises:
             LedgerError: there is no such open task.
@@ -198,9 +203,10 @@ class Ledger:
             if changed != 1:
                 raise LedgerError(f"{self.path}: task {epoch}/{task} is not open, so it cannot become {outcome}")
             self._database.write("UPDATE updates SET data = NULL WHERE epoch = ? AND task = ?", epoch, task)
+            self._forget()
 
     def outcome(self, epoch: int, task: int) -> str | None:
-        """How a task ended, "done" or "void"; None while it is open, and when there is no such task."""
+        """How a task ended, "done" or "void"; None while it is open, and when there is none or it is forgotten."""
         row = self._database.one("SELECT outcome FROM tasks WHERE epoch = ? AND task = ?", epoch, task)
         return None if row is None or row[0] is None else str(row[0])
 
@@ -240,7 +246,7 @@ class Ledger:
                 yield (epoch, task), client, samples, data
 
     def recorded(self, epoch: int, task: int) -> list[str]:
-        """Clients whose update is recorded, in that order; also for closed tasks."""
+        """Clients whose update is recorded, in that order; also for closed tasks, until they are forgotten."""
         rows = self._database.all("SELECT client FROM updates WHERE epoch = ? AND task = ? ORDER BY id", epoch, task)
         return [client for (client,) in rows]
 
@@ -348,6 +354,27 @@ class Ledger:
                         f"{self.path}: belongs to {key} {found!r}; the federation file asks for {asked!r}: "
                         "set federation.state to a new folder, or take the old one back"
                     )
+
+    def _forget(self) -> None:
+        """Delete closed tasks of before the invitations that are remembered, oldest first.
+
+        The newest stays, so no number is used again, and an update for a deleted task is not recorded, as for any that
+        is not open. Invitations are counted, not tasks: a task is a whole round's, or one client's without rounds.
+        """
+        oldest = self._database.one(
+            "SELECT epoch, task FROM members WHERE id <= (SELECT max(id) FROM members) - ? ORDER BY id DESC LIMIT 1",
+            REMEMBERED,
+        )
+        if oldest is None:
+            return
+        for identity in self._database.all(
+            "SELECT epoch, task FROM tasks WHERE (epoch, task) < (?, ?) AND outcome IS NOT NULL "
+            "ORDER BY epoch, task LIMIT ?",
+            *oldest,
+            _FORGOTTEN_AT_ONCE,
+        ):
+            for table in ("updates", "members", "tasks"):
+                self._database.write(f"DELETE FROM {table} WHERE epoch = ? AND task = ?", *identity)  # noqa: S608
 
     def _version(self, where: str, *values: object) -> Version | None:
         columns = ", ".join(Version.__struct_fields__)

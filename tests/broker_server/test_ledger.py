@@ -112,6 +112,68 @@ def test_closing_drops_the_data_and_keeps_size_and_hash(ledger, tmp_path):
         assert raw.execute("SELECT size, length(sha256), data FROM updates").fetchone() == (5, 32, None)
 
 
+def rows(folder, table):
+    with sqlite3.connect(folder / "ledger.db") as raw:
+        return raw.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+
+
+def test_a_year_of_rounds_leaves_the_last_ones(ledger, tmp_path, monkeypatch):
+    monkeypatch.setattr("broker_server.ledger.REMEMBERED", 20)
+    for number in range(1, 101):
+        ledger.open_task(task(number, epoch=1 + number // 40))
+        ledger.record(1 + number // 40, number, "a", b"data", 1)
+        ledger.close_task(1 + number // 40, number, "void" if number % 3 else "done")
+        assert ledger.last_task() == number
+    assert (rows(tmp_path, "tasks"), rows(tmp_path, "members"), rows(tmp_path, "updates")) == (11, 22, 11)
+    assert [number for number in range(1, 101) if ledger.recorded(1 + number // 40, number)] == list(range(90, 101))
+    assert [ledger.outcome(3, number) for number in (89, 90, 91)] == [None, "done", "void"]
+
+
+def test_a_task_that_stays_open_is_never_forgotten(ledger, monkeypatch):
+    """Where there are no rounds, a client's task may be open while others come and go."""
+    monkeypatch.setattr("broker_server.ledger.REMEMBERED", 3)
+    for number in (1, 2):
+        ledger.open_task(task(number, cohort=("slow",)))
+    ledger.record(1, 2, "slow", b"kept", 5)
+    for number in range(3, 30):
+        ledger.open_task(task(number, cohort=("quick",)))
+        ledger.record(1, number, "quick", b"data", 1)
+        ledger.close_task(1, number, "done")
+    assert ledger.open_tasks() == [task(1, cohort=("slow",)), task(2, cohort=("slow",))]
+    assert list(ledger.updates()) == [((1, 2), "slow", 5, b"kept")]
+    assert ledger.record(1, 1, "slow", b"at last", 1)
+    ledger.close_task(1, 1, "done")
+    assert (ledger.recorded(1, 1), ledger.recorded(1, 2)) == ([], ["slow"])
+
+
+def test_an_update_for_a_forgotten_task_is_not_recorded_and_its_number_not_used_again(ledger, tmp_path, monkeypatch):
+    monkeypatch.setattr("broker_server.ledger.REMEMBERED", 4)
+    for number in range(1, 11):
+        ledger.open_task(task(number))
+        ledger.record(1, number, "a", b"data", 1)
+        ledger.publish(version(number), closes=[(1, number)])
+    for number in range(1, 11):
+        with pytest.raises(LedgerError, match=f"task 1/{number} is not open"):
+            ledger.record(1, number, "a", b"data", 1)
+    assert list(ledger.updates()) == []
+    ledger.close()
+    with open_ledger(tmp_path) as again:
+        assert again.last_task() == 10
+
+
+def test_what_a_ledger_grew_to_before_is_forgotten_bit_by_bit(ledger, tmp_path, monkeypatch):
+    for number in range(1, 301):
+        ledger.open_task(task(number, cohort=("a",)))
+        ledger.close_task(1, number, "void")
+    monkeypatch.setattr("broker_server.ledger.REMEMBERED", 10)
+    left = []
+    for number in range(301, 305):
+        ledger.open_task(task(number, cohort=("a",)))
+        ledger.close_task(1, number, "void")
+        left.append(rows(tmp_path, "tasks"))
+    assert left == [201, 102, 11, 11]
+
+
 def test_publishing_closes_the_task_in_the_same_transaction(ledger):
     ledger.publish(version(0))
     ledger.open_task(task())

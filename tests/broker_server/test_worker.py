@@ -218,6 +218,24 @@ def test_inquiries(make):
     assert answers == ["recorded", "late", "void", "void", "late"]
 
 
+def test_an_update_that_comes_again_after_its_task_is_forgotten_is_late_and_counts_no_second_time(make, monkeypatch):
+    monkeypatch.setattr("broker_server.ledger.REMEMBERED", 4)
+    worker = make()
+    restored = worker.start()
+    for number in range(1, 6):
+        worker.perform(e.OpenTask(task(number, epoch=restored.epoch, version=number - 1)))
+        worker.perform(e.Record(restored.epoch, number, "a", encoded(delta(number))))
+        worker.perform(aggregate(number, restored.epoch))
+    worker.close()
+    again = make()
+    restored_again = again.start()
+    assert restored_again.version == 5
+    assert list(again.replay(restored_again)) == []
+    statuses = [again.perform(e.Inquire(restored.epoch, number, "a")).status for number in range(1, 6)]
+    assert statuses == ["late", "late", "recorded", "recorded", "recorded"]
+    assert restored_again.last_task == 5
+
+
 def test_an_evaluation_task_takes_scalars_only(make):
     worker = make()
     worker.start()
