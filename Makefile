@@ -28,8 +28,9 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/fedge demo -o build/demo
 
+# All of them two files at a time, as build machines have two cores; with ARGS, what those say.
 test: $(VENV)/.dev
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(or $(ARGS),-n 2 --dist loadgroup --no-loadscope-reorder)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

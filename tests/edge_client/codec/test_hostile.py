@@ -160,9 +160,10 @@ BOMBS = {
 def test_a_pcodec_file_of_more_than_it_should_hold_is_refused_unread(values):
     config = ChunkConfig(mode_spec=ModeSpec.classic(), delta_spec=DeltaSpec.no_op())
     data = bytes([PCODEC]) + bytes(standalone.simple_compress(values, config))
-    began = time.perf_counter()
+    # Of processor time, which a busy machine does not stretch.
+    began = time.process_time()
     assert not feed("list", data)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize("count", [0, 1, 2**22, 2**31 - 1, 2**35 - 1])

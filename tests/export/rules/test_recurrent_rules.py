@@ -1,5 +1,6 @@
 """Recurrent layers, each a Scan, against PyTorch's own."""
 
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,10 @@ def test_export_of_two_layers_in_both_directions(tmp_path: Path) -> None:
 
 
 def test_export_of_a_long_sequence_is_fast_and_small(tmp_path: Path) -> None:
-    module = Sequence(nn.GRU(6, 16, batch_first=True), 16)
+    module, began = Sequence(nn.GRU(6, 16, batch_first=True), 16), time.process_time()
     report = export_bundle(module, tmp_path / "l.fedge", name="l", inputs=[((200, 6), "float32")])
-    assert report.seconds < 10
+    # Of processor time, which a busy machine does not stretch.
+    assert time.process_time() - began < 10
     with zipfile.ZipFile(report.path) as archive:
         graph = onnx.load_from_string(archive.read("infer.onnx")).graph
     loop = next(node for node in graph.node if node.op_type == "Scan")
