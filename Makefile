@@ -30,7 +30,7 @@ demo: $(VENV)/.demo
 
 # All of them two files at a time, as build machines have two cores; with ARGS, what those say.
 test: $(VENV)/.dev
-	$(BIN)/pytest $(or $(ARGS),-n 2 --dist loadgroup --no-loadscope-reorder)
+	$(BIN)/pytest $(or $(ARGS),-n 2 --no-loadscope-reorder)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
