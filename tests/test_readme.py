@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from broker_server.broker import EmbeddedBroker, find_mosquitto
+from tests.datasets import LOADERS, DataSet
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,6 +21,16 @@ BLOCKS = re.findall(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", README, re.MULTILI
 # Run by CI itself: a test that runs all tests does not end.
 ELSEWHERE = {"make test", "make lint"}
 DATA = Path(os.environ.get("FEDGE_DATA", ROOT.parent / "shared" / "data"))
+SMALL = {
+    "make bench-round": ("tests/bench/round.py", ""),
+    "make bench-training": (
+        "tests/bench/training.py",
+        "digits --seconds 0.02 --threads 1 --attempts 1 --chapters steps,memory,start",
+    ),
+    "make bench-memory": ("tests/bench/memory.py", "digits --seconds 0.05"),
+    "make bench-uploads": ("tests/bench/uploads.py", "--clients 10 --size 200000"),
+}
+"""What benchmarks run, and with what they take seconds."""
 
 
 def free_port() -> int:
@@ -104,8 +116,31 @@ def test_the_doctor_is_content_with_our_own_broker(tmp_path):
 
 def test_make_demo_is_the_demo_command():
     """tests/test_demo.py runs the command; make only has to call it."""
-    said = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "fedge demo -o build/demo" in said
+    assert "fedge demo -o build/demo" in made("demo")
+
+
+def made(target):
+    """What make would run."""
+    return subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def few_samples(tmp_path_factory):
+    """The data sets of the benchmarks with all their clients, but some twenty samples for each of a hundred of them."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("fashion-mnist", "mnist-writers", "shakespeare"):
+        whole = LOADERS[name]()
+        few = DataSet(*(thinned(part, rows) for part, rows in ((whole.train, 2000), (whole.test, 500))))
+        few.write(folder / name)
+    return folder
+
+
+def thinned(arrays, rows):
+    """Evenly spread rows of a data set, and the first of each user."""
+    kept = np.linspace(0, len(arrays["y"]) - 1, rows).astype(int)
+    if "user" in arrays:
+        kept = np.union1d(kept, np.unique(arrays["user"], return_index=True)[1])
+    return {key: values[kept] for key, values in arrays.items()}
 
 
 @pytest.mark.timeout(300)
@@ -113,22 +148,18 @@ def test_make_demo_is_the_demo_command():
 @pytest.mark.parametrize(
     "line", [line for la, _, text in BLOCKS if kind(la, text) == "bench" for line in text.split("\n") if line]
 )
-def test_benchmark_commands_run_small(line, tmp_path):
+def test_benchmark_commands_run_small(line, tmp_path, few_samples):
     if find_mosquitto() is None:
         pytest.skip("needs the Debian package mosquitto")
     small = environment(FEDGE_BUILD=str(tmp_path), FEDGE_ROUNDS="1", FEDGE_PAIRS="1")
     line = line.replace(".venv/bin/python", sys.executable)
-    if line.startswith("make bench-round"):
-        line = f"{sys.executable} tests/bench/round.py"
-    if line.startswith("make bench-training"):
-        short = "--seconds 0.02 --threads 1 --attempts 1 --chapters steps,memory,start"
-        line = f"{sys.executable} tests/bench/training.py digits {short}"
-    if line.startswith("make bench-memory"):
-        line = f"{sys.executable} tests/bench/memory.py digits --seconds 0.05"
-    prepared = tmp_path / "data" / "fashion-mnist"
+    if line.startswith("make"):
+        script, options = SMALL[line]
+        assert f"python {script}" in made(line.removeprefix("make "))
+        line = f"{sys.executable} {script} {options}"
+    (tmp_path / "data").symlink_to(few_samples)
     if "build/data" in line:
-        run([sys.executable, "tests/datasets.py", "fashion-mnist", str(prepared)], ROOT, small, 60)
-        line = line.replace("build/data", str(prepared.parent)) + " --rounds 1 --warmup 0"
+        line = line.replace("build/data", str(few_samples)) + " --rounds 1 --warmup 0"
     run(["bash", "-euc", line], ROOT, small, 280)
     # This one only prints.
     assert "fedavg_torch.py" in line or list((tmp_path / "bench").glob("*.json"))
