@@ -15,9 +15,12 @@ LONGEST = (
     "tests/test_readme.py",
     RULES,
     "tests/export/test_architectures.py",
+    "tests/test_end_to_end.py",
+    "tests/faults/test_mutations.py",
     "tests/test_install.py",
+    "tests/test_demo.py",
 )
-"""What takes minutes, longest first, so that none of it is left when everything else is done."""
+"""What takes longest comes first, so that none of it is left when everything else is done."""
 
 
 @cache
