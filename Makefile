@@ -7,7 +7,7 @@ SECONDS ?= 300
 # Threads are fedge's to place; libraries that each start their own pool take the cores from one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads simulate-faults clean
+.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads simulate-faults prove-kills clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-uploads   memory of server and broker while 300 clients upload at once; results in build/bench/uploads.json"
 	@echo "make bench           every benchmark"
 	@echo "make simulate-faults  whole federations under faults, an hour of them; results in build/bench/faults.json"
+	@echo "make prove-kills     50 rounds in which server, clients and broker are killed; results in build/bench/kills.json"
 	@echo "make clean           remove build results and caches, keep $(VENV)"
 
 demo: $(VENV)/.demo
@@ -67,6 +68,10 @@ bench: bench-round bench-training bench-memory bench-codec bench-bytes bench-upl
 # ARGS='--seconds 60' for a taste; ARGS='--first SEED --trace' shows what happens in one run.
 simulate-faults: $(VENV)/.dev
 	$(BIN)/python -m tests.faults $(ARGS)
+
+# ARGS='--seed SEED' for the same kills again; ARGS='--keep FOLDER' leaves ledger, journals and logs there.
+prove-kills: $(VENV)/.dev
+	$(BIN)/python -m tests.kills $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

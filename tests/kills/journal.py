@@ -1,0 +1,57 @@
+"""What a client writes down beside fedge, for the account after the run: ``fedge join --data tests.kills.journal:data``.
+
+It is loaded as the client's data, into the real process, and notes on a disk of its own, before the client does the
+same: which update it made (and the bytes), what it was told of it, and which parameters it began a task with.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_client.data import ArraySource
+from edge_client.store import Store
+from edge_client.worker import Worker
+
+FILE = "journal.jsonl"
+
+
+def data() -> ArraySource:
+    """The samples that ``FEDGE_JOURNAL_DATA`` names; from now on the process keeps a journal in ``FEDGE_JOURNAL``."""
+    _keep(Path(os.environ["FEDGE_JOURNAL"]))
+    with np.load(os.environ["FEDGE_JOURNAL_DATA"]) as arrays:
+        return ArraySource(dict(arrays))
+
+
+@functools.cache
+def _keep(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    commit, settle, result = Store.commit, Store.settle, Worker._result
+
+    def note(**facts: object) -> None:
+        # One write of one line, appended: a kill leaves all of it or nothing.
+        with open(folder / FILE, "ab", buffering=0) as file:
+            file.write(json.dumps(facts).encode() + b"\n")
+
+    def committed(self: Store, epoch: int, task: int, update: bytes, residual: bytes | None, **held: Any) -> None:
+        digest = hashlib.sha256(update).hexdigest()
+        temporary = folder / f"{digest}.new"
+        temporary.write_bytes(update)
+        temporary.replace(folder / digest)
+        note(what="made", task=[epoch, task], sha256=digest)
+        commit(self, epoch, task, update, residual, **held)
+
+    def settled(self: Store, epoch: int, task: int, *, recorded: bool) -> None:
+        note(what="told", task=[epoch, task], recorded=recorded)
+        settle(self, epoch, task, recorded=recorded)
+
+    def began(self: Worker, invitation: Any, model: Any, trainer: Any, stop: Any) -> Any:
+        vector = model.parameters(trainer.bundle.initial())
+        note(what="began", version=invitation.version, sha256=hashlib.sha256(vector.tobytes()).hexdigest())
+        return result(self, invitation, model, trainer, stop)
+
+    Store.commit, Store.settle, Worker._result = committed, settled, began  # type: ignore[method-assign]
