@@ -130,6 +130,7 @@ class AsynchronousCoordinator(Conversation):
         elif self._evaluation is not None:
             self._evaluation.tally.add(event.samples, event.scalars)
             self._evaluation.tasks.append(flight.identity)
+        self._roster.voids.pop(event.client, None)
         if member := self._roster.get(event.client):
             member.version, member.digest = task.version, self._digests[task.version]
         yield from self._flights.recorded(event.client, now)
@@ -286,7 +287,8 @@ class AsynchronousCoordinator(Conversation):
         """Invite a client that is there; what is said without a connection is said again once there is one."""
         member = self._roster.get(flight.task.cohort[0])
         if self._connected and member is not None:
-            yield from self._flights.invite(flight, member, self._digests)
+            void = self._roster.voids.get(flight.task.cohort[0])
+            yield from self._flights.invite(flight, member, self._digests, void)
 
     # Evaluation by clients.
 

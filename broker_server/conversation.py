@@ -56,7 +56,7 @@ class Conversation(ABC):
     def __post_init__(self) -> None:
         restored = self.restored
         self._topics = Topics(self.settings.federation.name)
-        self._roster = Roster(counting=not restored.rounds, silence=_MISSED * _HEARTBEAT)
+        self._roster = Roster(not restored.rounds, _MISSED * _HEARTBEAT, dict(restored.voids))
         # A round whose evaluation goes on has its result in the ledger already, and is counted when it is finished.
         finished = [result for result in restored.rounds if result.round != restored.unfinished]
         self._progress = Progress(self.settings.stop, finished)

@@ -51,8 +51,8 @@ class Coordinator(Conversation):
                 member = self._roster.get(client)
                 if open_ := self._task_of(epoch, task, client):
                     open_.recorded(event)
+                    self._roster.voids.pop(client, None)
                     if member is not None:
-                        member.void = None
                         member.version = open_.task.version
                         member.digest = self._digests[member.version]
                     yield from self._go_on(now)
@@ -72,7 +72,7 @@ class Coordinator(Conversation):
                     yield e.Sweep(ref)
             case e.Closed(epoch, task):
                 if void := self._void.pop((epoch, task), None):
-                    self._roster.void(void.contributors, void.identity)
+                    self._roster.voids |= dict.fromkeys(void.contributors, void.identity)
                     yield from void.voided()
 
     def _repeat(self) -> Iterator[e.Action]:
@@ -159,10 +159,8 @@ class Coordinator(Conversation):
             member = self._roster.get(client)
             if member is not None:
                 member.last_round = task.task.round
-                if member.void is not None:
-                    # Said before, to a client that may have been away: its residual hangs on it.
-                    yield self._tell(client, m.Receipt(*member.void, "void"))
-                yield from task.invite(client, member.version, member.digest, member.uplink)
+                void = self._roster.voids.get(client)
+                yield from task.invite(client, member.version, member.digest, member.uplink, void)
 
     def _go_on(self, now: float) -> Iterator[e.Action]:
         """Ask others where members of the task are lost, and close it when it is over."""

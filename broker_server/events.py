@@ -42,6 +42,8 @@ class Restored:
     """By client, what has come of updates for the task that was under way."""
     fleet: int = 0
     """Clients that were there at the end of the last round."""
+    voids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By client, the task that its last recorded update was for, where that is void."""
 
     @property
     def open_task(self) -> Task | None:

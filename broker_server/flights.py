@@ -125,8 +125,14 @@ class Flights:
         if flight.state in ("opening", "away"):
             flight.state, flight.deadline = "asked", now + self._seconds(flight.task)
 
-    def invite(self, flight: Flight, member: Member, versions: Mapping[int, bytes]) -> list[e.Action]:
-        """Invite its client, now where the delta is there, else once it is built; ``versions`` are known digests."""
+    def invite(
+        self, flight: Flight, member: Member, versions: Mapping[int, bytes], void: Identity | None = None
+    ) -> list[e.Action]:
+        """Invite its client, now where the delta is there, else once it is built.
+
+        ``versions`` are known digests; ``void`` is the task that the client's last recorded update was for, where that
+        is void.
+        """
         held = member.version if versions.get(member.version) == member.digest else 0
         if self.settings.codec.kind == "none" and held != flight.task.version:
             held = 0  # a full snapshot leads from anywhere, so one blob serves all
@@ -134,7 +140,7 @@ class Flights:
         flight.way = way
         swept = self._sweep(before) if before != way else []
         if held == flight.task.version or self._deltas.get(way) is not None:
-            return [*swept, self._invitation(flight, member, versions)]
+            return [*swept, self._invitation(flight, member, versions, void)]
         first = way not in self._deltas
         self._deltas.setdefault(way, None)
         return [*swept, e.Prepare(*way)] if first else swept
@@ -274,7 +280,9 @@ class Flights:
         del self._deltas[way]
         return [e.Sweep(ref)] if ref.inline is None else []
 
-    def _invitation(self, flight: Flight, member: Member, versions: Mapping[int, bytes]) -> e.Action:
+    def _invitation(
+        self, flight: Flight, member: Member, versions: Mapping[int, bytes], void: Identity | None
+    ) -> e.Action:
         task, train, codec = flight.task, self.settings.train, self.settings.codec
         (client,) = task.cohort
         assert flight.way is not None
@@ -292,6 +300,7 @@ class Flights:
                 task.version,
                 versions[task.version],
                 self._deltas.get(flight.way),
+                void,
             ),
         )
 

@@ -250,6 +250,14 @@ class Ledger:
         rows = self._database.all("SELECT client FROM updates WHERE epoch = ? AND task = ? ORDER BY id", epoch, task)
         return [client for (client,) in rows]
 
+    def voids(self) -> dict[str, tuple[int, int]]:
+        """By client, the task (epoch, task) that its last recorded update was for, where that is void."""
+        rows = self._database.all(
+            "SELECT client, epoch, task FROM (SELECT max(id) AS id FROM updates GROUP BY client) "
+            "JOIN updates USING (id) JOIN tasks USING (epoch, task) WHERE outcome = 'void'"
+        )
+        return {client: (epoch, task) for client, epoch, task in rows}
+
     # -- versions
 
     def publish(self, version: Version, closes: Iterable[tuple[int, int]] = ()) -> None:

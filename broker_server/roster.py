@@ -1,7 +1,6 @@
 """Who is there: what each client has said of itself, and the bytes that its transport has counted."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from broker_server.selection import Candidate
@@ -21,8 +20,6 @@ class Member:
     last_round: int = -1
     uplink: float = 0.0
     """Bytes a second that it can send; 0 is not known."""
-    void: tuple[int, int] | None = None
-    """Epoch and number of the void task that its last recorded update was for."""
     traffic: Traffic = field(default_factory=Traffic)
     heard: float = 0.0
     """When it last said anything."""
@@ -46,6 +43,8 @@ class Roster:
 
     counting: bool = True
     silence: float = math.inf
+    voids: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """By client, epoch and number of the void task that its last recorded update was for."""
     up: int = 0
     """Bytes that clients have sent, as far as they have told."""
     down: int = 0
@@ -89,7 +88,7 @@ class Roster:
         held = hello.version, hello.digest, hello.samples, hello.available
         member = Member(hello.boot, *held, uplink=hello.uplink)
         if before is not None:
-            member.last_round, member.void = before.last_round, before.void
+            member.last_round = before.last_round
         known = before is not None and before.boot == hello.boot
         if before is not None and known:
             member.traffic = before.traffic
@@ -110,12 +109,6 @@ class Roster:
         self._present -= member.ready
         member.present = False
         return True
-
-    def void(self, clients: Iterable[str], task: tuple[int, int]) -> None:
-        """What these clients had recorded for this task does not count."""
-        for client in clients:
-            if member := self._members.get(client):
-                member.void = task
 
     def count(self, client: str, traffic: Traffic) -> None:
         """Take a client's counters, which only ever grow within one life."""

@@ -49,6 +49,8 @@ class OpenTask:
     """By the version that they hold, the clients whose delta is not built yet."""
     _limits: dict[str, int] = field(init=False, default_factory=dict)
     """By client, the bytes that its update may have, where its link sets a bound."""
+    _voids: dict[str, tuple[int, int] | None] = field(init=False, default_factory=dict)
+    """By client, the void task that its last recorded update was for."""
     _deltas: dict[int, m.BlobRef] = field(init=False, default_factory=dict)
     """By the version that they start from, the blobs that lead to the task's version."""
     _deadline: float = field(init=False, default=math.inf)
@@ -143,12 +145,16 @@ class OpenTask:
         self._set(client, "asked")
         return True
 
-    def invite(self, client: str, version: int, digest: bytes, uplink: float = 0.0) -> list[e.Action]:
+    def invite(
+        self, client: str, version: int, digest: bytes, uplink: float = 0.0, void: tuple[int, int] | None = None
+    ) -> list[e.Action]:
         """Invite a client that holds this version: now where the delta is there, else once it is built.
 
-        ``uplink`` is how many bytes a second it can send, 0 where it has not said.
+        ``uplink`` is how many bytes a second it can send, 0 where it has not said; ``void`` the task that its last
+        recorded update was for, where that is void.
         """
         self._invited.add(client)
+        self._voids[client] = void
         self._limits[client] = self.settings.codec.limit(uplink)
         held = version if self.versions.get(version) == digest else 0
         if self.settings.codec.kind == "none" and held != self.task.version:
@@ -296,6 +302,7 @@ class OpenTask:
                 task.version,
                 self.versions[task.version],
                 self._deltas.get(held),
+                self._voids[client],
             ),
         )
 

@@ -107,6 +107,7 @@ class Worker:
             digests=self._publication.digests({task.version for task in open_tasks}),
             leftovers=tuple(self._ledger.retained()),
             fleet=int(self._ledger.get(_FLEET) or 0),
+            voids=self._ledger.voids(),
             uploads=self.spool.restore(open_tasks),
         )
 

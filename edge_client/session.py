@@ -213,6 +213,9 @@ class ClientSession:
     def _invited(self, invitation: m.Invitation, now: float) -> Iterator[e.Action]:
         if invitation.delta is not None:
             check_blob(invitation.delta, self.settings.blob_limit)
+        if invitation.void is not None:
+            # The receipt that said so may be lost, and the next update would start from what it has left over.
+            yield from self._settled(m.Receipt(*invitation.void, "void"), now)
         identity = (invitation.epoch, invitation.task)
         if not self._outbox.empty:
             # The fate of the last update decides which residual the next one starts from, so it is settled first.

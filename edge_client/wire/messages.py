@@ -156,6 +156,8 @@ class Invitation(Struct, frozen=True, array_like=True):
     digest: Hash
     delta: BlobRef | None = None
     """Leads from ``held`` to ``version``; none where they are the same."""
+    void: tuple[Natural, Natural] | None = None
+    """Epoch and number of the void task that this client's last recorded update was for: it does not count."""
 
 
 class Credit(Struct, frozen=True, array_like=True):

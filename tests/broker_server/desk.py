@@ -62,6 +62,8 @@ class Paper:
     unfinished: int | None = None
     best: int | None = None
     fleet: int = 0
+    last: dict[str, Identity] = field(default_factory=dict)
+    """By client, the task of its last recorded update."""
     kept: set[int] = field(default_factory=lambda: {0})
     blobs: dict[bytes, bytes] = field(default_factory=dict)
     uploads: dict[tuple[Identity, str], transfer.Assembly] = field(default_factory=dict, compare=False)
@@ -82,6 +84,7 @@ class Paper:
             open_tasks=tuple(opened),
             digests={task.version: digest(task.version) for task in opened},
             fleet=self.fleet,
+            voids={client: identity for client, identity in self.last.items() if self.outcomes.get(identity) == "void"},
             uploads={
                 client: copy.deepcopy(blob)
                 for task in opened
@@ -121,7 +124,8 @@ class Paper:
                     known = msgspec.json.decode(data, type=Update)
                 except msgspec.DecodeError as error:
                     return e.Refused(epoch, number, client, str(error))
-                self.updates[epoch, number].setdefault(client, known)
+                if self.updates[epoch, number].setdefault(client, known) is known:
+                    self.last[client] = epoch, number
                 return e.Recorded(epoch, number, client, known.samples, known.scalars)
             case e.Inquire(epoch, number, client):
                 if self.outcomes.get((epoch, number)) == "void":

@@ -115,14 +115,27 @@ def test_a_void_result_is_told_again_with_each_invitation_until_the_next_one_cou
     table.upload("a")
     table.wait(61.0)
     asked = table.wait(10.0)
-    assert [type(message) for message in told(asked, "a")] == [m.Receipt, m.Invitation]
-    assert told(asked, "a")[0] == m.Receipt(1, 1, "void")
-    assert [type(message) for message in told(asked, "b")] == [m.Invitation]
-    again = told(table.hello("a", boot=b"boot0001"), "a")
-    assert [type(message) for message in again] == [m.Receipt, m.Invitation]
+    assert [one.void for one in told(asked, "a")] == [(1, 1)]
+    assert [one.void for one in told(asked, "b")] == [None]
+    assert [one.void for one in told(table.hello("a", boot=b"boot0001"), "a")] == [(1, 1)]
     for client in "abc":
-        table.upload(client)
-    assert status(table.hello("a"), "a") == []
+        actions = table.upload(client)
+    assert {one.void for one in invited(actions).values()} == {None}
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "buffered"])
+def test_a_void_result_is_told_by_the_next_server_too(mode):
+    table = desk(round={"cohort": 3, "minimum": 2, "deadline": 60.0}, manual=(e.OpenTask,))
+    table.hello("a", "b", "c")
+    table.perform()
+    table.upload("a")
+    table.wait(61.0)
+    assert table.paper.outcomes[table.task] == "void"
+    sizes = {"cohort": 3, "minimum": 2} if mode == "synchronous" else {"buffer": 3}
+    table = Desk(settings(round={"mode": mode, **sizes}), table.paper)
+    table.hello("a", "b", "c")
+    actions = table.wait(30.0) + table.actions
+    assert {client: one.void for client, one in invited(actions).items()} == {"a": (1, 1), "b": None, "c": None}
     assert invited(table.hello("a")).keys() == {"a"}
 
 

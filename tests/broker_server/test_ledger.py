@@ -53,6 +53,20 @@ def test_a_new_ledger_goes_on_above_the_epochs_of_an_old_one(tmp_path, monkeypat
         assert ledger.new_epoch() > old
 
 
+def test_void_are_those_whose_last_update_is_for_a_void_task(tmp_path):
+    with open_ledger(tmp_path) as ledger:
+        for number, clients, outcome in ((1, "ab", "void"), (2, "bc", "done"), (3, "c", None)):
+            ledger.open_task(task(number))
+            for client in clients:
+                ledger.record(1, number, client, b"update", 10)
+            if outcome:
+                ledger.close_task(1, number, outcome)
+        assert ledger.voids() == {"a": (1, 1)}
+        ledger.close_task(1, 3, "void")
+    with open_ledger(tmp_path) as ledger:
+        assert ledger.voids() == {"a": (1, 1), "c": (1, 3)}
+
+
 def test_a_task_survives_reopening_with_its_cohort_in_order(tmp_path):
     with open_ledger(tmp_path) as ledger:
         ledger.open_task(task(cohort=("z", "a")))

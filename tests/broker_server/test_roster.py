@@ -42,14 +42,11 @@ def test_the_last_round_survives_a_new_life():
     assert roster.hello("a", hello(b"second..")).last_round == 4
 
 
-def test_a_void_result_survives_a_new_life_and_the_uplink_is_the_latest():
+def test_the_uplink_is_the_latest():
     roster = Roster()
     roster.hello("a", hello())
-    roster.void(["a", "a stranger"], (1, 7))
-    member = roster.hello("a", msgspec.structs.replace(hello(b"second.."), uplink=100.0))
-    assert (member.void, member.uplink) == ((1, 7), 100.0)
+    assert roster.hello("a", msgspec.structs.replace(hello(b"second.."), uplink=100.0)).uplink == 100.0
     assert roster.hello("a", hello(b"second..")).uplink == 0.0
-    assert roster.get("a stranger") is None
 
 
 def test_versions_held():

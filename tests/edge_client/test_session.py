@@ -463,6 +463,22 @@ def test_a_receipt_for_another_task_ends_nothing():
     assert not machine.session.idle
 
 
+def test_an_invitation_says_that_the_last_result_is_void():
+    machine = joined()
+    actions = machine.told(invitation(void=(1, 7)))
+    assert [type(action) for action in actions] == [e.Settle, e.Work]  # first the residual, then what starts from it
+    assert actions[0] == e.Settle(1, 7, recorded=False)
+
+
+def test_an_invitation_ends_a_wait_for_the_receipt_of_a_void_task():
+    machine = joined()
+    machine.told(invitation())
+    worked(machine)
+    actions = machine.told(invitation(task=2, void=(1, 1)))
+    assert [type(action) for action in actions] == [e.Settle, e.Work]
+    assert actions[0] == e.Settle(1, 1, recorded=False)
+
+
 def test_an_invitation_while_uploading_waits_for_the_receipt():
     machine = joined()
     machine.told(invitation())

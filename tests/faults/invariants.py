@@ -266,8 +266,17 @@ class Oracle:
         now = self.clients.setdefault(client, ClientView())
         if now.last is not None and now.fate is None and now.last != identity:
             self.world.violated(f"{client} overwrites the update {now.last}, whose fate it does not know")
+        self._knows_void(client, now, identity)
         before = now.residual
         return ClientView(before, identity, before, before if residual is None else residual or None)
+
+    def _knows_void(self, client: str, now: ClientView, identity: Identity) -> None:
+        """Whoever begins a task that is open knows of the void one before, which its residual hangs on."""
+        view = self.view_of(identity[0])
+        if now.last is None or not now.fate or now.after == now.before or view is None or identity in view.outcomes:
+            return
+        if view.outcomes.get(now.last) == "void":
+            self.world.violated(f"{client} takes {now.last} for recorded and begins {identity}; the task is void")
 
     def settles(self, client: str, identity: Identity, recorded: bool) -> ClientView:
         """A client is about to act on a receipt; what the store will say then.

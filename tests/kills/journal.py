@@ -1,5 +1,6 @@
-"""What a client writes down beside fedge, for the account after the run: ``fedge join --data tests.kills.journal:data``.
+"""What a client writes down beside fedge, for the account after the run.
 
+Its data is named ``tests.kills.journal:data``, which brings this module into the process of a real ``fedge join``.
 It is loaded as the client's data, into the real process, and notes on a disk of its own, before the client does the
 same: which update it made (and the bytes), what it was told of it, and which parameters it began a task with.
 """

@@ -81,6 +81,12 @@ def test_a_hello_of_before_uplinks_is_understood_and_a_longer_one_by_who_knows_l
     assert m.decode(envelope([*fields, "what comes later"], number=1)) == change(EXAMPLES[0], uplink=1e6)
 
 
+def test_an_invitation_of_before_void_ones_is_understood():
+    fields = msgspec.msgpack.decode(msgspec.msgpack.encode(change(INVITATION, void=(6, 1))))
+    assert m.decode(envelope(fields, number=7)) == change(INVITATION, void=(6, 1))
+    assert m.decode(envelope(fields[:-1], number=7)) == INVITATION
+
+
 @pytest.mark.parametrize("protocol", [0, 2, -1, 2**63])
 def test_another_protocol_is_named(protocol):
     with pytest.raises(WireError, match=rf"protocol {protocol}; this side speaks {m.PROTOCOL}"):
@@ -129,6 +135,7 @@ OUT_OF_BOUNDS = {
     "target": change(INVITATION, update=m.UpdatePlan(target="energy")),
     "feedback": change(INVITATION, update=m.UpdatePlan(feedback=True)),
     "limit": change(INVITATION, update=m.UpdatePlan(limit=-1)),
+    "void": change(INVITATION, void=(1, -1)),
     "uplink": change(EXAMPLES[0], uplink=-1.0),
     "uplink not a number": change(EXAMPLES[0], uplink=math.nan),
     "traffic": m.Upload(1, 2, INLINE, m.Traffic(-1, 0)),
