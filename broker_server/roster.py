@@ -73,7 +73,8 @@ class Roster:
         if self._due is None or now < self._due:
             return []
         there = [(client, member) for client, member in self._members.items() if member.present]
-        gone = [client for client, member in there if now - member.heard >= self.silence]
+        # The same sum as below: rounded another way, the time would come and nobody be gone, for ever.
+        gone = [client for client, member in there if now >= member.heard + self.silence]
         for client in gone:
             member = self._members[client]
             self._present -= member.ready

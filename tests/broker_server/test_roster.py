@@ -91,6 +91,16 @@ def test_after_a_restart_only_what_is_new_counts(counting, expected):
     assert roster.up == expected
 
 
+def test_whoever_is_due_is_gone_however_the_sum_is_rounded():
+    """A tick that moves nothing is due again at once, and a server would spin."""
+    for heard in (124.28571428571429, 125.28571428571429, 1.0):
+        roster = Roster(silence=900.0)
+        roster.hello("a", hello())
+        roster.hear("a", heard)
+        assert roster.lapse(roster.wake) == ["a"]
+        assert roster.wake is None
+
+
 def test_who_says_nothing_for_too_long_is_not_there_until_heard_again():
     roster = Roster(silence=100.0)
     assert roster.wake is None

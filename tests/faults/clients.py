@@ -5,6 +5,7 @@ import dataclasses
 import random
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from edge_client import events as c
@@ -14,6 +15,8 @@ from edge_client.codec.model import Model
 from edge_client.device import Device, Workshop
 from edge_client.errors import StoreError
 from edge_client.store import FileCopies, Store
+from edge_client.wire.messages import BlobRef
+from edge_client.wire.transfer import Assembly
 from tests.faults.broker import SimLink
 from tests.faults.invariants import ClientView
 from tests.faults.nodes import Node, Site
@@ -53,6 +56,26 @@ class WatchedStore(Store):
     def install(self, digest: bytes, bundle: bytes) -> None:
         self._node.guard(self._life)
         self._watched(ClientView(), lambda: super(WatchedStore, self).install(digest, bundle))
+
+    def partial(self) -> Assembly | None:
+        found = super().partial()
+        self._oracle.finds(self._part, found)
+        return found
+
+    def keep(self, ref: BlobRef, index: int, data: bytes) -> None:
+        self._node.guard(self._life)
+        kept = self._oracle.keeps(self._part, ref, index, data)
+        super().keep(ref, index, data)
+        kept.whole.add(index)
+
+    def discard(self) -> None:
+        self._node.guard(self._life)
+        super().discard()
+        self._oracle.kept.pop(self._part, None)
+
+    @property
+    def _part(self) -> Path:
+        return self._node.folder / "download.part"
 
     def _watched(self, view: ClientView, write: Callable[[], None]) -> None:
         try:
@@ -161,7 +184,7 @@ class ClientNode(Node):
         )
         device.node = self
         if self.chunked:
-            device._session.settings = dataclasses.replace(device._session.settings, inline=0, chunk=1024)
+            device._session.settings = dataclasses.replace(device._session.settings, inline=0, chunk=1024, keep=0)
         self.main = asyncio.ensure_future(device.run())
         await self.main
         return False

@@ -1,8 +1,9 @@
 """Disks that fail: under the client's store and under the server's ledger, both of which are the real ones.
 
 Store: files lie on the machine's own file system, and this module stands between it and `edge_client.store`. It knows
-what was synced; a power cut tears files that were not, and may undo renames whose folder was not. Ledger: SQLite on
-the same file system; a power cut takes what was not committed and leaves a torn tail in the log.
+what was synced; a power cut tears files that were not, and may undo renames whose folder was not. Blobs under way
+(`edge_client.partial`, on both sides): records are appended in two writes, between which a node dies or the disk is
+full. Ledger: SQLite on the same file system; a power cut takes what was not committed and tears the end of the log.
 """
 
 import builtins
@@ -36,7 +37,8 @@ class Medium:
     connections: list["FaultyConnection"] = field(default_factory=list)
     committed: Callable[[sqlite3.Connection], None] = lambda connection: None
     """Called after each commit of a ledger on this medium."""
-    unsynced: dict[str, None] = field(default_factory=dict)
+    unsynced: dict[str, int] = field(default_factory=dict)
+    """By path, the bytes from the beginning that were."""
     moved: list[tuple[str, str, bytes | None]] = field(default_factory=list)
     """Renames that their folder does not know of durably: from, to, and what was there."""
 
@@ -57,10 +59,12 @@ class Medium:
             os.replace(target, source)
             if before is not None:
                 Path(target).write_bytes(before)
-        for path in self.unsynced:
-            if os.path.exists(path):
+        for path, synced in self.unsynced.items():
+            if os.path.exists(path) and (size := os.path.getsize(path)) > synced:
                 self.world.strike("torn write", self.node, Path(path).name)
-                os.truncate(path, self.rng.randint(0, os.path.getsize(path)))
+                os.truncate(path, self.rng.randint(synced, size))
+                if self.rng.random() < 0.5:
+                    os.truncate(path, size)  # its length was on the disk, and its blocks were not: zeros
         self.unsynced.clear()
         self.moved.clear()
         for connection in list(self.connections):
@@ -87,13 +91,16 @@ class FaultyOs:
     def writer(self, path: str | Path, mode: str = "r") -> IO[Any]:
         """``open``."""
         medium = self._disks.of(path)
-        if medium is None or "w" not in mode:
+        if medium is None or mode not in ("wb", "ab"):
             return builtins.open(path, mode)
         medium.check(f"write {Path(path).name}")
         file = builtins.open(path, mode, buffering=0)  # noqa: SIM115
-        medium.unsynced[str(path)] = None
         self._files[file.fileno()] = str(path)
-        return file
+        if mode == "wb":
+            medium.unsynced[str(path)] = 0
+            return file
+        medium.unsynced.setdefault(str(path), os.path.getsize(path))
+        return _Log(file, medium)  # type: ignore[return-value]
 
     def open(self, path: str | Path, flags: int, *more: int) -> int:
         number = os.open(path, flags, *more)
@@ -122,9 +129,31 @@ class FaultyOs:
         os.replace(source, target)
         medium.moved.append((str(source), str(target), before))
         if str(source) in medium.unsynced:
-            del medium.unsynced[str(source)]
-            medium.unsynced[str(target)] = None
+            medium.unsynced[str(target)] = medium.unsynced.pop(str(source))
         medium.boundary("renamed")
+
+
+class _Log:
+    """A file that records are appended to."""
+
+    def __init__(self, file: IO[Any], medium: Medium) -> None:
+        self._file, self._medium = file, medium
+
+    def write(self, data: bytes) -> None:
+        part = len(data) // 2
+        self._file.write(data[:part])
+        self._medium.check("append")
+        self._file.write(data[part:])
+        self._medium.boundary("appended")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
 
 
 class FaultyConnection(sqlite3.Connection):
@@ -216,6 +245,9 @@ class Disks:
         with (
             mock.patch("edge_client.store.os", system),
             mock.patch("edge_client.store.open", system.writer, create=True),
+            mock.patch("edge_client.partial.os", system),
+            mock.patch("edge_client.partial.open", system.writer, create=True),
+            mock.patch("edge_client.partial._SYNC", 3000),
             mock.patch("broker_server.database.sqlite3", sqlite),
         ):
             yield

@@ -22,6 +22,7 @@ from edge_client.manifest import update_layouts
 from edge_client.store import Store
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
+from edge_client.wire.transfer import Assembly, count
 from tests.faults.broker import SimBroker
 from tests.faults.world import World
 
@@ -72,6 +73,17 @@ class ClientView:
 
 
 @dataclass
+class Kept:
+    """Chunks of a blob under way on somebody's disk."""
+
+    ref: m.BlobRef
+    chunks: dict[int, bytes] = field(default_factory=dict)
+    """Written, or begun to be written."""
+    whole: set[int] = field(default_factory=set)
+    """Those that are there whatever becomes of the process."""
+
+
+@dataclass
 class Oracle:
     """All invariants of one run."""
 
@@ -84,6 +96,8 @@ class Oracle:
     clients: dict[str, ClientView] = field(default_factory=dict)
     produced: dict[Key, dict[bytes, Produced]] = field(default_factory=dict)
     receipts: set[Key] = field(default_factory=set)
+    kept: dict[Path, Kept] = field(default_factory=dict)
+    """By file."""
     denied: set[Key] = field(default_factory=set)
     """What a client was told is not counted, and what it acted upon."""
     lost: int = 0
@@ -325,10 +339,44 @@ class Oracle:
     def forgets(self, client: str) -> None:
         """A client's state is gone with its SD card, or belonged to another bundle."""
         self.clients[client] = ClientView()
+        for file in [file for file in self.kept if file.parent.name == client]:
+            del self.kept[file]
 
     def _residual(self, client: str, view: ClientView, store: Store) -> None:
         if store.residual() != view.residual:
             self.world.violated(f"{client} has a residual that its receipts do not explain (task {view.last})")
+
+    # Blobs under way, on either side's disk.
+
+    def keeps(self, file: Path, ref: m.BlobRef, index: int, data: bytes) -> Kept:
+        """A chunk is about to be kept; the first one of another blob replaces what there is."""
+        if file not in self.kept or self.kept[file].ref != ref:
+            self.kept[file] = Kept(ref)
+        self.kept[file].chunks[index] = data
+        return self.kept[file]
+
+    def power_lost(self, folder: Path) -> None:
+        """What was not synced may be gone."""
+        for file, kept in self.kept.items():
+            if folder in file.parents:
+                kept.whole.clear()
+
+    def finds(self, file: Path, found: Assembly | None) -> None:
+        """A new life finds these chunks: those of before, byte for byte, and after a kill all of them."""
+        kept = self.kept.get(file)
+        if kept is None or found is None:
+            if found is not None:
+                self.world.violated(f"{file} holds a blob that nobody has kept there")
+            if kept is not None and kept.whole:
+                self.world.violated(f"{file} held {len(kept.whole)} chunks; they are gone after a restart")
+            return
+        missing = set(found.missing())
+        if lost := sorted(missing & kept.whole):
+            self.world.violated(f"{file} does not hold the chunks {lost} any more, after a restart without a power cut")
+        for index in set(range(count(found.ref))) - missing:
+            start = index * found.ref.chunk
+            if bytes(found._data[start : start + found.ref.chunk]) != kept.chunks.get(index):
+                self.world.violated(f"{file} holds a chunk {index} that is not the one that came")
 
     # Everything else.
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,14 @@ import msgspec
 from broker_server import events as e
 from broker_server.config import Federation
 from broker_server.database import Lock
+from broker_server.ledger import Task
 from broker_server.server import Outcome, Server, locked
-from broker_server.worker import ledger_path
+from broker_server.spool import Identity, Spool
+from broker_server.worker import Worker, ledger_path
 from edge_client.bundle import Bundle
 from edge_client.errors import FedgeError, LedgerError, StoreError
+from edge_client.wire.messages import BlobRef
+from edge_client.wire.transfer import Tally
 from tests.faults.broker import SimBroker, SimLink
 from tests.faults.disk import Disks, Medium
 from tests.faults.invariants import Oracle
@@ -41,6 +45,7 @@ class Node:
     """Something that lives, dies at any boundary between two of its actions, and is started again."""
 
     kind = "node"
+    folder: Path
 
     def __init__(self, site: Site, name: str) -> None:
         self.site, self.world, self.name = site, site.world, name
@@ -80,6 +85,7 @@ class Node:
             self.link.kill()
         if self.power:
             self.medium.lose_power()
+            self.site.oracle.power_lost(self.folder)
         else:
             self.medium.flush()
         if self.main is not None:
@@ -124,6 +130,39 @@ class Node:
             raise PowerCut(self.name)
 
 
+class WatchedSpool(Spool):
+    """The updates under way, with the reference looking on."""
+
+    def __init__(self, node: "ServerNode", folder: Path, limit: int) -> None:
+        super().__init__(folder, limit=limit)
+        self._oracle = node.site.oracle
+
+    def restore(self, tasks: Iterable[Task]) -> dict[str, Tally]:
+        tasks = list(tasks)
+        found = super().restore(tasks)
+        last = {client: (task.epoch, task.task) for task in tasks for client in task.cohort}
+        wanted = {self._path(identity, client): (identity, client) for client, identity in last.items()}
+        for file in [file for file in self._oracle.kept if file.parent == self._folder and file not in wanted]:
+            del self._oracle.kept[file]
+        for file, (identity, client) in wanted.items():
+            self._oracle.finds(file, self._file(identity, client).assembly() if client in found else None)
+        return found
+
+    def keep(self, identity: Identity, client: str, ref: BlobRef, index: int, data: bytes) -> None:
+        kept = self._oracle.keeps(self._path(identity, client), ref, index, data)
+        super().keep(identity, client, ref, index, data)
+        kept.whole.add(index)
+
+    def discard(self, identity: Identity, client: str | None = None) -> None:
+        super().discard(identity, client)
+        for file in [file for file in self._oracle.kept if file.parent == self._folder]:
+            if not file.exists():
+                del self._oracle.kept[file]
+
+    def _path(self, identity: Identity, client: str) -> Path:
+        return self._folder / f"{identity[0]}-{identity[1]}-{client}.part"
+
+
 class SimServer(Server):
     """A server whose worker takes its time, and which may die between any two of its actions."""
 
@@ -135,6 +174,11 @@ class SimServer(Server):
             self.node.boundary(type(action).__name__)
         self.node.queued(self._queue.qsize())
         super()._act(action)
+
+    def _open(self) -> Worker:
+        worker = super()._open()
+        worker.spool = WatchedSpool(self.node, worker.spool._folder, worker.spool._limit)
+        return worker
 
     async def _in_worker(self, job: Callable[[], Any]) -> Any:
         node = self.node
@@ -165,6 +209,7 @@ class ServerNode(Node):
         self.turn = asyncio.Lock()
         self.deepest = 0
         site.disks.add(folder, self.medium)
+        site.disks.add(folder / "uploads", self.medium)
         view = site.oracle.ledger(str(folder))
         self.medium.committed = lambda connection: site.oracle.committed(view, connection)
         self.view = view

@@ -169,7 +169,7 @@ class World:
             task.cancel()
         with suppress(Violation):
             loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
 
 
