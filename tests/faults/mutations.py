@@ -5,7 +5,7 @@ Each is what somebody might write, patched over what ships, with the kinds of fa
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -15,16 +15,18 @@ from broker_server import events as e
 from broker_server.coordinator import Coordinator
 from broker_server.flights import Flights
 from broker_server.ledger import Ledger, Task
+from broker_server.spool import Spool
 from broker_server.tasks import OpenTask
 from broker_server.uploads import Uploads
 from broker_server.worker import Worker as ServerWorker
 from edge_client import events as c
-from edge_client import store
+from edge_client import partial, store
 from edge_client.codec.model import Model, apply_model_delta, untrained
 from edge_client.codec.versions import CodedState, shared
 from edge_client.session import ClientSession
 from edge_client.store import Store
 from edge_client.wire import messages as m
+from edge_client.wire.transfer import Tally
 from edge_client.worker import Worker
 from tests.faults.plans import Plan, draw, without_rounds
 from tests.faults.run import Result, run
@@ -228,6 +230,31 @@ def _early_void() -> Patches:
     return [mock.patch.object(OpenTask, "void", voided)]
 
 
+def _void_forgotten() -> Patches:
+    return [mock.patch.object(Ledger, "voids", return_value={})]
+
+
+def _torn_chunks() -> Patches:
+    return [mock.patch.object(partial, "_sum", return_value=0)]
+
+
+def _uploads_forgotten() -> Patches:
+    restore = Spool.restore
+
+    def restored(self: Spool, tasks: Any) -> dict[str, Tally]:
+        restore(self, tasks)
+        return {}
+
+    return [mock.patch.object(Spool, "restore", restored)]
+
+
+def _never_whole() -> Patches:
+    def scanned(self: partial.PartialBlob) -> None:
+        self.discard()
+
+    return [mock.patch.object(partial.PartialBlob, "_scan", scanned)]
+
+
 def _asks_once() -> Patches:
     handle = ClientSession.handle
 
@@ -250,6 +277,26 @@ def _last_word() -> Patches:
     return [mock.patch.object(Store, "settle", settled)]
 
 
+def _in_chunks(plan: Plan) -> Plan:
+    """Everything travels in chunks, and slowly enough to die on the way."""
+    return replace(plan, inline=0, hidden=40, window=1, kind="none")
+
+
+def _scarce(plan: Plan) -> Plan:
+    """Rounds need nearly everyone and end early: that some are missing makes them void."""
+    most = plan.clients - 1
+    return replace(
+        plan,
+        rounds=3,
+        cohort=most,
+        minimum=most,
+        over_select=1.0,
+        deadline=plan.training + 4,
+        feedback="residual",
+        kind="quantized",
+    )
+
+
 MUTATIONS = (
     Mutation("no dedupe", _no_dedupe, ("duplication",)),
     Mutation("an old update counts in full", _ageless, (), without_rounds),
@@ -266,6 +313,15 @@ MUTATIONS = (
     Mutation("weight taken from the wrong client", _wrong_weight),
     Mutation("state not synced to the disk", _not_synced, ("client power cut",)),
     Mutation("void told before ledger commit", _early_void, ("client leaves",)),
+    Mutation(
+        "void tasks forgotten by a restart",
+        _void_forgotten,
+        ("client leaves", "loss", "server kill", "server kill"),
+        _scarce,
+    ),
+    Mutation("a torn chunk taken for whole", _torn_chunks, ("client power cut", "server power cut"), _in_chunks),
+    Mutation("kept uploads forgotten by a restart", _uploads_forgotten, ("server kill", "server kill"), _in_chunks),
+    Mutation("a download begun anew after a restart", _never_whole, ("client kill", "client kill"), _in_chunks),
     Mutation("a lost offer not asked for", _asks_once, ("loss",)),
     Mutation("the last receipt decides", _last_word, ("replay", "replay", "replay", "unavailable")),
 )
