@@ -93,7 +93,8 @@ class FaultyOs:
         medium = self._disks.of(path)
         if medium is None or mode not in ("wb", "ab"):
             return builtins.open(path, mode)
-        medium.check(f"write {Path(path).name}")
+        if mode == "wb":
+            medium.check(f"write {Path(path).name}")
         file = builtins.open(path, mode, buffering=0)  # noqa: SIM115
         self._files[file.fileno()] = str(path)
         if mode == "wb":
@@ -144,7 +145,6 @@ class _Log:
         self._file.write(data[:part])
         self._medium.check("append")
         self._file.write(data[part:])
-        self._medium.boundary("appended")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

@@ -7,7 +7,7 @@ import pytest
 from tests.faults.plans import Buffered, Fault, Plan, draw
 from tests.faults.run import run
 
-LAST = 400
+LAST = 600
 
 
 def plan(kind: str, who: str, boundary: int) -> Plan:
@@ -56,13 +56,13 @@ def test_a_crash_at_any_boundary_costs_nothing(node, who):
 
 @pytest.mark.parametrize(("node", "who"), [("server", "server"), ("client", "c0")])
 def test_a_crash_costs_nothing_without_rounds(node, who):
-    """At every ninth boundary, which is quick; all of them hold."""
+    """At every eleventh boundary, which is quick; all of them hold."""
     struck = 0
-    for boundary in range(5, LAST, 9):
+    for boundary in range(5, LAST, 11):
         kind = f"{node} kill" if boundary % 2 else f"{node} power cut"
         result = run(dataclasses.replace(plan(kind, who, boundary), buffered=Buffered(2, 2, 0.5, 20)))
         assert result.violation is None, f"boundary {boundary}: {result.violation!r}"
         if not result.faults[kind]:
             break
         struck += 1
-    assert 5 < struck < LAST // 9
+    assert 5 < struck < LAST // 11
