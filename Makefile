@@ -14,7 +14,7 @@ help:
 	@echo "make demo            train the digits on 20 emulated phones; results in build/demo"
 	@echo "make test            run the tests"
 	@echo "make lint            ruff and mypy"
-	@echo "make fuzz            fuzz the codec's decoders for SECONDS=300; what it finds in build/fuzz"
+	@echo "make fuzz            fuzz the decoders of messages and codec for SECONDS=300; what it finds in build/fuzz"
 	@echo "make bench-round     seconds per round beside a plain PyTorch loop; results in build/bench/round.json"
 	@echo "make bench-training  a training step, memory, start and size beside PyTorch's; results in build/bench/training.json"
 	@echo "make bench-memory    memory and time of a training step with memory budgets; results in build/bench/memory.json"

@@ -125,11 +125,13 @@ class Phone:
         """Of every kind, what would be right now or close to it."""
         hello = (b"boot0000", BUNDLE.sha256, 0, digest(0), 10, True)
         other = transfer.refer(b"another bundle".ljust(5000), chunk=1024, inline=0)
-        void = m.Invitation(
-            1, 2, 1, "evaluate", m.TrainPlan(), m.UpdatePlan(), 1, 60.0, 1, 1, digest(1), None, (1, 1)
-        )
+        void = m.Invitation(1, 2, 1, "evaluate", m.TrainPlan(), m.UpdatePlan(), 1, 60.0, 1, 1, digest(1), None, (1, 1))
         found: list[m.Message] = [
-            *(m.Offer(NAME, 1, BUNDLE, 0.0), m.Offer(NAME, 2, other, 1.0), m.Offer(NAME, 1, BUNDLE, 0.0, finished=True)),
+            *(
+                m.Offer(NAME, 1, BUNDLE, 0.0),
+                m.Offer(NAME, 2, other, 1.0),
+                m.Offer(NAME, 1, BUNDLE, 0.0, finished=True),
+            ),
             *(self.invitation(1, self.ref), self.invitation(2, None), void),
             *(m.Credit(self.blob.sha256, (0, 1, 2)), m.Receipt(1, 1, "recorded"), m.Receipt(1, 1, "refused", "why")),
             *(m.Hello(1, *hello), m.Goodbye(b"boot0000"), m.Upload(1, 1, self.blob), m.Decline(1, 1, "no")),
