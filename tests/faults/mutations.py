@@ -26,7 +26,7 @@ from edge_client.codec.versions import CodedState, shared
 from edge_client.session import ClientSession
 from edge_client.store import Store
 from edge_client.wire import messages as m
-from edge_client.wire.transfer import Tally
+from edge_client.wire.transfer import Checklist
 from edge_client.worker import Worker
 from tests.faults.plans import Plan, draw, without_rounds
 from tests.faults.run import Result, run
@@ -241,7 +241,7 @@ def _torn_chunks() -> Patches:
 def _uploads_forgotten() -> Patches:
     restore = Spool.restore
 
-    def restored(self: Spool, tasks: Any) -> dict[str, Tally]:
+    def restored(self: Spool, tasks: Any) -> dict[str, Checklist]:
         restore(self, tasks)
         return {}
 

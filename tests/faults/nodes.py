@@ -19,7 +19,7 @@ from broker_server.worker import Worker, ledger_path
 from edge_client.bundle import Bundle
 from edge_client.errors import FedgeError, LedgerError, StoreError
 from edge_client.wire.messages import BlobRef
-from edge_client.wire.transfer import Tally
+from edge_client.wire.transfer import Checklist
 from tests.faults.broker import SimBroker, SimLink
 from tests.faults.disk import Disks, Medium
 from tests.faults.invariants import Oracle
@@ -137,7 +137,7 @@ class WatchedSpool(Spool):
         super().__init__(folder, limit=limit)
         self._oracle = node.site.oracle
 
-    def restore(self, tasks: Iterable[Task]) -> dict[str, Tally]:
+    def restore(self, tasks: Iterable[Task]) -> dict[str, Checklist]:
         tasks = list(tasks)
         found = super().restore(tasks)
         last = {client: (task.epoch, task.task) for task in tasks for client in task.cohort}

@@ -107,7 +107,7 @@ class Phone:
         self.feed(c.Connected())
         self.tell(m.Offer(NAME, 1, BUNDLE, 0.0), TOPICS.offer)
         self.tell(self.invitation(1, None if uploading else self.ref))
-        self.blob = self.session._upload.ref if self.session._upload is not None else self.ref
+        self.blob = self.session._outbox._update.ref if self.session._outbox._update is not None else self.ref
 
     def invitation(self, task: int, delta: m.BlobRef | None) -> m.Invitation:
         """As the server would write it."""
@@ -183,14 +183,14 @@ class Phone:
 
     def finish(self) -> None:
         """An honest server goes on, above every epoch heard of: the client does a task and takes its receipt."""
-        offer, upload = self.session._offer, self.session._upload
+        offer, upload = self.session._offer, self.session._outbox._update
         self.epoch = max(1, offer.epoch if offer else 1, upload.pending.epoch if upload else 1)
         self.feed(c.Disconnected())
         self.feed(c.Connected())
         self.tell(m.Offer(NAME, self.epoch, BUNDLE, 0.0), TOPICS.offer)
         number = 10**6
         for _ in range(10):
-            upload = self.session._upload
+            upload = self.session._outbox._update
             if upload is not None:
                 identity = upload.identity
                 self.tell(m.Receipt(*identity, "recorded" if identity == (self.epoch, number) else "late"))

@@ -15,7 +15,6 @@ from broker_server.ledger import Task
 from broker_server.worker import Worker as ServerWorker
 from edge_client import events as c
 from edge_client.bundle import Bundle
-from edge_client.codec.lattice import LatticeState
 from edge_client.codec.model import Model, encode_model_delta, untrained
 from edge_client.codec.update import CodecSettings, encode_update
 from edge_client.data import ArraySource
@@ -25,6 +24,7 @@ from edge_client.store import FileCopies, Store
 from edge_client.trainer import Trainer
 from edge_client.wire import messages as m
 from edge_client.worker import Worker
+from tests.edge_client.codec.conftest import coded
 from tests.hostile.mutate import mutate
 from tests.toy import toy_bundle, toy_data
 
@@ -93,9 +93,9 @@ def device(tmp_path_factory):
     return Worker("pi", source, source, store, FileCopies(folder)), Trainer(BUNDLE)
 
 
-FIRST = untrained(BUNDLE.layout.size, BUNDLE.initial_buffers())
-SECOND = Model(LatticeState(-8, np.arange(BUNDLE.layout.size, dtype=np.int32) - 3), FIRST.buffers)
-DELTA = encode_model_delta(FIRST, SECOND, BUNDLE.layout)
+FIRST = untrained(BUNDLE.layout, BUNDLE.initial_buffers())
+SECOND = Model(coded(BUNDLE.layout, 1), FIRST.buffers)
+DELTA = encode_model_delta(FIRST, SECOND)
 
 
 def work(task: int, delta: bytes) -> c.Work:
