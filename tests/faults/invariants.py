@@ -380,10 +380,13 @@ class Oracle:
 
     # Everything else.
 
-    def bounded(self, broker: SimBroker, clients: int) -> None:
-        """No queue and no set of retained topics grows without bound."""
+    def bounded(self, broker: SimBroker, clients: int, copies: int) -> None:
+        """No queue and no set of retained topics grows without bound.
+
+        ``copies`` is how often a message may come: faults that say things again are nobody's queue growing.
+        """
         transfer = self.settings.transfer
-        server = 16 * clients + 2 * transfer.uploads * transfer.window + 50
+        server = copies * (16 * clients + 2 * transfer.uploads * transfer.window + 50)
         for name, depth in broker.deepest.items():
             most = server if name == "server" else 200 + 4 * transfer.window
             if depth > most:

@@ -128,9 +128,10 @@ class Run:
         """Check what no single step shows: bounds, and that rounds go on once nothing goes wrong any more."""
         world, oracle, plan = self.world, self.site.oracle, self.plan
         since, rounds = 0.0, -1
+        copies = 1 + sum(fault.kind in ("duplication", "replay") for fault in plan.faults)
         while self.server.outcome is None:
             await asyncio.sleep(5.0)
-            oracle.bounded(self.site.broker, len(self.clients) + len(self.strangers))
+            oracle.bounded(self.site.broker, len(self.clients) + len(self.strangers), copies)
             if world.now < plan.quiet:
                 since = world.now
                 continue
