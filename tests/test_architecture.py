@@ -30,8 +30,10 @@ SERVER = {
     "edge_client.doctor",
     "edge_client.events",
     "edge_client.partial",
+    "edge_client.tls",
     "edge_client.trainer",
     "edge_client.transport",
+    "edge_client.trust",
 }
 ARROWS = {
     "edge_client": {"edge_client"},
