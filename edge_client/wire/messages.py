@@ -1,7 +1,5 @@
-"""Every message as a typed struct, in one numbered table.
+"""Every message as a typed struct, in one numbered table; how it is wrapped and signed is in `envelope`.
 
-On the wire a message is the MessagePack array ``[protocol, number, body, signature]``: ``number`` is its place in
-`TABLE`, ``body`` the struct as an array, ``signature`` an empty byte string until federations sign what they say.
 Decoding checks the type, length and range of each field; a payload that breaks any of them raises WireError.
 """
 
@@ -11,18 +9,20 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_client.errors import WireError
+from edge_client.wire import envelope
+from edge_client.wire.envelope import MESSAGE_LIMIT as MESSAGE_LIMIT
+from edge_client.wire.envelope import PROTOCOL as PROTOCOL
+from edge_client.wire.envelope import Natural
 
-PROTOCOL = 1
 INLINE_LIMIT = 16 * 1024
 """Bytes of a blob that may travel inside a message."""
-MESSAGE_LIMIT = 128 * 1024
-"""Bytes of the largest message; anything longer is dropped unread."""
 CHUNK_MIN, CHUNK_MAX = 1024, 1024 * 1024
 
 FederationName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
-Natural = Annotated[int, Meta(ge=0, le=2**48)]
 Seconds = Annotated[float, Meta(ge=0, le=1e8)]
+Moment = Annotated[float, Meta(ge=0, le=1e11)]
+"""Seconds since 1970."""
 Text = Annotated[str, Meta(max_length=500)]
 Indices = Annotated[tuple[Natural, ...], Meta(max_length=4096)]
 
@@ -137,6 +137,9 @@ class Offer(Struct, frozen=True, array_like=True):
     """A client waits a random part of this before it answers, so that a fleet does not answer as one."""
     heartbeat: Annotated[float, Meta(ge=1, le=1e6)] = 300.0
     finished: bool = False
+    issued: Moment = 0.0
+    expires: Moment = 0.0
+    """When it was said and until when it holds; 0 where the federation does not sign, and it has no date."""
 
 
 class Invitation(Struct, frozen=True, array_like=True):
@@ -195,42 +198,39 @@ _DECODERS: dict[int, msgspec.msgpack.Decoder[Any]] = {
 }
 
 
-class _Envelope(Struct, frozen=True, array_like=True):
-    protocol: int
-    number: int
-    body: msgspec.Raw
-    signature: Annotated[bytes, Meta(max_length=64)] = b""
-
-
-_ENVELOPE = msgspec.msgpack.Decoder(_Envelope)
 _ENCODER = msgspec.msgpack.Encoder()
 
 
+def pack(message: Message) -> tuple[int, bytes]:
+    """A message's number and body."""
+    return _NUMBERS[type(message)], _ENCODER.encode(message)
+
+
+def unpack(wrapped: envelope.Envelope) -> Message:
+    """The message in an envelope.
+
+    Raises:
+        WireError: there is none of that number, or a field is out of bounds.
+    """
+    decoder = _DECODERS.get(wrapped.number)
+    if decoder is None:
+        raise WireError(f"message number {wrapped.number}; known are 1 to {max(TABLE)}")
+    try:
+        message: Message = decoder.decode(wrapped.body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"{TABLE[wrapped.number].__name__}: {error}") from error
+    return message
+
+
 def encode(message: Message) -> bytes:
-    """One message as bytes."""
-    body = msgspec.Raw(_ENCODER.encode(message))
-    return _ENCODER.encode(_Envelope(PROTOCOL, _NUMBERS[type(message)], body))
+    """One message as bytes, not signed."""
+    return envelope.wrap(*pack(message))
 
 
 def decode(payload: bytes) -> Message:
-    """One message from bytes.
+    """One message from bytes, whoever says it and whether it is signed or not.
 
     Raises:
         WireError: the payload is too long, is not a message, is of another protocol, or a field is out of bounds.
     """
-    if len(payload) > MESSAGE_LIMIT:
-        raise WireError(f"message of {len(payload)} bytes; at most {MESSAGE_LIMIT} are accepted")
-    try:
-        envelope = _ENVELOPE.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(f"not a fedge message: {error}") from error
-    if envelope.protocol != PROTOCOL:
-        raise WireError(f"message of protocol {envelope.protocol}; this side speaks {PROTOCOL}")
-    decoder = _DECODERS.get(envelope.number)
-    if decoder is None:
-        raise WireError(f"message number {envelope.number}; known are 1 to {max(TABLE)}")
-    try:
-        message: Message = decoder.decode(envelope.body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(f"{TABLE[envelope.number].__name__}: {error}") from error
-    return message
+    return unpack(envelope.unwrap(payload))
