@@ -160,7 +160,7 @@ def test_a_message_of_one_side_is_not_believed_as_one_of_the_other():
     refused("signature", one.hear, one.say(RECEIPT, 5))
     server.tell("pi", RECEIPT)
     refused("signature", server.hear, "pi", server.tell("pi", RECEIPT))
-    refused("signature", one.hear, server.proclaim(RECEIPT))
+    refused("another life", one.hear, server.proclaim(RECEIPT))
 
 
 def test_a_message_of_another_federation_is_refused():
