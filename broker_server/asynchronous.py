@@ -75,7 +75,7 @@ class AsynchronousCoordinator(Conversation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._flights = Flights(self.settings, self.restored.update_limit)
+        self._flights = Flights(self.settings, self.restored.update_limit, self.voice)
         self._buffer = Buffer(self._version)
         self._digests |= self.restored.digests
         self._unanswered = {(task.epoch, task.task): task for task in self.restored.open_tasks}
@@ -211,7 +211,7 @@ class AsynchronousCoordinator(Conversation):
         if self._connected and self.phase == "waiting":
             reason = self._progress.reason()
             if reason is not None:
-                yield from self._stop(reason)
+                yield from self._stop(reason, now)
             elif self._roster.present() >= (self.settings.round.quorum if self._young else 1):
                 self.phase = "train"
                 self._round.begin(now)

@@ -202,6 +202,33 @@ class Transfer(_Section, frozen=True):
     """Seconds over which clients spread their answers to a new offer."""
 
 
+class Trust(_Section, frozen=True):
+    """``[trust]``: whose word is believed."""
+
+    authority: str = ""
+    """The folder that `fedge ca init` made; without one nothing is signed, and who reaches the broker is believed."""
+    offer_days: Annotated[float, Meta(gt=0, le=3650)] = 7.0
+    """Days that a signed offer holds; it is said anew long before."""
+
+
+class Limits(_Section, frozen=True):
+    """``[limits]``: what is taken from one client, and what it may do before it is not listened to for a while."""
+
+    norm: Annotated[float, Meta(ge=0, le=1e30)] = 0.0
+    """The largest norm (L2) of an update that is taken; 0 is no bound."""
+    messages: Rate = 50.0
+    """Messages a second, beside the chunks that the server asks for; a few seconds' worth may come at once."""
+    bytes: Rate = 2_000_000.0
+    """Bytes a second of these messages."""
+    strikes: Annotated[float, Meta(ge=1, le=1e9)] = 10.0
+    """What breaks the protocol, is not believed or cannot be used counts one each, and is forgiven one a minute; so
+    many mute the client."""
+    mute_seconds: Seconds = 60.0
+    """How long, for the first time; each time doubles it, up to an hour with the default."""
+    turn: Seconds = 30.0
+    """Seconds after which a client that uploads makes way for one that waits."""
+
+
 class Simulation(_Section, frozen=True):
     """``[simulation]``: emulated phones, their data and their troubles."""
 
@@ -245,6 +272,8 @@ class Federation(_Section, frozen=True):
     evaluation: Evaluation = Evaluation()
     stop: Stop = Stop()
     transfer: Transfer = Transfer()
+    trust: Trust = Trust()
+    limits: Limits = Limits()
     simulation: Simulation = Simulation()
 
 
@@ -297,6 +326,7 @@ def _resolve(federation: Federation, folder: Path) -> Federation:
         federation,
         federation=moved(federation.federation, "bundle", "state"),
         broker=moved(federation.broker, "password_file"),
+        trust=moved(federation.trust, "authority"),
         evaluation=moved(federation.evaluation, "data"),
         simulation=moved(federation.simulation, "data"),
     )

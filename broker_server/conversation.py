@@ -5,21 +5,24 @@ decoding, aggregating, evaluating and writing to the ledger are actions, done by
 events.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from broker_server import events as e
+from broker_server.conduct import Conduct, Mute
 from broker_server.config import Federation
 from broker_server.ledger import Round
 from broker_server.roster import Roster
 from broker_server.rounds import OpenRound
 from broker_server.stopping import Progress
-from edge_client.errors import WireError
+from edge_client.errors import TrustError, WireError
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
 from edge_client.wire.topics import Chunk, Topics
+from edge_client.wire.voice import Host, PlainHost
 
 Phase = Literal["waiting", "train", "aggregate", "measure", "gather", "evaluate", "stopped"]
 _MEMORY = 32
@@ -33,6 +36,11 @@ _GREETINGS = 200
 _GATHER = 10.0
 """Seconds, beside the spread, in which a fleet may come back after a restart; then it goes on with who is there."""
 
+_RENEWED = 0.25
+"""Share of the time that an offer holds after which it is dated anew."""
+_DEFENCE = 1.0
+"""Seconds between two times that the offer is put back."""
+
 
 @dataclass
 class Conversation(ABC):
@@ -40,8 +48,12 @@ class Conversation(ABC):
 
     settings: Federation
     restored: e.Restored
+    voice: Host = field(default_factory=PlainHost)
+    """How it speaks to clients, and what it believes of what it hears."""
     dropped: int = 0
-    """Messages that were malformed, foreign or too large, and were dropped."""
+    """Messages that were malformed, foreign, too large, too many or not believed, and were dropped."""
+    distrusted: int = 0
+    """Those of them that were not believed."""
     phase: Phase = field(init=False, default="waiting")
     _topics: Topics = field(init=False)
     _roster: Roster = field(init=False)
@@ -52,10 +64,20 @@ class Conversation(ABC):
     _round: OpenRound = field(init=False)
     _gather: float | None = field(init=False, default=None)
     _connected: bool = field(init=False, default=False)
+    _conduct: Conduct = field(init=False)
+    _wall: float = field(init=False, default=0.0)
+    """What the clock shows, seconds since 1970; 0 where nothing is dated."""
+    _said: tuple[m.Offer, bytes] | None = field(init=False, default=None)
+    """The offer as it stands, and as it is retained."""
+    _again: float | None = field(init=False, default=None)
+    """When it is dated anew."""
+    _defended: float = field(init=False, default=-math.inf)
+    """When it was put back last where somebody else had put another one."""
 
     def __post_init__(self) -> None:
         restored = self.restored
         self._topics = Topics(self.settings.federation.name)
+        self._conduct = Conduct(self.settings.limits, self.settings.transfer.window)
         self._roster = Roster(not restored.rounds, _MISSED * _HEARTBEAT, dict(restored.voids))
         # A round whose evaluation goes on has its result in the ledger already, and is counted when it is finished.
         finished = [result for result in restored.rounds if result.round != restored.unfinished]
@@ -146,6 +168,13 @@ class Conversation(ABC):
                 self._connected = False
             case e.Received(topic, payload):
                 yield from self._received(topic, payload, now)
+            case e.Clock(wall):
+                self._wall = wall
+            case e.Rekeyed(given, gone):
+                yield from self._rekeyed(given, gone, now)
+            case e.Refused(_, _, client, reason):
+                yield from self._answered(event, now)
+                yield from self._struck(self._conduct.strike(client, reason, now), now)
             case e.Aggregated(version, digest, clipped):
                 if self.phase == "aggregate":
                     self._version, self._digests[version] = version, digest
@@ -161,6 +190,8 @@ class Conversation(ABC):
                     self._gather = 0.0
                 for client in self._roster.lapse(now):
                     yield from self._leaves(client, now)
+                if self._again is not None and now >= self._again:
+                    yield self._proclaim(now)
                 yield from self._tick(now)
             case _:
                 yield from self._answered(event, now)
@@ -176,7 +207,7 @@ class Conversation(ABC):
         yield e.Subscribe((self._topics.every_up, self._topics.offer))
         if self.restored.bundle.inline is None:
             yield e.Spread(self.restored.bundle)
-        yield e.Retain(self._topics.offer, m.encode(self._offer()))
+        yield self._proclaim(now)
         yield from self._repeat()
         if first:
             yield from self._resume(now)
@@ -190,49 +221,136 @@ class Conversation(ABC):
 
     @property
     def _silence(self) -> float | None:
-        """When clients may have been silent for too long."""
-        return None if self.phase == "stopped" else self._roster.wake
+        """When clients may have been silent for too long, or the offer gets old."""
+        times = (self._roster.wake, self._again if self._connected else None)
+        return None if self.phase == "stopped" else min((time for time in times if time is not None), default=None)
 
-    def _offer(self) -> m.Offer:
-        return m.Offer(
+    def _proclaim(self, now: float) -> e.Action:
+        """Retain the offer as it stands; with a date, where the federation signs what it says."""
+        holds = self.settings.trust.offer_days * 86_400
+        self._again = now + _RENEWED * holds if self._wall else None
+        offer = m.Offer(
             self.settings.federation.name,
             self.restored.epoch,
             self.restored.bundle,
             self._spread,
             _HEARTBEAT,
             finished=self.phase == "stopped",
+            issued=self._wall,
+            expires=self._wall + holds if self._wall else 0.0,
         )
+        self._said = offer, self.voice.proclaim(offer)
+        return e.Retain(self._topics.offer, self._said[1])
 
     # What clients say.
 
-    def _received(self, topic: str, payload: bytes, now: float) -> Iterator[e.Action]:
+    def ignores(self, topic: str, now: float) -> bool:
+        """Whether what comes on a topic is not even looked at: its client is muted."""
         try:
-            if topic == self._topics.offer:
-                yield from self._offered(m.decode(payload))
-                return
+            return self._conduct.muted(self._topics.parse_up(topic)[0], now)
+        except WireError:
+            return False
+
+    def _received(self, topic: str, payload: bytes, now: float) -> Iterator[e.Action]:
+        if topic == self._topics.offer:
+            yield from self._offered(payload, now)
+            return
+        try:
             client, chunk = self._topics.parse_up(topic)
-            if chunk is None:
-                yield from self._said(client, m.decode(payload), now)
+        except WireError as error:
+            yield from self._drop(topic, error)
+            return
+        if self._conduct.muted(client, now):
+            self.dropped += 1
+            return
+        try:
+            if chunk is not None:
+                yield from self._piece(client, chunk, payload, now)
             else:
-                yield from self._chunk(client, chunk, payload, now)
+                allowed = self._conduct.spend(client, len(payload), now)
+                if allowed is not True:
+                    self.dropped += 1
+                    yield from self._struck(allowed or None, now)
+                    return
+                yield from self._spoken(client, payload, now)
             self._roster.hear(client, now)
         except WireError as error:
-            self.dropped += 1
-            if self.dropped == 1:
-                yield e.Log(f"dropped a message on {printable(topic[:100])}: {error} (further ones are only counted)")
+            yield from self._drop(topic, error)
+            if chunk is None:
+                yield from self._struck(self._conduct.strike(client, str(error), now), now)
 
-    def _offered(self, offer: m.Message) -> Iterator[e.Action]:
+    def _piece(self, client: str, chunk: Chunk, payload: bytes, now: float) -> Iterator[e.Action]:
+        """A chunk: free where it was asked for and is new."""
+        asked, wrong = False, None
+        try:
+            for action in self._chunk(client, chunk, payload, now):
+                asked = asked or isinstance(action, e.Keep)
+                yield action
+        except WireError as error:
+            wrong = error
+        allowed = asked or self._conduct.spend(client, len(payload), now)
+        if allowed is not True:
+            yield from self._struck(allowed or None, now)
+        if wrong is not None:
+            raise wrong
+
+    def _drop(self, topic: str, error: WireError) -> Iterator[e.Action]:
+        self.dropped += 1
+        self.distrusted += isinstance(error, TrustError)
+        if self.dropped == 1 or (self.distrusted == 1 and isinstance(error, TrustError)):
+            yield e.Log(f"dropped a message on {printable(topic[:100])}: {error} (further ones are only counted)")
+
+    def _struck(self, mute: Mute | None, now: float) -> Iterator[e.Action]:
+        """A client is muted, where it is: nothing is asked of it."""
+        if mute is None:
+            return
+        client, reason, seconds = mute
+        yield e.Log(f"{client} is not listened to for {seconds:.0f} s: {printable(reason)[:300]}")
+        yield e.Misconduct(client, "muted", printable(reason)[:300], seconds)
+        if self._roster.part(client):
+            yield from self._leaves(client, now)
+
+    def _offered(self, payload: bytes, now: float) -> Iterator[e.Action]:
         """An offer is retained: this server's own, one of an older server, or of a newer one that takes over."""
-        if not isinstance(offer, m.Offer):
-            raise WireError(f"{type(offer).__name__} is no offer")
+        try:
+            offer, stamp = self.voice.overhear(payload)
+            if not isinstance(offer, m.Offer):
+                raise WireError(f"{type(offer).__name__} is no offer")
+        except WireError as error:
+            yield from self._drop(self._topics.offer, error)
+            if isinstance(error, TrustError):
+                yield from self._defend(now)
+            return
         if offer.epoch > self.restored.epoch:
             yield e.Fenced(offer.epoch)
-        elif offer.epoch < self.restored.epoch:
-            yield e.Retain(self._topics.offer, m.encode(self._offer()))
+        elif offer.epoch < self.restored.epoch or (stamp.count and self._said is not None and offer != self._said[0]):
+            yield from self._defend(now)
 
-    def _said(self, client: str, message: m.Message, now: float) -> Iterator[e.Action]:
+    def _defend(self, now: float) -> Iterator[e.Action]:
+        """Put the offer back in its place, at once the first time and soon where that is needed again and again."""
+        if self._said is None:
+            return
+        if now - self._defended >= _DEFENCE:
+            self._defended = now
+            yield e.Retain(self._topics.offer, self._said[1])
+        elif self._again is None or self._again > now + _DEFENCE:
+            self._again = now + _DEFENCE
+
+    def _spoken(self, client: str, payload: bytes, now: float) -> Iterator[e.Action]:
+        heard = self.voice.hear(client, payload)
+        if heard.twin:
+            yield from self._doubled(client, self._conduct.twin(client, now))
+        elif heard.stale:
+            # It has missed this epoch's offer.
+            if self._said is not None:
+                yield e.Publish(self._topics.down(client), self._said[1])
+        else:
+            yield from self._said_by(client, heard.message, now)
+
+    def _said_by(self, client: str, message: m.Message, now: float) -> Iterator[e.Action]:
         match message:
             case m.Hello():
+                yield from self._doubled(client, self._conduct.greeted(client, message.boot, now))
                 yield from self._greeted(client, message, now)
             case m.Goodbye(boot):
                 if self._roster.goodbye(client, boot):
@@ -249,10 +367,27 @@ class Conversation(ABC):
             case _:
                 raise WireError(f"{type(message).__name__} is not for the server")
 
+    def _doubled(self, client: str, certain: bool) -> Iterator[e.Action]:
+        """Two devices speak as one client, as far as can be told."""
+        if certain:
+            reason = "two devices speak with this name: a copied card? give each its own"
+            yield e.Log(f"{client}: {reason}")
+            yield e.Misconduct(client, "twin", reason, 0.0)
+
+    def _rekeyed(self, given: tuple[str, ...], gone: tuple[str, ...], now: float) -> Iterator[e.Action]:
+        """Nothing that was said with a key that is gone is held for or against its client, but what is recorded."""
+        for client in (*given, *gone):
+            self.voice.forget(client)
+            self._conduct.forgive(client)
+            if self._roster.part(client):
+                yield from self._leaves(client, now)
+        for client in gone:
+            yield e.Log(f"{client} is not enrolled any more: nothing is asked of it, and nothing it says is believed")
+
     def _greeted(self, client: str, hello: m.Hello, now: float) -> Iterator[e.Action]:
-        if hello.epoch < self.restored.epoch:
+        if hello.epoch < self.restored.epoch and self._said is not None:
             # It has missed this epoch's offer.
-            yield self._tell(client, self._offer())
+            yield e.Publish(self._topics.down(client), self._said[1])
         if hello.epoch == self.restored.epoch and hello.bundle == self.restored.bundle.sha256:
             self._roster.hello(client, hello)
             yield from self._comes(client, hello, now)
@@ -294,15 +429,15 @@ class Conversation(ABC):
         self.phase = "waiting"
         yield from self._consider(now)
 
-    def _stop(self, reason: str) -> Iterator[e.Action]:
+    def _stop(self, reason: str, now: float) -> Iterator[e.Action]:
         self.phase = "stopped"
-        yield e.Retain(self._topics.offer, m.encode(self._offer()))
+        yield self._proclaim(now)
         yield e.Stop(reason)
 
     # Small things.
 
     def _tell(self, client: str, message: m.Message) -> e.Action:
-        return e.Publish(self._topics.down(client), m.encode(message))
+        return e.Publish(self._topics.down(client), self.voice.tell(client, message))
 
 
 def _diverged(version: int, clipped: int) -> str:

@@ -129,7 +129,8 @@ class Coordinator(Conversation):
 
     def _begin(self, task: Task) -> OpenTask:
         spares = {candidate.id for candidate in self._roster.candidates() if candidate.available}
-        return OpenTask(task, self.settings, dict(self._digests), self.restored.update_limit, spares - {*task.cohort})
+        limit, digests = self.restored.update_limit, dict(self._digests)
+        return OpenTask(task, self.settings, digests, limit, spares - {*task.cohort}, self.voice)
 
     def _open_task(self, kind: Literal["train", "evaluate"], count: int) -> Iterator[e.Action]:
         self._task += 1
@@ -202,7 +203,7 @@ class Coordinator(Conversation):
             return
         reason = self._progress.reason()
         if reason is not None:
-            yield from self._stop(reason)
+            yield from self._stop(reason, now)
             return
         rounds = self.settings.round
         quorum = rounds.quorum if not self._progress.rounds or self._gather else rounds.minimum

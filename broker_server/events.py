@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from broker_server.ledger import Round, Task
+from edge_client.events import Clock as Clock
 from edge_client.events import Connected as Connected
 from edge_client.events import Disconnected as Disconnected
 from edge_client.events import Log as Log
@@ -52,6 +53,14 @@ class Restored:
 
 
 # Events.
+
+
+@dataclass(frozen=True)
+class Rekeyed:
+    """What is known of clients' keys has changed: some have one now, or another one; and some have none any more."""
+
+    given: tuple[str, ...]
+    gone: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,9 @@ Event = (
     Connected
     | Disconnected
     | Received
+    | Clock
     | Tick
+    | Rekeyed
     | Opened
     | Recorded
     | Refused
@@ -293,6 +304,16 @@ class FinishRound:
 
 
 @dataclass(frozen=True)
+class Misconduct:
+    """Write to the ledger what a client did: it is muted for so many seconds, or there are two of it."""
+
+    client: str
+    kind: Literal["muted", "twin"]
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Fenced:
     """Another server of this federation has a higher epoch, and clients follow it: end, and leave its topics alone."""
 
@@ -324,6 +345,7 @@ Action = (
     | Sweep
     | Clear
     | FinishRound
+    | Misconduct
     | Fenced
     | Stop
 )

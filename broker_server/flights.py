@@ -22,6 +22,7 @@ from edge_client.errors import WireError
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
 from edge_client.wire.topics import Topics
+from edge_client.wire.voice import Host, PlainHost
 
 State = Literal["opening", "asked", "away", "ready", "recording"]
 """Not in the ledger yet; asked; asked, and not counted on any more; its update is here, or on its way to the ledger."""
@@ -54,6 +55,7 @@ class Flights:
 
     settings: Federation
     limit: int
+    voice: Host = field(default_factory=PlainHost)
     _flights: dict[str, Flight] = field(init=False, default_factory=dict)
     """By client."""
     _ready: deque[tuple[str, bytes | None]] = field(init=False, default_factory=deque)
@@ -64,7 +66,7 @@ class Flights:
 
     def __post_init__(self) -> None:
         limits = self.settings.transfer
-        self._uploads = Uploads(limits.uploads, limits.window, self.limit)
+        self._uploads = Uploads(limits.uploads, limits.window, self.limit, turn=self.settings.limits.turn)
 
     # What there is.
 
@@ -308,4 +310,4 @@ class Flights:
         return [self._tell(grant.client, m.Credit(grant.sha256, grant.indices)) for grant in grants]
 
     def _tell(self, client: str, message: m.Message) -> e.Action:
-        return e.Publish(Topics(self.settings.federation.name).down(client), m.encode(message))
+        return e.Publish(Topics(self.settings.federation.name).down(client), self.voice.tell(client, message))

@@ -1,9 +1,9 @@
 """What the server must not forget: one SQLite file, every commit on the disk before it is acknowledged.
 
 The ledger holds open tasks and the updates recorded for them, the versions of the global model, the rounds' results,
-the topics that are retained on the broker, and notes. A crash at any moment leaves the last commit; a task and the
-version made from it change in one transaction, so an update is counted in exactly one version. Of closed tasks it
-remembers the last ones, to answer those who did not hear what became of their updates.
+the topics that are retained on the broker, what clients did wrong, and notes. A crash at any moment leaves the last
+commit; a task and the version made from it change in one transaction, so an update is counted in exactly one version.
+Of closed tasks it remembers the last ones, to answer those who did not hear what became of their updates.
 
 All calls on one ledger come from the thread that opened it.
 """
@@ -29,6 +29,8 @@ REMEMBERED = 100_000
 _EPOCH = "epoch"
 _FORGOTTEN_AT_ONCE = 100
 """Tasks that one close may delete, so that a ledger that grew for years does not hold up a round."""
+_MISCONDUCT_KEPT = 10_000
+"""Rows: whoever makes names up could fill the disk with what is said about them."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +77,18 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     bytes_up: int
     bytes_down: int
     metrics: dict[str, float] = {}
+
+
+class Misconduct(msgspec.Struct, frozen=True):
+    """What a client did wrong, and what followed."""
+
+    time: float
+    """Wall-clock seconds since 1970."""
+    client: str
+    kind: Literal["muted", "twin"]
+    reason: str
+    seconds: float
+    """How long it was not listened to."""
 
 
 class Ledger:
@@ -330,6 +344,24 @@ class Ledger:
             metrics = {name: math.nan if value is None else value for name, value in stored.items()}
             rounds.append(Round(metrics=metrics, **dict(zip(columns.split(", "), row, strict=True))))
         return rounds
+
+    # -- misconduct
+
+    def accuse(self, fault: Misconduct) -> None:
+        """Note what a client did; of very many notes the oldest are forgotten."""
+        with self.group():
+            self._database.write(
+                "INSERT INTO misconduct VALUES (NULL, ?, ?, ?, ?, ?)",
+                *(fault.time, fault.client, fault.kind, fault.reason, fault.seconds),
+            )
+            self._database.write(
+                "DELETE FROM misconduct WHERE id <= (SELECT max(id) FROM misconduct) - ?", _MISCONDUCT_KEPT
+            )
+
+    def misconduct(self) -> list[Misconduct]:
+        """What clients did wrong, oldest first."""
+        rows = self._database.all("SELECT time, client, kind, reason, seconds FROM misconduct ORDER BY id")
+        return [Misconduct(*row) for row in rows]
 
     # -- retained topics
 

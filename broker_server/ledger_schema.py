@@ -63,4 +63,14 @@ MIGRATIONS: Migrations = (
     ),
     ("ALTER TABLE versions ADD COLUMN pace REAL NOT NULL DEFAULT 0",),
     ("ALTER TABLE versions ADD COLUMN anchor INTEGER NOT NULL DEFAULT 0",),
+    (
+        """CREATE TABLE misconduct (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            time REAL NOT NULL,
+            client TEXT NOT NULL,
+            kind TEXT NOT NULL CHECK (kind IN ('muted', 'twin')),
+            reason TEXT NOT NULL,
+            seconds REAL NOT NULL
+        )""",
+    ),
 )

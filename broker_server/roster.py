@@ -111,6 +111,11 @@ class Roster:
         member.present = False
         return True
 
+    def part(self, client: str) -> bool:
+        """A client is not counted on until it says hello again; False where it was not there."""
+        member = self._members.get(client)
+        return member is not None and self.goodbye(client, member.boot)
+
     def count(self, client: str, traffic: Traffic) -> None:
         """Take a client's counters, which only ever grow within one life."""
         member = self._members.get(client)

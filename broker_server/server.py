@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from broker_server import events as e
 from broker_server.artifacts import Report
@@ -22,15 +23,21 @@ from broker_server.ledger import Round
 from broker_server.metrics import names
 from broker_server.worker import Worker, ledger_path
 from edge_client.bundle import Bundle
-from edge_client.errors import BundleError, ConfigError, LedgerError
+from edge_client.errors import BundleError, ConfigError, FedgeError, LedgerError
 from edge_client.transport import Address, Link, MqttLink
 from edge_client.wire import transfer
 from edge_client.wire.messages import BlobRef
 from edge_client.wire.topics import Topics
+from edge_client.wire.voice import Host, PlainHost
+
+if TYPE_CHECKING:
+    from broker_server.keyring import Keyring  # a federation that does not sign does not load its library
 
 Result = TypeVar("Result")
 _TOGETHER = (e.Record, e.OpenTask)
 """Actions whose commits may wait for one another."""
+_WATCH = 1.0
+"""Seconds between looks at who is enrolled."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,17 @@ class Server:
     """The lock on the federation's ledger (`locked`), where it was taken before; else `run` takes it."""
     fit: Callable[[Federation], Awaitable[Federation]] | None = None
     """Finds the settings that fit the broker (`entrance.enter`), before an epoch begins."""
+    keyring: "Keyring | None" = None
+    """What it signs with, and whom it believes; without one nothing is signed and everybody is believed."""
     _pool: ThreadPoolExecutor = field(init=False)
     _worker: Worker = field(init=False)
     _coordinator: Conversation = field(init=False)
     _queue: "asyncio.Queue[e.Action]" = field(init=False, default_factory=asyncio.Queue)
     _ended: "asyncio.Future[str]" = field(init=False)
     _timer: asyncio.TimerHandle | None = field(init=False, default=None)
+    _watching: asyncio.TimerHandle | None = field(init=False, default=None)
+    _ignored: int = field(init=False, default=0)
+    """Messages of clients that were muted."""
     _retained: set[str] = field(init=False, default_factory=set)
     _online: bool = field(init=False, default=False)
     _unswept: list[BlobRef] = field(init=False, default_factory=list)
@@ -91,10 +103,12 @@ class Server:
                 self.settings = fitting.result()
                 self._worker.limits = self.settings.transfer
             restored = await self._in_worker(self._worker.start)
-            self._coordinator = coordinator(self.settings, restored)
+            self._coordinator = coordinator(self.settings, restored, self._voice(restored.epoch))
             for answer in await self._in_worker(lambda: list(self._worker.replay(restored))):
                 self._feed(answer)
             self.on_start(restored)
+            if self.keyring is not None:
+                self._watch(self.keyring)
             tasks = [asyncio.ensure_future(self._work()), asyncio.ensure_future(self.link.run(self))]
             everything: list[asyncio.Future[Any]] = [*tasks, self._ended]
             await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
@@ -106,10 +120,11 @@ class Server:
             await self._until(self._queue.join(), tasks[0])
             models = await self._in_worker(self._worker.write_models)
             self._clear()
-            return Outcome(reason, models, self._coordinator.dropped)
+            return Outcome(reason, models, self._coordinator.dropped + self._ignored)
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
+            for timer in (self._timer, self._watching):
+                if timer is not None:
+                    timer.cancel()
             if tasks:
                 await self.link.close()
                 tasks[0].cancel()
@@ -143,13 +158,36 @@ class Server:
 
     def message(self, topic: str, payload: bytes) -> None:
         """A message has arrived."""
+        # One that floods must not have its messages weighed: there may be ten thousand a second.
+        if self._coordinator.ignores(topic, asyncio.get_running_loop().time()):
+            self._ignored += 1
+            return
         self._feed(e.Received(topic, payload))
+
+    # Who is believed.
+
+    def _voice(self, epoch: int) -> Host:
+        return PlainHost() if self.keyring is None else self.keyring.host(self.settings.federation.name, epoch)
+
+    def _watch(self, keyring: "Keyring") -> None:
+        """See whether devices were enrolled or revoked, and again soon."""
+        self._watching = asyncio.get_running_loop().call_later(_WATCH, self._watch, keyring)
+        try:
+            given, gone = keyring.refresh(time.time())
+        except FedgeError as error:
+            if not self._ended.done():
+                self._ended.set_exception(error)
+            return
+        if given or gone:
+            self._feed(e.Rekeyed(given, gone))
 
     # What the coordinator decides.
 
     def _feed(self, event: e.Event) -> None:
         loop = asyncio.get_running_loop()
         try:
+            if self.keyring is not None and not isinstance(event, e.Received):
+                self._coordinator.handle(e.Clock(time.time()), loop.time())
             for action in self._coordinator.handle(event, loop.time()):
                 self._act(action)
         except Exception as error:
@@ -296,11 +334,10 @@ class Server:
         return Worker(self.settings, data, self.lock)
 
 
-def coordinator(settings: Federation, restored: e.Restored) -> Conversation:
+def coordinator(settings: Federation, restored: e.Restored, voice: Host | None = None) -> Conversation:
     """The state machine of the mode that the settings name."""
-    if settings.round.mode == "buffered":
-        return AsynchronousCoordinator(settings, restored)
-    return Coordinator(settings, restored)
+    kind = AsynchronousCoordinator if settings.round.mode == "buffered" else Coordinator
+    return kind(settings, restored, voice or PlainHost())
 
 
 def read_bundle(settings: Federation) -> bytes:

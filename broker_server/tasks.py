@@ -20,6 +20,7 @@ from edge_client.errors import WireError
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
 from edge_client.wire.topics import Topics
+from edge_client.wire.voice import Host, PlainHost
 
 State = Literal["asked", "recording", "recorded", "refused", "gone"]
 Outcome = Literal["done", "void"]
@@ -38,6 +39,7 @@ class OpenTask:
     versions: Mapping[int, bytes]
     limit: int
     spares: set[str] = field(default_factory=set)
+    voice: Host = field(default_factory=PlainHost)
     opened: bool = field(init=False, default=False)
     tally: Tally = field(init=False, default_factory=Tally)
     """What the recorded results come to."""
@@ -58,7 +60,7 @@ class OpenTask:
 
     def __post_init__(self) -> None:
         limits = self.settings.transfer
-        self._uploads = Uploads(limits.uploads, limits.window, self.limit)
+        self._uploads = Uploads(limits.uploads, limits.window, self.limit, turn=self.settings.limits.turn)
         for client in self.task.cohort:
             self._set(client, "asked")
 
@@ -310,4 +312,4 @@ class OpenTask:
         return [self._tell(grant.client, m.Credit(grant.sha256, grant.indices)) for grant in grants]
 
     def _tell(self, client: str, message: m.Message) -> e.Action:
-        return e.Publish(Topics(self.settings.federation.name).down(client), m.encode(message))
+        return e.Publish(Topics(self.settings.federation.name).down(client), self.voice.tell(client, message))

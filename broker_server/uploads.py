@@ -26,6 +26,8 @@ class Grant:
 class _Incoming:
     checklist: Checklist
     wake: float
+    since: float
+    """When it got its place."""
     outstanding: set[int] = field(default_factory=set)
     tries: int = 0
 
@@ -35,7 +37,9 @@ class Uploads:
     """All uploads under way and those that wait.
 
     ``most`` uploads are open at a time, each with at most ``window`` chunks granted; ``limit`` is the size of the
-    largest update in bytes; ``lease`` the seconds without a chunk after which a grant is repeated, ``patience`` times.
+    largest update in bytes; ``lease`` the seconds without a chunk after which a grant is repeated, ``patience`` times;
+    ``turn`` the seconds after which a client makes way where others wait: one that sends a byte now and then would keep
+    its place for ever.
     """
 
     most: int
@@ -43,6 +47,7 @@ class Uploads:
     limit: int
     lease: float = 10.0
     patience: int = 6
+    turn: float = 30.0
     _open: dict[str, _Incoming] = field(default_factory=dict)
     _queue: dict[str, BlobRef] = field(default_factory=dict)
     _parked: dict[str, Checklist] = field(default_factory=dict)
@@ -53,7 +58,10 @@ class Uploads:
         """When `tick` has something to do; 0 is at once."""
         if self._queue and len(self._open) < self.most:
             return 0.0
-        return min((incoming.wake for incoming in self._open.values()), default=None)
+        times = [incoming.wake for incoming in self._open.values()]
+        if self._queue:
+            times += [incoming.since + self.turn for incoming in self._open.values()]
+        return min(times, default=None)
 
     def resume(self, kept: Mapping[str, Checklist]) -> None:
         """What had come before a restart, by client."""
@@ -135,7 +143,7 @@ class Uploads:
                 self._park(client)
             else:
                 grants += self._grant(client, incoming, now, again=True)
-        return grants + self._admit(now)
+        return grants + self._make_way(now) + self._admit(now)
 
     def forget(self, client: str, now: float) -> list[Grant]:
         """A client is gone: its place is free, and what has come stays."""
@@ -161,6 +169,18 @@ class Uploads:
         if incoming is not None:
             self._parked[client] = incoming.checklist
 
+    def _make_way(self, now: float) -> list[Grant]:
+        """Let those who wait have the places of those who had theirs for long; these wait in turn."""
+        grants = []
+        for client, incoming in list(self._open.items()):
+            if not self._queue:
+                break
+            if now >= incoming.since + self.turn:
+                self._park(client)
+                grants += self._admit(now)
+                self._queue[client] = incoming.checklist.ref
+        return grants
+
     def _admit(self, now: float) -> list[Grant]:
         return list(self._admitted(now))
 
@@ -170,7 +190,7 @@ class Uploads:
             ref, checklist = self._queue.pop(client), self._parked.pop(client, None)
             if checklist is None or checklist.ref != ref or checklist.complete:
                 checklist = Checklist(ref, limit=self.limit)
-            incoming = _Incoming(checklist, now + self.lease)
+            incoming = _Incoming(checklist, now + self.lease, now)
             self._open[client] = incoming
             yield from self._grant(client, incoming, now)
 

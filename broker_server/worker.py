@@ -23,7 +23,7 @@ from broker_server.artifacts import Report, write_artifacts
 from broker_server.config import Federation
 from broker_server.database import Lock
 from broker_server.evaluation import HeldOut
-from broker_server.ledger import BEST, Ledger, Task
+from broker_server.ledger import BEST, Ledger, Misconduct, Task
 from broker_server.publication import Publication
 from broker_server.spool import Spool
 from edge_client.bundle import Bundle
@@ -164,6 +164,8 @@ class Worker:
                 assert self._held_out is not None
                 vector, buffers = self._publication.parameters(version), self._publication.buffers(version)
                 return e.Evaluated(version, self._held_out.evaluate(vector, buffers=buffers))
+            case e.Misconduct(client, kind, reason, seconds):
+                self._ledger.accuse(Misconduct(time.time(), client, kind, reason, seconds))
             case e.FinishRound(result, best, fleet):
                 with self._ledger.group():
                     self._ledger.put(_FLEET, str(fleet))
@@ -210,6 +212,7 @@ class Worker:
         try:
             data = self.spool.take(identity, action.client) if action.data is None else action.data
             samples, scalars, vectors = self._decode(data, self._tasks[identity])
+            self._bound(vectors)
         except CodecError as error:
             return e.Refused(*identity, action.client, str(error))
         except WireError:
@@ -265,6 +268,19 @@ class Worker:
                 raise CodecError(f"update holds {found}: training diverged; a lower learning rate may help")
         finite = {name: value for name, value in update.scalars.items() if math.isfinite(value)}
         return int(samples), finite, update.vectors
+
+    def _bound(self, vectors: Mapping[str, Vector]) -> None:
+        """Refuse an update that would pull the model of all too far.
+
+        Raises:
+            CodecError: its norm is more than ``limits.norm``.
+        """
+        most = self._settings.limits.norm
+        if not most or "delta" not in vectors:
+            return
+        norm = float(np.linalg.norm(vectors["delta"]))
+        if norm > most:
+            raise CodecError(f"update has norm {norm:.3g}; limits.norm allows {most:g}")
 
     def _inquire(self, action: e.Inquire) -> e.Event:
         outcome = self._ledger.outcome(action.epoch, action.task)

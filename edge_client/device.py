@@ -6,6 +6,7 @@ import hashlib
 import random
 import secrets
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from edge_client.errors import BundleError, DataError, StoreError
 from edge_client.events import (
     Available,
     Cancel,
+    Clock,
     Connected,
     Counted,
     Discard,
@@ -36,6 +38,7 @@ from edge_client.events import (
     Subscribe,
     Tick,
     Unsubscribe,
+    Witness,
     Work,
 )
 from edge_client.held import NO_HASH, Held, SessionSettings
@@ -44,7 +47,9 @@ from edge_client.session import ClientSession
 from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
 from edge_client.transport import Link
+from edge_client.wire.envelope import Stamp
 from edge_client.wire.messages import BlobRef
+from edge_client.wire.voice import Member, PlainMember
 from edge_client.worker import Worker
 
 Result = TypeVar("Result")
@@ -125,6 +130,10 @@ class Device:
     """Bytes a second that the device can send; 0 is not known."""
     boot: bytes = field(default_factory=lambda: secrets.token_bytes(8))
     """What tells this life of the client from earlier ones."""
+    voice: Member = field(default_factory=PlainMember)
+    """How the client speaks to the server, and what it believes (`edge_client.trust.speech` makes one that signs)."""
+    remember: Callable[[Stamp], None] = lambda _: None
+    """Remembers over power cuts which offer was the newest that was believed."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the federation says that it has finished."""
     link: Link = field(init=False)
@@ -143,7 +152,7 @@ class Device:
         rng = random.Random(self.seed if self.seed is not None else secrets.randbits(64))  # noqa: S311
         settings = SessionSettings(self.client, self.federation, software=self.software, uplink=self.uplink)
         held = dataclasses.replace(self._resume(), partial=self.store.partial())
-        self._session = ClientSession(settings, held, rng, boot=self.boot)
+        self._session = ClientSession(settings, held, rng, self.boot, self.voice)
         goodbye = self._session.goodbye()
         self.link = self.connect((goodbye.topic, goodbye.payload))
 
@@ -207,6 +216,7 @@ class Device:
         loop = asyncio.get_running_loop()
         try:
             self._session.handle(Counted(self.link.traffic), loop.time())
+            self._session.handle(Clock(time.time()), loop.time())
             for action in self._session.handle(event, loop.time()):
                 self._act(action)
         except Exception as error:
@@ -240,6 +250,8 @@ class Device:
                 self._keep(ref, index, data)
             case Discard():
                 self.store.discard()
+            case Witness(stamp):
+                self.remember(stamp)
             case Log(text):
                 self.log(f"{self.client}: {text}")
             case Done():

@@ -11,6 +11,7 @@ FedgeError
 ├── TrainingError      a training run produced something that cannot be used
 ├── TransportError     the broker cannot be reached or refuses
 └── WireError          a message or topic that breaks the wire contract
+    └── TrustError     a message that is whole and not believed: forged, changed, said again, or out of date
 
 A message names the thing, says what was found and what was expected, and what to do about it. The command line
 prints it on one line and exits with status 2; no traceback reaches a user for a mistake of theirs.
@@ -59,3 +60,7 @@ class TransportError(FedgeError):
 
 class WireError(FedgeError):
     """A message or topic that breaks the wire contract."""
+
+
+class TrustError(WireError):
+    """A message that is whole and not believed: forged, changed, said again, or out of date."""

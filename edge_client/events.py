@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from edge_client.wire import messages as m
+from edge_client.wire.envelope import Stamp
 
 # Events.
 
@@ -30,6 +31,13 @@ class Counted:
     """What the transport has counted so far; precedes events that make the client speak."""
 
     traffic: m.Traffic
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What the clock on the wall shows, in seconds since 1970; precedes events where offers have dates."""
+
+    wall: float
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,9 @@ class Tick:
     """Time has passed; due at ``ClientSession.wake``."""
 
 
-Event = Connected | Disconnected | Received | Counted | Installed | Rejected | Finished | Failed | Available | Tick
+Event = (
+    Connected | Disconnected | Received | Counted | Clock | Installed | Rejected | Finished | Failed | Available | Tick
+)
 
 
 # Actions.
@@ -156,6 +166,13 @@ class Discard:
 
 
 @dataclass(frozen=True)
+class Witness:
+    """Remember this offer over power cuts: no older one is believed from now on."""
+
+    stamp: Stamp
+
+
+@dataclass(frozen=True)
 class Log:
     """One line for the operator."""
 
@@ -167,4 +184,4 @@ class Done:
     """The federation has reached its end; a driver may leave or wait for another."""
 
 
-Action = Subscribe | Unsubscribe | Publish | Install | Work | Cancel | Settle | Keep | Discard | Log | Done
+Action = Subscribe | Unsubscribe | Publish | Install | Work | Cancel | Settle | Keep | Discard | Witness | Log | Done

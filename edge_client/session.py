@@ -11,12 +11,17 @@ from dataclasses import dataclass, field
 
 from edge_client import events as e
 from edge_client.download import Download, Pull, check_blob
-from edge_client.errors import WireError
+from edge_client.errors import TrustError, WireError
 from edge_client.held import NO_HASH, Held, SessionSettings
 from edge_client.upload import Outbox, Patience, Pending
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
+from edge_client.wire.envelope import Stamp
 from edge_client.wire.topics import Topics
+from edge_client.wire.voice import Member, PlainMember
+
+_CLOCK_ERROR = 3600.0
+"""Seconds that clocks may differ by and be taken for right."""
 
 
 @dataclass
@@ -27,8 +32,12 @@ class ClientSession:
     held: Held
     rng: random.Random
     boot: bytes
+    voice: Member = field(default_factory=PlainMember)
+    """How it speaks to the server, and what it believes of what it hears."""
     dropped: int = 0
-    """Messages that were malformed, foreign or too large, and were dropped."""
+    """Messages that were malformed, foreign, too large or not believed, and were dropped."""
+    distrusted: int = 0
+    """Those of them that were not believed."""
     _topics: Topics = field(init=False)
     _patience: Patience = field(init=False)
     _outbox: Outbox = field(init=False)
@@ -56,9 +65,15 @@ class ClientSession:
     _working: bool = False
     _waiting: m.Invitation | None = None
     _failures: int = 0
+    _witnessed: Stamp = field(init=False)
+    _wall: float = 0.0
+    """What the clock shows, seconds since 1970."""
+    _slow: bool = False
+    """Whether the log says that the clock cannot be right."""
 
     def __post_init__(self) -> None:
         self._topics = Topics(self.settings.federation)
+        self._witnessed = self.voice.newest
         self._patience = Patience(self.settings.patience, self.settings.longest, self.rng)
         self._outbox = Outbox(self.settings.inline, self.settings.chunk, self._patience)
         self._bundle, self._version, self._digest = self.held.bundle, self.held.version, self.held.digest
@@ -125,6 +140,8 @@ class ClientSession:
                 yield from self._received(topic, payload, now)
             case e.Counted(traffic):
                 self._traffic = traffic
+            case e.Clock(wall):
+                self._wall = wall
             case e.Installed():
                 yield from self._installed(event, now)
             case e.Rejected(bundle, reason):
@@ -149,11 +166,11 @@ class ClientSession:
     def _received(self, topic: str, payload: bytes, now: float) -> Iterator[e.Action]:
         try:
             if topic == self._topics.down(self.settings.client):
-                yield from self._told(m.decode(payload), now)
+                yield from self._told(self.voice.hear(payload), now)
                 return
             chunk = self._topics.parse_pub(topic)
             if chunk is None:
-                yield from self._told(m.decode(payload), now)
+                yield from self._told(self.voice.hear(payload), now)
             elif self._download is not None and chunk.sha256 == self._download.ref.sha256:
                 download = self._download
                 left, pull = download.left, download.chunk(chunk.index, payload, now)
@@ -165,7 +182,8 @@ class ClientSession:
                     yield from self._downloaded(download, now)
         except WireError as error:
             self.dropped += 1
-            if self.dropped == 1:
+            self.distrusted += isinstance(error, TrustError)
+            if self.dropped == 1 or (self.distrusted == 1 and isinstance(error, TrustError)):
                 yield e.Log(f"dropped a message on {topic[:100]}: {error} (further ones are only counted)")
 
     def _told(self, message: m.Message, now: float) -> Iterator[e.Action]:
@@ -185,6 +203,7 @@ class ClientSession:
     def _offered(self, offer: m.Offer, now: float) -> Iterator[e.Action]:
         if offer.federation != self.settings.federation:
             raise WireError(f"offer of federation {offer.federation!r}")
+        yield from self._date(offer)
         if self._offer is not None and offer.epoch < self._offer.epoch:
             return
         check_blob(offer.bundle, self.settings.blob_limit)
@@ -209,6 +228,21 @@ class ClientSession:
             if self._working:
                 yield e.Cancel()
         yield from self._tick(now)
+
+    def _date(self, offer: m.Offer) -> Iterator[e.Action]:
+        """Check an offer's dates, and have it remembered over power cuts."""
+        if not offer.issued:
+            return
+        if self._wall > offer.expires:
+            late = self._wall - offer.expires
+            raise TrustError(f"an offer that expired {late:.0f} s ago: does its server live, and is the clock right?")
+        if self._wall < offer.issued - _CLOCK_ERROR and not self._slow:
+            self._slow = True
+            slow = offer.issued - self._wall
+            yield e.Log(f"the clock is {slow:.0f} s behind the server's: whether offers have expired cannot be told")
+        if self.voice.newest != self._witnessed:
+            self._witnessed = self.voice.newest
+            yield e.Witness(self._witnessed)
 
     def _invited(self, invitation: m.Invitation, now: float) -> Iterator[e.Action]:
         if invitation.delta is not None:
@@ -397,4 +431,5 @@ class ClientSession:
             yield self._say(upload)
 
     def _say(self, message: m.Message) -> e.Publish:
-        return e.Publish(self._topics.up(self.settings.client), m.encode(message))
+        epoch = 0 if self._offer is None else self._offer.epoch
+        return e.Publish(self._topics.up(self.settings.client), self.voice.say(message, epoch))

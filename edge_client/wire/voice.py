@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from edge_client.errors import WireError
+from edge_client.errors import TrustError
 from edge_client.wire import messages as m
 from edge_client.wire.envelope import EVERYONE, SERVER, Envelope, Stamp, covered, unwrap, wrap
 
@@ -43,7 +43,7 @@ class Member(Protocol):
         """A message from the server.
 
         Raises:
-            WireError: it is no message, or is not believed.
+            WireError: it is no message, or (TrustError) is not believed.
         """
 
     @property
@@ -64,14 +64,17 @@ class Host(Protocol):
         """A message from a client.
 
         Raises:
-            WireError: it is no message, or is not believed.
+            WireError: it is no message, or (TrustError) is not believed.
         """
+
+    def forget(self, client: str) -> None:
+        """A client has another key, or none: nothing is known of it."""
 
     def overhear(self, payload: bytes) -> tuple[m.Message, Stamp]:
         """A message to all, by this server or another one of the federation, with when it was said.
 
         Raises:
-            WireError: it is no message, or is not believed.
+            WireError: it is no message, or (TrustError) is not believed.
         """
 
 
@@ -107,6 +110,9 @@ class PlainHost:
         del client
         return Heard(m.decode(payload))
 
+    def forget(self, client: str) -> None:
+        """Nothing is known of anybody."""
+
     def overhear(self, payload: bytes) -> tuple[m.Message, Stamp]:
         """Whatever is said."""
         message = m.decode(payload)
@@ -135,25 +141,27 @@ class SignedMember:
 
     def say(self, message: m.Message, epoch: int) -> bytes:
         """The message, signed and counted."""
-        if not isinstance(message, m.Goodbye):
+        if isinstance(message, m.Goodbye):
+            stamp = Stamp(0, self.life, 0)  # also a last will, which is made before there is an offer
+        else:
             self._said += 1
-        stamp = Stamp(epoch, self.life, 0 if isinstance(message, m.Goodbye) else self._said)
+            stamp = Stamp(epoch, self.life, self._said)
         return _signed(self.federation, self.client, SERVER, message, stamp, self.sign)
 
     def hear(self, payload: bytes) -> m.Message:
         """What the server says to this life of the device, and offers that are not older than the newest one.
 
         Raises:
-            WireError: it is no message, is signed by nobody or somebody else, was changed, or is said again.
+            WireError: it is no message; or (TrustError) signed by nobody or somebody else, changed, or said again.
         """
         envelope = unwrap(payload)
         stamp = _stamp(envelope)
         if envelope.number == _OFFER:
             return self._offered(envelope, stamp)
         if stamp.life != self.life:
-            raise WireError(f"said to another life of this device ({stamp.life}, this is {self.life})")
+            raise TrustError(f"said to another life of this device ({stamp.life}, this is {self.life})")
         if stamp <= self._told:
-            raise WireError(f"said before: {_shown(stamp)} is not after {_shown(self._told)}")
+            raise TrustError(f"said before: {_shown(stamp)} is not after {_shown(self._told)}")
         self._check(envelope, stamp, self.client)
         message = m.unpack(envelope)
         self._told = stamp
@@ -161,11 +169,11 @@ class SignedMember:
 
     def _offered(self, envelope: Envelope, stamp: Stamp) -> m.Message:
         if stamp < self.newest:
-            raise WireError(f"an old offer: {_shown(stamp)} is before {_shown(self.newest)}")
+            raise TrustError(f"an old offer: {_shown(stamp)} is before {_shown(self.newest)}")
         self._check(envelope, stamp, EVERYONE)
         message = m.unpack(envelope)
         if isinstance(message, m.Offer) and message.epoch != stamp.epoch:
-            raise WireError(f"an offer of epoch {message.epoch} that was said in epoch {stamp.epoch}")
+            raise TrustError(f"an offer of epoch {message.epoch} that was said in epoch {stamp.epoch}")
         self.newest = stamp
         # What an older server has said is over, also what it has not been heard to say.
         self._told = max(self._told, Stamp(stamp.epoch, self.life, 0))
@@ -174,7 +182,7 @@ class SignedMember:
     def _check(self, envelope: Envelope, stamp: Stamp, recipient: str) -> None:
         data = covered(self.federation, SERVER, recipient, envelope.number, stamp, bytes(envelope.body))
         if not self.verify(data, envelope.signature):
-            raise WireError("the signature is not the federation's, or the message was changed on its way")
+            raise TrustError("the signature is not the federation's, or the message was changed on its way")
 
 
 @dataclass
@@ -248,15 +256,16 @@ class SignedHost:
         """What a device says, once.
 
         Raises:
-            WireError: it is no message, of no device that is enrolled, signed by somebody else, changed, or said again.
+            WireError: it is no message; or (TrustError) of no device that is enrolled, signed by somebody else,
+                changed, or said again.
         """
         envelope = unwrap(payload)
         stamp = _stamp(envelope)
         key = self.keys(client)
         if key is None:
-            raise WireError(f"{client} is not enrolled, or not any more")
+            raise TrustError(f"{client} is not enrolled, or not any more")
         if stamp.epoch > self.epoch:
-            raise WireError(f"said in epoch {stamp.epoch}, and this server has {self.epoch}")
+            raise TrustError(f"said in epoch {stamp.epoch}, and this server has {self.epoch}")
         if envelope.number == _GOODBYE or stamp.epoch < self.epoch:
             # An end that a broker invents or repeats costs time, as one does that it keeps silent about.
             message = self._verified(client, key, envelope, stamp)
@@ -264,32 +273,36 @@ class SignedHost:
         known = self._known.get(client)
         again = known is not None and stamp <= known.stamp
         if known is not None and again and not known.odd(envelope.number, stamp):
-            raise WireError(f"said before: {_shown(stamp)} is not after {_shown(known.stamp)}")
+            raise TrustError(f"said before: {_shown(stamp)} is not after {_shown(known.stamp)}")
         message = self._verified(client, key, envelope, stamp)
         if known is not None and known.is_twin(message, stamp):
             return Heard(message, twin=True)
         if known is not None and again:
-            raise WireError(f"said before: {_shown(stamp)} is not after {_shown(known.stamp)}")
+            raise TrustError(f"said before: {_shown(stamp)} is not after {_shown(known.stamp)}")
         self._known.setdefault(client, _Known(stamp, Stamp(self.epoch, 0, 0))).take(message, stamp)
         return Heard(message)
+
+    def forget(self, client: str) -> None:
+        """A client has another key, or none: what its devices said before counts for nothing."""
+        self._known.pop(client, None)
 
     def overhear(self, payload: bytes) -> tuple[m.Message, Stamp]:
         """What a server of this federation says to all.
 
         Raises:
-            WireError: it is no message, is signed by somebody else, or was changed.
+            WireError: it is no message; or (TrustError) signed by somebody else, or changed.
         """
         envelope = unwrap(payload)
         stamp = _stamp(envelope)
         data = covered(self.federation, SERVER, EVERYONE, envelope.number, stamp, bytes(envelope.body))
         if not self.verify_own(data, envelope.signature):
-            raise WireError("the signature is not the federation's, or the message was changed on its way")
+            raise TrustError("the signature is not the federation's, or the message was changed on its way")
         return m.unpack(envelope), stamp
 
     def _verified(self, client: str, key: bytes, envelope: Envelope, stamp: Stamp) -> m.Message:
         data = covered(self.federation, client, SERVER, envelope.number, stamp, bytes(envelope.body))
         if not self.verify(key, data, envelope.signature):
-            raise WireError(f"the signature is not that of {client}, or the message was changed on its way")
+            raise TrustError(f"the signature is not that of {client}, or the message was changed on its way")
         return m.unpack(envelope)
 
 
@@ -300,7 +313,7 @@ def _signed(federation: str, sender: str, recipient: str, message: m.Message, st
 
 def _stamp(envelope: Envelope) -> Stamp:
     if envelope.stamp is None or not envelope.signature:
-        raise WireError("not signed, and this federation signs what it says")
+        raise TrustError("not signed, and this federation signs what it says")
     return envelope.stamp
 
 

@@ -100,6 +100,16 @@ window = 4
 uploads = 8
 inline = 0
 spread = 5
+[trust]
+authority = "authority"
+offer_days = 2
+[limits]
+norm = 5
+messages = 10
+bytes = 1e5
+strikes = 3
+mute_seconds = 10
+turn = 5
 [simulation]
 clients = 30
 data = "my_data:readings"

@@ -1,0 +1,60 @@
+"""What a server signs with and whom it believes: the federation's key, and those of the devices that are enrolled."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from edge_client.trust.keys import SigningKey, verify
+from edge_client.wire.voice import SignedHost
+
+SERVERS = "fs-"
+"""What names of servers begin with that look whether another one lives; no device is enrolled under such a name."""
+_STALE = 300.0
+"""Seconds after which devices are read again although none has changed: certificates expire."""
+
+
+class Devices(Protocol):
+    """Where enrolled devices are kept (`broker_server.registry`)."""
+
+    def revision(self) -> int:
+        """A number that is another one whenever something has changed; cheap to ask for."""
+
+    def keys(self, now: float) -> Mapping[str, bytes]:
+        """By client, the public keys of devices that are neither revoked nor expired at ``now``, seconds since 1970."""
+
+
+@dataclass
+class Keyring:
+    """``signing`` is the federation's key; ``pins`` are the public keys that its servers sign with.
+
+    There are several while keys are rotated.
+    """
+
+    signing: SigningKey
+    pins: tuple[bytes, ...]
+    devices: Devices
+    _keys: Mapping[str, bytes] = field(init=False, default_factory=dict)
+    _revision: int | None = field(init=False, default=None)
+    _read: float = field(init=False, default=0.0)
+
+    def key(self, client: str) -> bytes | None:
+        """A client's public key; None where it is not enrolled."""
+        return self.signing.public if client.startswith(SERVERS) else self._keys.get(client)
+
+    def refresh(self, now: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Look what has changed by ``now``: clients that have a key or another key now, and those that have none."""
+        revision = self.devices.revision()
+        if revision == self._revision and 0 <= now - self._read < _STALE:
+            return (), ()
+        before, self._keys = self._keys, dict(self.devices.keys(now))
+        self._revision, self._read = revision, now
+        given = tuple(client for client, key in self._keys.items() if before.get(client) != key)
+        return given, tuple(client for client in before if client not in self._keys)
+
+    def host(self, federation: str, epoch: int) -> SignedHost:
+        """The voice of a server in one epoch."""
+        return SignedHost(federation, epoch, self.signing.sign, self.key, verify, self.believed)
+
+    def believed(self, data: bytes, signature: bytes) -> bool:
+        """Whether a server of this federation has signed ``data``."""
+        return any(verify(pin, data, signature) for pin in self.pins)
