@@ -5,7 +5,7 @@ An update is the JSON of its samples and scalars (`update`), or anything else, w
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,6 +18,7 @@ from edge_client.errors import WireError
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
 from edge_client.wire.topics import Topics
+from edge_client.wire.voice import Host, PlainHost
 
 NAME = "toys"
 BUNDLE = transfer.refer(b"the bundle", chunk=1024)
@@ -171,16 +172,26 @@ class Paper:
 class Desk:
     """One life of a server. Actions named in ``manual`` are not carried out until `perform` is called."""
 
-    def __init__(self, config: Federation, paper: Paper | None = None, *, manual: tuple[type, ...] = ()) -> None:
+    def __init__(
+        self,
+        config: Federation,
+        paper: Paper | None = None,
+        *,
+        manual: tuple[type, ...] = (),
+        voice: Callable[[int], Host] = lambda _: PlainHost(),
+        wall: float = 0.0,
+    ) -> None:
         self.paper = paper or Paper()
         self.manual = manual
         self.now = 1000.0
         self.actions: list[e.Action] = []
         self.waiting: list[e.Action] = []
         self.restored = self.paper.start()
-        self.coordinator = coordinator(config, self.restored)
+        self.coordinator = coordinator(config, self.restored, voice(self.restored.epoch))
         for event in self.paper.replay(self.restored):
             self.feed(event)
+        if wall:
+            self.feed(e.Clock(wall))
         self.feed(e.Connected())
 
     def feed(self, event: e.Event) -> list[e.Action]:

@@ -124,3 +124,41 @@ def test_a_blob_above_the_limit_is_refused_before_anything_is_allocated():
     _, ref = blob()
     with pytest.raises(WireError, match="update of 4000 bytes; at most 3999"):
         uploads.announce("a", ref, 0.0)
+
+
+def test_who_sends_a_byte_now_and_then_makes_way_for_those_who_wait():
+    uploads = Uploads(1, 1, LIMIT, turn=30.0)
+    data, slow = blob(fill=b"s")
+    other, quick = blob(fill=b"q")
+    uploads.announce("slow", slow, 0.0)
+    assert uploads.announce("quick", quick, 1.0) == []
+    give(uploads, "slow", data, slow, (0,), 9.0)
+    assert uploads.tick(19.0) == [Grant("slow", slow.sha256, (1,))]
+    give(uploads, "slow", data, slow, (1,), 28.0)
+    assert uploads.wake == 30.0
+    assert uploads.tick(30.0) == [Grant("quick", quick.sha256, (0,))]
+    assert uploads.wake == 40.0
+    # What has come of it stays, and its turn comes again.
+    grants = []
+    for index in range(4):
+        _, grants = give(uploads, "quick", other, quick, (index,), 31.0)
+    assert grants == [Grant("slow", slow.sha256, (2,))]
+
+
+def test_a_slow_client_keeps_its_place_while_nobody_waits():
+    uploads = Uploads(1, 1, LIMIT, turn=30.0)
+    data, ref = blob()
+    uploads.announce("slow", ref, 0.0)
+    give(uploads, "slow", data, ref, (0,), 95.0)
+    assert uploads.wake == 105.0
+    assert uploads.tick(100.0) == []
+
+
+def test_those_who_wait_take_turns():
+    uploads = Uploads(1, 1, LIMIT, lease=1000.0, turn=30.0)
+    for number, client in enumerate("abc"):
+        uploads.announce(client, blob(fill=client.encode())[1], float(number))
+    order = []
+    for now in (30.0, 60.0, 90.0, 120.0):
+        order += [grant.client for grant in uploads.tick(now)]
+    assert order == ["b", "c", "a", "b"]

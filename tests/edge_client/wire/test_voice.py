@@ -1,7 +1,5 @@
 """Signed voices: each believes what the other says, once; whatever a man between them does is refused with a reason."""
 
-import hashlib
-
 import msgspec
 import pytest
 
@@ -9,40 +7,20 @@ from edge_client.errors import WireError
 from edge_client.wire import messages as m
 from edge_client.wire.envelope import Stamp, unwrap, wrap
 from edge_client.wire.transfer import refer
-from edge_client.wire.voice import PlainHost, PlainMember, SignedHost, SignedMember
+from edge_client.wire.voice import PlainHost, PlainMember, SignedHost
+from tests import signing
 
 BOOT, TWIN = b"bootboot", b"bootBOOT"
 BUNDLE = refer(b"bundle", chunk=1024)
 RECEIPT = m.Receipt(5, 1, "recorded")
-KEYS = {"pi": b"key of pi", "po": b"key of po"}
-SERVER = b"key of the federation"
 
 
-def mac(key, data):
-    """A signature as good as any for whoever does not look at the key."""
-    return hashlib.blake2b(data, key=key, digest_size=64).digest()
+def member(client="pi", life=1, *, federation="demo", newest=None, key=None):
+    return signing.member(federation, client, life, key=key, newest=newest)
 
 
-def member(client="pi", life=1, *, federation="demo", newest=None, key=None, server=SERVER):
-    return SignedMember(
-        federation,
-        client,
-        life,
-        lambda data: mac(key or KEYS[client], data),
-        lambda data, signature: mac(server, data) == signature,
-        newest or Stamp(0, 0, 0),
-    )
-
-
-def host(epoch=5, *, federation="demo", key=SERVER, keys=KEYS):
-    return SignedHost(
-        federation,
-        epoch,
-        lambda data: mac(key, data),
-        keys.get,
-        lambda public, data, signature: mac(public, data) == signature,
-        lambda data, signature: mac(SERVER, data) == signature,
-    )
+def host(epoch=5, *, federation="demo", key=signing.FEDERATION, revoked=()):
+    return signing.host(federation, epoch, key=key, revoked=revoked)
 
 
 def hello(boot=BOOT, epoch=5):
@@ -91,7 +69,7 @@ def test_signing_costs_at_most_84_bytes():
 
 
 def test_the_bytes_of_a_signed_message_do_not_change():
-    signed = SignedHost("demo", 1, lambda data: bytes(64), KEYS.get, lambda *a: True, lambda *a: True).tell(
+    signed = SignedHost("demo", 1, lambda data: bytes(64), lambda _: None, lambda *a: True, lambda *a: True).tell(
         "pi", RECEIPT
     )
     assert signed.hex() == "95010994" + "0501" + "a8" + b"recorded".hex() + "a0" + "c440" + "00" * 64 + "93010001"
@@ -177,7 +155,7 @@ def test_a_key_that_is_not_the_federations_or_not_the_devices_is_refused():
 
 
 def test_a_device_that_is_not_enrolled_any_more_is_refused():
-    one, server = member(), host(keys={})
+    one, server = member(), host(revoked={"pi"})
     refused("not enrolled", server.hear, "pi", one.say(hello(), 5))
 
 
