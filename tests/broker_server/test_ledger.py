@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from broker_server.database import APPLICATION, Lock
-from broker_server.ledger import BEST, Ledger, Round, Task, Version
+from broker_server.ledger import BEST, Ledger, Misconduct, Round, Task, Version
 from broker_server.ledger_schema import MIGRATIONS
 from edge_client.errors import LedgerError
 
@@ -466,3 +466,13 @@ def test_kill_9_loses_nothing_that_got_a_receipt(tmp_path):
             assert recorded[: len(promised)] == promised
             assert len(recorded) % 3 == 0, "a group is whole or absent"
             assert all(data == client.encode() * 100 for _, client, _, data in ledger.updates())
+
+
+def test_misconduct_is_kept_and_the_oldest_is_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setattr("broker_server.ledger._MISCONDUCT_KEPT", 3)
+    faults = [Misconduct(float(n), f"x{n}", "muted" if n % 2 else "twin", "it floods", 60.0) for n in range(5)]
+    with Ledger.open(tmp_path / "ledger.db", federation="f", bundle="b") as ledger:
+        for fault in faults:
+            ledger.accuse(fault)
+    with Ledger.read(tmp_path / "ledger.db") as ledger:
+        assert ledger.misconduct() == faults[2:]

@@ -471,3 +471,35 @@ def test_what_is_open_when_the_mode_is_changed_is_void(make):
     assert restored.open_tasks == ()
     assert list(again.replay(restored)) == []
     assert again.perform(e.Inquire(1, 2, "b")).status == "void"
+
+
+def test_an_update_beyond_the_norm_is_refused_and_one_within_it_is_not(make):
+    worker = make(limits={"norm": 1.0})
+    worker.start()
+    worker.perform(e.OpenTask(task()))
+    vector = delta(1)
+    vector *= np.float32(0.99 / np.linalg.norm(vector))
+    answer = worker.perform(e.Record(1, 1, "a", encoded(vector * np.float32(1.02))))
+    assert isinstance(answer, e.Refused)
+    assert "norm 1.01; limits.norm allows 1" in answer.reason
+    assert isinstance(worker.perform(e.Record(1, 1, "b", encoded(vector))), e.Recorded)
+
+
+def test_a_smaller_norm_does_not_undo_what_is_recorded(tmp_path):
+    worker = Worker(settings(tmp_path), DATA)
+    worker.start()
+    worker.perform(e.OpenTask(task()))
+    worker.perform(e.Record(1, 1, "a", encoded(delta(1))))
+    worker.close()
+    worker = Worker(settings(tmp_path, limits={"norm": 1e-6}), DATA)
+    assert [answer.client for answer in worker.replay(worker.start())] == ["a"]
+    worker.close()
+
+
+def test_misconduct_goes_to_the_ledger(make, tmp_path):
+    worker = make()
+    worker.perform(e.Misconduct("x", "muted", "it floods", 60.0))
+    with Ledger.read(tmp_path / "state" / "ledger.db") as ledger:
+        ((fault),) = ledger.misconduct()
+    assert (fault.client, fault.kind, fault.reason, fault.seconds) == ("x", "muted", "it floods", 60.0)
+    assert fault.time > 1.7e9
