@@ -264,7 +264,7 @@ class Conversation(ABC):
             self.dropped += 1
             return
         try:
-            if chunk is not None:
+            if chunk is not None and payload:
                 yield from self._piece(client, chunk, payload, now)
             else:
                 allowed = self._conduct.spend(client, len(payload), now)
@@ -272,6 +272,8 @@ class Conversation(ABC):
                     self.dropped += 1
                     yield from self._struck(allowed or None, now)
                     return
+                if not payload:
+                    return  # something that was retained here is cleared
                 yield from self._spoken(client, payload, now)
             self._roster.hear(client, now)
         except WireError as error:

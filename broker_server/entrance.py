@@ -1,14 +1,25 @@
 """What a server does at a broker before it begins an epoch there."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from broker_server.config import Federation
 from broker_server.packets import fitted
 from broker_server.rival import refuse_rival
 from edge_client.transport import Address
 
+if TYPE_CHECKING:
+    from broker_server.keyring import Keyring
 
-async def enter(settings: Federation, address: Address, log: Callable[[str], None], *, attempts: int = 0) -> Federation:
+
+async def enter(
+    settings: Federation,
+    address: Address,
+    log: Callable[[str], None],
+    *,
+    attempts: int = 0,
+    keyring: "Keyring | None" = None,
+) -> Federation:
     """The settings that fit the broker at ``address``, where no other server of the federation lives.
 
     Raises:
@@ -16,5 +27,5 @@ async def enter(settings: Federation, address: Address, log: Callable[[str], Non
         TransportError: the broker cannot be reached after ``attempts``, where that is not 0, or takes too little.
     """
     found = await fitted(settings, address, log, attempts=attempts)
-    await refuse_rival(found, address)
+    await refuse_rival(found, address, keyring)
     return found

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from edge_client.trust.keys import SigningKey, verify
-from edge_client.wire.voice import SignedHost
+from edge_client.wire.voice import SignedHost, SignedMember
 
 SERVERS = "fs-"
 """What names of servers begin with that look whether another one lives; no device is enrolled under such a name."""
@@ -54,6 +54,10 @@ class Keyring:
     def host(self, federation: str, epoch: int) -> SignedHost:
         """The voice of a server in one epoch."""
         return SignedHost(federation, epoch, self.signing.sign, self.key, verify, self.believed)
+
+    def member(self, federation: str, name: str) -> SignedMember:
+        """The voice of a server that speaks as a client to another one; ``name`` begins with `SERVERS`."""
+        return SignedMember(federation, name, 1, self.signing.sign, self.believed)
 
     def believed(self, data: bytes, signature: bytes) -> bool:
         """Whether a server of this federation has signed ``data``."""

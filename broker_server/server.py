@@ -406,7 +406,9 @@ def broker(settings: Federation, log: Callable[[str], None]) -> Iterator[Address
 
 def server_link(settings: Federation, address: Address, *, attempts: int = 0) -> MqttLink:
     """The server's own connection to its broker."""
-    return MqttLink(address, f"fedge-{settings.federation.name}-server", attempts=attempts)
+    name = settings.federation.name
+    # A device may retain what it says, and every server to come would hear it.
+    return MqttLink(address, f"fedge-{name}-server", attempts=attempts, clears=Topics(name).every_up.removesuffix("#"))
 
 
 def _password(path: str) -> str | None:

@@ -153,7 +153,8 @@ class MqttLink:
     """A link over TCP or TLS, with reconnection.
 
     ``attempts`` bounds how often in a row a connection is tried before `run` raises TransportError; 0 tries for ever,
-    with a back-off of up to ``slowest`` seconds (`back_off`), that only a connection which lasts resets.
+    with a back-off of up to ``slowest`` seconds (`back_off`), that only a connection which lasts resets. What others
+    have retained on topics that begin with ``clears`` is cleared, and not handed on.
     """
 
     address: Address
@@ -162,6 +163,7 @@ class MqttLink:
     attempts: int = 0
     keepalive: int = 30
     slowest: float = 60.0
+    clears: str = ""
     _client: _Client | None = field(init=False, default=None)
     _counted: Traffic = field(init=False, default_factory=Traffic)
     _closing: bool = field(init=False, default=False)
@@ -341,6 +343,9 @@ class MqttLink:
                 on_loop(self._lost.set)
 
         def arrived(_c: mqtt.Client, _u: Any, message: mqtt.MQTTMessage) -> None:
+            if message.retain and self.clears and message.topic.startswith(self.clears):
+                client.publish(message.topic, b"", QOS, retain=True)
+                return
             handler.message(message.topic, bytes(message.payload))
 
         client.on_socket_open = opened

@@ -6,10 +6,12 @@ from functools import partial
 import pytest
 
 from broker_server.entrance import enter
+from broker_server.keyring import Keyring
 from broker_server.rival import refuse_rival
 from broker_server.server import Server, server_link
 from edge_client.errors import LedgerError
 from edge_client.transport import MqttLink
+from edge_client.trust.keys import SigningKey
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
 from edge_client.wire.topics import Topics
@@ -24,12 +26,26 @@ def federation(folder, address):
     return settings(folder, broker={"url": str(address)})
 
 
-def server(config, address, **more):
-    return Server(config, print, server_link(config, address), fit=partial(enter, address=address, log=print), **more)
+class Nobody:
+    """Nobody is enrolled."""
+
+    def revision(self):
+        return 0
+
+    def keys(self, now):
+        return {}
 
 
 @needs_mosquitto
-def test_the_second_server_refuses_while_the_first_lives_and_serves_once_it_is_gone(tmp_path):
+@pytest.mark.parametrize("signs", [False, True])
+def test_the_second_server_refuses_while_the_first_lives_and_serves_once_it_is_gone(tmp_path, signs):
+    key = SigningKey.generate()
+    keyring = Keyring(key, (key.public,), Nobody()) if signs else None
+
+    def server(config, address, **more):
+        fit = partial(enter, address=address, log=print, keyring=keyring)
+        return Server(config, print, server_link(config, address), fit=fit, keyring=keyring, **more)
+
     async def play(address):
         here, there = federation(tmp_path / "here", address), federation(tmp_path / "there", address)
         started, taken = asyncio.Event(), asyncio.Event()

@@ -362,3 +362,11 @@ def test_repeating_a_chunk_that_has_come_is_charged():
     for _ in range(60):
         found += faults(table.feed(e.Received(TOPICS.uploaded("a", ref.sha256, 0), transfer.piece(data, ref, 0))))
     assert found == [("a", "muted")]
+
+
+def test_a_message_that_clears_is_not_held_against_its_client():
+    table = Federation()
+    table.hello("a", "b")
+    for topic in (TOPICS.up("a"), TOPICS.uploaded("a", bytes(32), 0)):
+        assert table.desk.feed(e.Received(topic, b"")) == []
+    assert table.dropped == (0, 0)

@@ -527,3 +527,29 @@ def test_an_address_is_read_back_from_its_url_and_shows_no_password(url):
     address = Address.parse(url)
     assert Address.parse(address.url) == address
     assert "ecret" not in str(address)
+
+
+def test_what_is_retained_where_nobody_has_to_is_cleared_and_not_handed_on(broker):
+    async def play():
+        address = Address.parse(broker.url)
+        server = MqttLink(address, "server", clears="fedge/demo/up/")
+        liar, again = MqttLink(address, "liar"), MqttLink(address, "again")
+        first = Recorder(liar)
+        async with running(liar, first):
+            liar.publish("fedge/demo/up/x/msg", b"for ever", retain=True)
+            liar.publish("fedge/demo/pub/offer", b"offer", retain=True)
+            while not liar.settled:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        heard = Recorder(server, ("fedge/demo/up/#", "fedge/demo/pub/offer"))
+        async with running(server, heard):
+            await heard.heard("fedge/demo/pub/offer", b"offer")
+            await heard.until(lambda events: ("fedge/demo/up/x/msg", b"") in events)
+            assert ("fedge/demo/up/x/msg", b"for ever") not in heard.events
+            server.publish("fedge/demo/pub/offer", b"", retain=True)
+            late = Recorder(again, ("fedge/demo/up/#",))
+            async with running(again, late):
+                server.publish("fedge/demo/up/mark", b"mark")
+                await late.heard("fedge/demo/up/mark", b"mark")
+                assert not [event for event in late.messages if event[0] == "fedge/demo/up/x/msg"]
+
+    asyncio.run(play())
