@@ -100,6 +100,7 @@ def main() -> None:
 @click.option("--threads", type=click.IntRange(min=1), default=1, help="Threads to train with.", show_default=True)
 @click.option("--spin", is_flag=True, help="Keep the threads awake within a step: faster, and warmer.")
 @click.option("--uplink", default=0.0, help="Bytes a second that the link can send, where known.")
+@click.option("--memory-limit", metavar="MIB", type=click.IntRange(min=1), default=None, help="Train nothing larger.")
 @click.option("--once", is_flag=True, help="Leave when the federation has finished.")
 def join(
     url: str,
@@ -111,6 +112,7 @@ def join(
     threads: int,
     spin: bool,
     uplink: float,
+    memory_limit: int | None,
     once: bool,
 ) -> None:
     """Be a client: train when invited, upload, keep going.
@@ -147,7 +149,7 @@ def join(
         click.echo(line, err=True)
 
     async def run() -> None:
-        workshop = Workshop(1, threads=threads, spin=spin)
+        workshop = Workshop(1, threads=threads, spin=spin, memory_limit=(memory_limit or 0) << 20)
         device = Device(
             client=client,
             federation=name,

@@ -42,6 +42,7 @@ from edge_client.events import (
     Work,
 )
 from edge_client.held import NO_HASH, Held, SessionSettings
+from edge_client.inspection import inspect
 from edge_client.manifest import Manifest
 from edge_client.session import ClientSession
 from edge_client.store import ModelCopies, Store
@@ -66,26 +67,29 @@ class Workshop:
     """Training slots: one thread and one trainer each, shared by all the clients of a process.
 
     Parameters and runtime sessions live here, so memory grows with the number of slots and not with that of clients.
+    ``memory_limit``: bytes that a bundle may declare to need; 0 is no limit.
     """
 
-    def __init__(self, slots: int = 1, *, threads: int = 1, spin: bool = False) -> None:
+    def __init__(self, slots: int = 1, *, threads: int = 1, spin: bool = False, memory_limit: int = 0) -> None:
         self._pool = ThreadPoolExecutor(slots, thread_name_prefix="slot")
         self._threads = threads
         self._spin = spin
+        self._memory_limit = memory_limit
         self._local = threading.local()
         self._bundles: dict[bytes, Bundle] = {}
         self._lock = threading.Lock()
 
     def open(self, digest: bytes, data: bytes) -> Bundle:
-        """The verified bundle of these bytes; opened once for all clients.
+        """The verified bundle of these bytes; opened and inspected once for all clients.
 
         Raises:
-            BundleError: the bytes are not a bundle that this device can use.
+            BundleError: the bytes are not a bundle that this device can use, or should.
         """
         with self._lock:
             bundle = self._bundles.get(digest)
             if bundle is None:
                 bundle = Bundle.from_bytes(data)
+                inspect(bundle, memory_limit=self._memory_limit)
                 self._bundles = {digest: bundle}
             return bundle
 

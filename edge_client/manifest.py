@@ -110,6 +110,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     least_runtime: str
     files: dict[str, Digest]
     parity: Parity | None = None
+    memory: Annotated[int, Meta(ge=0)] = 0
+    """Bytes that a training step is planned to need beside the model, the batch and the results; 0: not declared."""
 
     def layout(self, *roles: Role) -> Layout:
         """The layout of all parameters of the given roles, in the manifest's order; by default trainable ones."""

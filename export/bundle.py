@@ -197,6 +197,7 @@ def export_bundle(
         least_runtime=LEAST_RUNTIME,
         files={member: hashlib.sha256(data).hexdigest() for member, data in members.items()},
         parity=parity,
+        memory=training.memory.peak,
     )
     _write(target, {"manifest.json": msgspec.json.format(msgspec.json.encode(manifest), indent=1)} | members)
     sizes = {member: len(data) for member, data in members.items()}
