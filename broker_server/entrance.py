@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from broker_server.config import Federation
 from broker_server.packets import fitted
 from broker_server.rival import refuse_rival
+from edge_client.tls import Tls
 from edge_client.transport import Address
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ async def enter(
     log: Callable[[str], None],
     *,
     attempts: int = 0,
+    tls: Tls | None = None,
     keyring: "Keyring | None" = None,
 ) -> Federation:
     """The settings that fit the broker at ``address``, where no other server of the federation lives.
@@ -26,6 +28,6 @@ async def enter(
         LedgerError: one does.
         TransportError: the broker cannot be reached after ``attempts``, where that is not 0, or takes too little.
     """
-    found = await fitted(settings, address, log, attempts=attempts)
-    await refuse_rival(found, address, keyring)
+    found = await fitted(settings, address, log, attempts=attempts, tls=tls)
+    await refuse_rival(found, address, tls, keyring)
     return found

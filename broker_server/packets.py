@@ -10,13 +10,14 @@ import msgspec
 from broker_server.config import Federation, Transfer
 from edge_client.doctor.limits import LEAST, OVERHEAD, fitting, largest_payload
 from edge_client.errors import TransportError
+from edge_client.tls import Tls
 from edge_client.transport import Address
 
 _SHORTEST, _LONGEST = 0.25, 60.0
 
 
 async def fitted(
-    settings: Federation, address: Address, log: Callable[[str], None], *, attempts: int = 0
+    settings: Federation, address: Address, log: Callable[[str], None], *, attempts: int = 0, tls: Tls | None = None
 ) -> Federation:
     """The settings, with ``transfer.chunk`` and ``transfer.inline`` no larger than the broker at ``address`` takes.
 
@@ -30,7 +31,7 @@ async def fitted(
         return settings
     for attempt in itertools.count(1):
         try:
-            limit = await asyncio.to_thread(_limit, settings, address)
+            limit = await asyncio.to_thread(_limit, settings, address, tls)
             break
         except TransportError as error:
             if attempt == attempts:
@@ -50,10 +51,10 @@ def _most(transfer: Transfer) -> int:
     return max(transfer.chunk, transfer.inline) + OVERHEAD
 
 
-def _limit(settings: Federation, address: Address) -> int | None:
+def _limit(settings: Federation, address: Address, tls: Tls | None) -> int | None:
     token = secrets.token_hex(4)
     root = f"fedge/{settings.federation.name}/probe/{token}"
-    return largest_payload(address, f"fs-{token}", root, _most(settings.transfer))
+    return largest_payload(address, f"fs-{token}", root, _most(settings.transfer), tls)
 
 
 def _within(settings: Federation, address: Address, limit: int, log: Callable[[str], None]) -> Federation:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from broker_server.config import Federation
 from edge_client.doctor.peer import Peer
 from edge_client.errors import LedgerError, TransportError, WireError
+from edge_client.tls import Tls
 from edge_client.transport import Address
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
@@ -28,7 +29,9 @@ _ANSWER = 1.5
 """Seconds for a living server to answer in; it is asked twice."""
 
 
-async def refuse_rival(settings: Federation, address: Address, keyring: "Keyring | None" = None) -> None:
+async def refuse_rival(
+    settings: Federation, address: Address, tls: Tls | None = None, keyring: "Keyring | None" = None
+) -> None:
     """Return when no other server of the federation lives; our own broker has none.
 
     With ``keyring`` it is asked with the federation's own signature, and only an answer with one counts.
@@ -37,7 +40,7 @@ async def refuse_rival(settings: Federation, address: Address, keyring: "Keyring
         LedgerError: one does.
     """
     if settings.broker.url:
-        epoch = await asyncio.to_thread(_living, settings.federation.name, address, keyring)
+        epoch = await asyncio.to_thread(_living, settings.federation.name, address, tls, keyring)
         if epoch is not None:
             raise LedgerError(
                 f"federation {settings.federation.name!r}: another server of it lives at broker {address} "
@@ -45,12 +48,12 @@ async def refuse_rival(settings: Federation, address: Address, keyring: "Keyring
             )
 
 
-def _living(federation: str, address: Address, keyring: "Keyring | None") -> int | None:
+def _living(federation: str, address: Address, tls: Tls | None, keyring: "Keyring | None") -> int | None:
     """The epoch of a living server, None where none answers."""
     topics, name = Topics(federation), f"fs-{secrets.token_hex(4)}"
     voice: Member = PlainMember() if keyring is None else keyring.member(federation, name)
     # A broker that is gone again will be found again, or not, by the server itself.
-    with contextlib.suppress(TransportError), Peer(address, name) as peer:
+    with contextlib.suppress(TransportError), Peer(address, name, tls=tls) as peer:
         peer.subscribe([topics.offer, topics.down(name)])
         offer = _offer(peer, voice, topics.offer, _OFFER)
         if offer is None or offer.finished:

@@ -6,8 +6,10 @@ protocol's. Each connection is a new MQTT session, and what was queued for the o
 
 import asyncio
 import contextlib
+import ipaddress
 import random
 import re
+import secrets
 import socket
 import ssl
 import threading
@@ -20,7 +22,9 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edge_client.errors import TransportError
+from edge_client.client import Client
+from edge_client.errors import ConfigError, TransportError
+from edge_client.tls import Tls, explain
 from edge_client.wire.messages import Traffic
 
 QOS = 1
@@ -120,6 +124,26 @@ class Address:
         return cls(parts.hostname, port or (8883 if tls else 1883), tls, user, password, name)
 
     @property
+    def loopback(self) -> bool:
+        """Whether the broker is on this machine, where nobody listens in between."""
+        try:
+            return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
+        except ValueError:
+            return self.host.lower().rstrip(".") == "localhost"
+
+    def check(self, *, insecure: bool = False) -> None:
+        """Refuse to go over a network in the open, unless told to.
+
+        Raises:
+            ConfigError: it is neither TLS nor loopback, and not ``insecure``.
+        """
+        if not (self.tls or self.loopback or insecure):
+            raise ConfigError(
+                f"broker {self} is on another machine, and what goes there by mqtt:// is read and changed by anybody "
+                "in between; use mqtts://, or say --insecure where you trust the network"
+            )
+
+    @property
     def url(self) -> str:
         """The URL that `parse` reads this address from, password included."""
         user = "" if self.username is None else quote(self.username, safe="")
@@ -131,30 +155,14 @@ class Address:
         return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
 
 
-class _Client(mqtt.Client):
-    """paho's client, counting the bytes that cross its socket (inside TLS, where there is TLS)."""
-
-    sent = 0
-    received = 0
-
-    def _sock_recv(self, bufsize: int) -> bytes:
-        data = super()._sock_recv(bufsize)
-        self.received += len(data)
-        return data
-
-    def _sock_send(self, buf: bytes | bytearray) -> int:
-        count = super()._sock_send(buf)
-        self.sent += count
-        return count
-
-
 @dataclass
 class MqttLink:
     """A link over TCP or TLS, with reconnection.
 
     ``attempts`` bounds how often in a row a connection is tried before `run` raises TransportError; 0 tries for ever,
     with a back-off of up to ``slowest`` seconds (`back_off`), that only a connection which lasts resets. What others
-    have retained on topics that begin with ``clears`` is cleared, and not handed on.
+    have retained on topics that begin with ``clears`` is cleared, and not handed on. ``tls`` is read anew for each
+    connection, so that a renewed certificate is used from the next one on.
     """
 
     address: Address
@@ -164,13 +172,22 @@ class MqttLink:
     keepalive: int = 30
     slowest: float = 60.0
     clears: str = ""
-    _client: _Client | None = field(init=False, default=None)
+    tls: Tls | None = None
+    """Who is trusted and who one is; without it, and with ``mqtts://``, the system's authorities and nobody."""
+    _client: Client | None = field(init=False, default=None)
     _counted: Traffic = field(init=False, default_factory=Traffic)
     _closing: bool = field(init=False, default=False)
     _over: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _lost: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _reason: str = field(init=False, default="")
     _rng: random.Random = field(init=False, default_factory=random.Random)
+    _name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # A broker ends a connection when another one of its name comes, whoever made that: with a certificate of its
+        # own, any device could end the server's. Nobody guesses this one.
+        certified = self.address.tls and self.tls is not None and self.tls.certificate is not None
+        self._name = f"{self.client_id}-{secrets.token_hex(8)}" if certified else self.client_id
 
     @property
     def traffic(self) -> Traffic:
@@ -228,7 +245,7 @@ class MqttLink:
             failures += not accepted
             short = 0 if loop.time() - began >= _SETTLED else short + 1
             # Brokers end a connection without a word when another one of the same name comes.
-            doubtful = short >= _DOUBTFUL and self._reason.startswith(_LOST)
+            doubtful = short >= _DOUBTFUL and self._reason.startswith(_LOST) and self._name == self.client_id
             doubt = f"; is there another client named {self.client_id!r}?" if doubtful else ""
             handler.disconnected(f"broker {self.address}: {self._reason}{doubt}")
             if self.attempts and failures >= self.attempts:
@@ -265,32 +282,34 @@ class MqttLink:
                 await asyncio.wait_for(self._lost.wait(), 2.0)
         self._lost.set()
 
-    def _up(self) -> _Client | None:
+    def _up(self) -> Client | None:
         """The client while the broker takes messages; paho would queue them before that, and send them later."""
         return self._client if self._client is not None and self._client.is_connected() else None
 
     async def _connect(self, handler: Handler) -> bool:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[str] = loop.create_future()
-        client = self._make(loop, handler, answer)
-        self._client, self._reason = client, ""
+        self._reason = ""
         try:
+            self._client = client = self._make(loop, handler, answer)
             await loop.run_in_executor(None, client.connect, self.address.host, self.address.port, self.keepalive)
             refusal = await asyncio.wait_for(answer, 20.0)
         except TimeoutError:
             refusal = "no answer within 20 s"
+        except TransportError as error:
+            refusal = str(error)
         except (OSError, ValueError) as error:
-            refusal = str(error) or type(error).__name__
+            refusal = explain(error) if isinstance(error, ssl.SSLError) else str(error) or type(error).__name__
         # An accepted connection may be lost already, and why it was is known then.
         self._reason = refusal or self._reason
         return not refusal
 
-    def _make(self, loop: asyncio.AbstractEventLoop, handler: Handler, answer: "asyncio.Future[str]") -> _Client:
-        client = _Client(CallbackAPIVersion.VERSION2, self.client_id, protocol=mqtt.MQTTv311)
+    def _make(self, loop: asyncio.AbstractEventLoop, handler: Handler, answer: "asyncio.Future[str]") -> Client:
+        client = Client(CallbackAPIVersion.VERSION2, self._name, protocol=mqtt.MQTTv311)
         if self.address.username is not None:
             client.username_pw_set(self.address.username, self.address.password)
         if self.address.tls:
-            client.tls_set_context(ssl.create_default_context())
+            client.tls_set_context((self.tls or Tls()).context())
         if self.will is not None:
             client.will_set(self.will[0], self.will[1], QOS)
         home = threading.get_ident()
@@ -331,9 +350,10 @@ class MqttLink:
                 handler.connected()
 
         def lost(_c: mqtt.Client, _u: Any, _f: mqtt.DisconnectFlags, code: ReasonCode, _p: Any) -> None:
+            said = str(code) if client.alert is None else explain(client.alert)
             if not answer.done():
-                answer.set_result(f"connection closed: {code}")
-            self._reason = f"{_LOST}: {code}"
+                answer.set_result(f"connection closed: {said}")
+            self._reason = f"{_LOST}: {said}"
             on_loop(self._lost.set)
 
         def granted(_c: mqtt.Client, _u: Any, _mid: int, codes: list[ReasonCode], _p: Any) -> None:

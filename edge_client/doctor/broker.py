@@ -15,6 +15,7 @@ from edge_client.doctor.finding import Finding, Report, report
 from edge_client.doctor.limits import LEAST, OVERHEAD, fitting, largest_payload
 from edge_client.doctor.peer import Peer
 from edge_client.errors import TransportError
+from edge_client.tls import Tls
 from edge_client.transport import Address
 
 _CHUNK, _LARGEST_CHUNK = 64 * 1024, 1024 * 1024
@@ -32,9 +33,9 @@ _DELAYED = 0.03
 _CUT = "ends the connection of who sends them"
 
 
-def examine(address: Address, federation: str | None = None) -> Report:
+def examine(address: Address, federation: str | None = None, tls: Tls | None = None) -> Report:
     """Try out the broker at ``address``, with its user's rights: those of fedge's server are the ones that matter."""
-    laboratory = _Laboratory(address, federation or address.federation or "doctor")
+    laboratory = _Laboratory(address, federation or address.federation or "doctor", tls)
     try:
         findings = tuple(laboratory.run())
         return report(str(address), findings, laboratory.chunk)
@@ -42,17 +43,17 @@ def examine(address: Address, federation: str | None = None) -> Report:
         laboratory.clean()
 
 
-def reach(address: Address) -> Finding:
+def reach(address: Address, tls: Tls | None = None) -> Finding:
     """Whether the broker lets this device in, and how long a small question takes."""
     try:
-        with Peer(address, f"fd-{secrets.token_hex(4)}") as peer:
+        with Peer(address, f"fd-{secrets.token_hex(4)}", tls=tls) as peer:
             began = time.monotonic()
             peer.subscribe([f"fedge/{address.federation or 'doctor'}/pub/offer"])
             answer = time.monotonic() - began
     except TransportError as error:
         advice = "check address, port, user and password; on the broker's machine, that it listens on this network"
         if "certificate" in str(error).lower():
-            advice = "check the clock, whether SSL_CERT_FILE names your authority, and the host's name"
+            advice = "check the clock, the folder of --identity (or SSL_CERT_FILE), and the host's name"
         return Finding("broker", "bad", str(error), advice)
     return Finding("broker", "good", f"{address} lets this device in and answers within {answer * 1e3:.0f} ms")
 
@@ -60,10 +61,10 @@ def reach(address: Address) -> Finding:
 class _Laboratory:
     """One broker, and what is measured of it."""
 
-    def __init__(self, address: Address, federation: str) -> None:
+    def __init__(self, address: Address, federation: str, tls: Tls | None) -> None:
         token = secrets.token_hex(4)
         self.chunk: int | None = None
-        self._address, self._name = address, f"fd-{token}"
+        self._address, self._name, self._tls = address, f"fd-{token}", tls
         self._root, self._outside = f"fedge/{federation}/probe/{token}", f"fedge-doctor-{token}/outside"
         self._retained: list[str] = []
         self._five = False
@@ -114,6 +115,7 @@ class _Laboratory:
             version=version,
             clean=clean,
             manual=manual,
+            tls=self._tls,
         )
 
     def _keep(self, topics: list[str], payload: bytes) -> None:
@@ -167,7 +169,7 @@ class _Laboratory:
 
     def _size(self, name: str) -> Finding:
         most = _LARGEST_CHUNK + OVERHEAD
-        limit = largest_payload(self._address, f"{self._name}-s", self._root, most) or 0
+        limit = largest_payload(self._address, f"{self._name}-s", self._root, most, self._tls) or 0
         if limit < LEAST:
             advice = f"raise the broker's limit to {_CHUNK + OVERHEAD:,} bytes or more"
             return Finding(name, "bad", f"at most {limit:,} bytes pass; fedge needs {LEAST:,}", advice)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from edge_client.doctor.broker import reach
 from edge_client.doctor.finding import Finding, Report, report
+from edge_client.tls import Tls
 from edge_client.transport import Address
 
 _MIB = 2**20
@@ -40,12 +41,13 @@ class Kernel:
     run: Path = Path("/run")
 
 
-def examine(state: Path, broker: Address | None = None, kernel: Kernel | None = None) -> Report:
+def examine(state: Path, broker: Address | None = None, kernel: Kernel | None = None, tls: Tls | None = None) -> Report:
     """Examine the device that this runs on; ``state`` is the folder in which it would keep its state."""
-    return report(f"this device ({platform.node() or 'unnamed'})", _findings(state, broker, kernel or Kernel()))
+    found = _findings(state, broker, kernel or Kernel(), tls)
+    return report(f"this device ({platform.node() or 'unnamed'})", found)
 
 
-def _findings(state: Path, broker: Address | None, kernel: Kernel) -> Iterator[Finding]:
+def _findings(state: Path, broker: Address | None, kernel: Kernel, tls: Tls | None) -> Iterator[Finding]:
     yield system()
     yield _paho()
     yield trial()
@@ -55,7 +57,7 @@ def _findings(state: Path, broker: Address | None, kernel: Kernel) -> Iterator[F
     yield clock(kernel)
     yield from temperature(kernel)
     if broker is not None:
-        yield reach(broker)
+        yield reach(broker, tls)
 
 
 def system() -> Finding:

@@ -2,6 +2,7 @@
 
 from edge_client.doctor.peer import Peer
 from edge_client.errors import TransportError
+from edge_client.tls import Tls
 from edge_client.transport import Address
 
 OVERHEAD = 1024
@@ -17,7 +18,7 @@ _GRACE = 0.3
 """Seconds that a message may come after one that was sent later, before it counts as dropped."""
 
 
-def largest_payload(address: Address, name: str, root: str, most: int) -> int | None:
+def largest_payload(address: Address, name: str, root: str, most: int, tls: Tls | None = None) -> int | None:
     """Bytes of the largest payload up to ``most`` that comes back to who published it, to within 1 KiB.
 
     None where not even a small one does: this user may not publish and subscribe below ``root``.
@@ -28,8 +29,8 @@ def largest_payload(address: Address, name: str, root: str, most: int) -> int | 
     Raises:
         TransportError: the broker cannot be reached, or no longer.
     """
-    most = min(most, _told(address, name, root, most))
-    scale = _Scale(address, name, root)
+    most = min(most, _told(address, name, root, most, tls))
+    scale = _Scale(address, name, root, tls)
     try:
         if not scale.answers():
             return None
@@ -54,10 +55,10 @@ def fitting(limit: int, chunk: int) -> int:
     return min(chunk, room)
 
 
-def _told(address: Address, name: str, root: str, most: int) -> int:
+def _told(address: Address, name: str, root: str, most: int, tls: Tls | None) -> int:
     """What an MQTT 5 broker says of itself, as bytes of payload; ``most`` where it says nothing."""
     try:
-        with Peer(address, name, version=5) as peer:
+        with Peer(address, name, version=5, tls=tls) as peer:
             packet = peer.largest_packet
     except TransportError:
         return most
@@ -72,8 +73,8 @@ def _long(root: str) -> str:
 class _Scale:
     """Weighs payloads, on one connection for as long as the broker leaves it standing."""
 
-    def __init__(self, address: Address, name: str, root: str) -> None:
-        self._address, self._name, self._topic = address, name, _long(root)
+    def __init__(self, address: Address, name: str, root: str, tls: Tls | None) -> None:
+        self._address, self._name, self._topic, self._tls = address, name, _long(root), tls
         self._peer: Peer | None = None
         self._count = 0
 
@@ -110,6 +111,6 @@ class _Scale:
             self._peer.heard.clear()
             return self._peer
         self.close()
-        self._peer = peer = Peer(self._address, self._name).__enter__()
+        self._peer = peer = Peer(self._address, self._name, tls=self._tls).__enter__()
         peer.subscribe([self._topic])
         return peer

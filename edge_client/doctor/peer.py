@@ -20,7 +20,9 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from edge_client.client import Client
 from edge_client.errors import TransportError
+from edge_client.tls import Tls, explain
 from edge_client.transport import Address
 
 _QOS = 1
@@ -46,13 +48,21 @@ class Peer:
         version: 4 for MQTT 3.1.1, 5 for MQTT 5.
         clean: whether what the broker keeps for this name is thrown away, before and after.
         manual: whether messages are acknowledged by `acknowledge` alone.
+        tls: who is trusted and who one is; without it, and with ``mqtts://``, the system's authorities and nobody.
 
     Raises (from ``with``):
         TransportError: the broker cannot be reached or refuses.
     """
 
     def __init__(
-        self, address: Address, name: str, *, version: int = 4, clean: bool = True, manual: bool = False
+        self,
+        address: Address,
+        name: str,
+        *,
+        version: int = 4,
+        clean: bool = True,
+        manual: bool = False,
+        tls: Tls | None = None,
     ) -> None:
         self.heard: deque[Heard] = deque()
         self.lost = ""
@@ -62,7 +72,7 @@ class Peer:
         self._address, self._clean, self._five = address, clean, version == 5
         self._answers: dict[tuple[str, int], list[ReasonCode]] = {}
         protocol = mqtt.MQTTv5 if self._five else mqtt.MQTTv311
-        self._client = mqtt.Client(
+        self._client = Client(
             CallbackAPIVersion.VERSION2,
             name,
             clean_session=None if self._five else clean,
@@ -73,7 +83,7 @@ class Peer:
         if address.username is not None:
             self._client.username_pw_set(address.username, address.password)
         if address.tls:
-            self._client.tls_set_context(ssl.create_default_context())
+            self._client.tls_set_context((tls or Tls()).context())
         self._client.on_socket_open = _without_delay
         self._client.on_connect = self._connected
         self._client.on_disconnect = self._disconnected
@@ -94,7 +104,8 @@ class Peer:
             else:
                 self._client.connect(self._address.host, self._address.port)
         except (OSError, ValueError) as error:
-            raise TransportError(f"broker {self._address}: {str(error) or type(error).__name__}") from error
+            why = explain(error) if isinstance(error, ssl.SSLError) else str(error) or type(error).__name__
+            raise TransportError(f"broker {self._address}: {why}") from error
         answered = self.wait(lambda: ("connect", 0) in self._answers, _ANSWER)
         code = self._answers.get(("connect", 0), [None])[0]
         if code is None or code.is_failure:
@@ -179,7 +190,8 @@ class Peer:
         self._answer("connect", 0, [code])
 
     def _disconnected(self, _c: mqtt.Client, _u: Any, _f: Any, code: ReasonCode, _p: Any) -> None:
-        self.lost = f"connection ended: {code}"
+        said = str(code) if self._client.alert is None else explain(self._client.alert)
+        self.lost = f"connection ended: {said}"
 
     def _message(self, _c: mqtt.Client, _u: Any, message: mqtt.MQTTMessage) -> None:
         self.heard.append(Heard(message.topic, bytes(message.payload), message.mid))
