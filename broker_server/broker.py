@@ -1,9 +1,8 @@
-"""The embedded broker: mosquitto where it is installed, else amqtt (demo grade), on loopback, gone with its server."""
+"""The embedded broker: mosquitto where it is installed, else amqtt (demo grade, on loopback), gone with its server."""
 
 import contextlib
+import dataclasses
 import importlib.util
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,51 +10,47 @@ import time
 from pathlib import Path
 from typing import IO, Literal, Self
 
+from broker_server.broker_config import mosquitto
+from broker_server.broker_config.programs import find
+from broker_server.broker_config.spec import OVERHEAD, BrokerSpec
 from edge_client.errors import ConfigError, TransportError
+from edge_client.transport import Address
 
 Kind = Literal["mosquitto", "amqtt"]
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_PLACES = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin", "/usr/local/opt/mosquitto/sbin")
 _START_SECONDS = 15.0
 _STOP_SECONDS = 10.0
 _PORT_SECONDS = 5.0
 """A broker whose server was killed takes a moment to end, and its port with it."""
 _POLL_SECONDS = 0.02
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104 (what it means to listen there)
 
-# Anonymous is safe here because the listener is on loopback. The queue is long because a full one drops messages and
-# acknowledges them all the same (mosquitto 2.0.11: 1,020 of 2,000 retained chunks arrived with the default of 1,000).
-# Persistence is off: what must survive is in the ledger and is retained again at the next start.
+# Anonymous is safe here because the listener is on loopback.
 _MOSQUITTO_CONF = """\
 listener {port} {host}
 allow_anonymous true
-persistence false
-set_tcp_nodelay true
-max_inflight_messages 1000
-max_queued_messages 100000
-message_size_limit 2000000
-sys_interval 0
-connection_messages false
+{limits}connection_messages false
 log_dest stderr
 log_type error
 log_type warning
 """
+_PACKET, _QUEUE = 2_000_000 + OVERHEAD, 100_000
 
 
 def find_mosquitto() -> Path | None:
-    """Where mosquitto is installed: on PATH, or in the places where Debian, Homebrew and source builds put it."""
-    # Debian keeps it in /usr/sbin, which is not on an ordinary user's PATH.
-    found = shutil.which("mosquitto") or shutil.which("mosquitto", path=os.pathsep.join(_PLACES))
-    return None if found is None else Path(found)
+    """Where mosquitto is installed; None where it is not."""
+    return find("mosquitto")
 
 
 class EmbeddedBroker:
     """A running broker; ``start`` makes one, ``stop`` or the end of this process (even by SIGKILL) ends it."""
 
-    def __init__(self, kind: Kind, host: str, port: int, log: Path, process: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self, kind: Kind, host: str, port: int, log: Path, process: subprocess.Popen[bytes], *, tls: bool = False
+    ) -> None:
         self.kind = kind
         """``mosquitto``, or ``amqtt``, which is for demos only."""
-        self.url = f"mqtt://{f'[{host}]' if ':' in host else host}:{port}"
+        self.url = str(Address(host, port, tls=tls))
         self.log = log
         """The file with the broker's errors and warnings."""
         self._process = process
@@ -68,35 +63,42 @@ class EmbeddedBroker:
         kind: Literal["auto", "mosquitto", "amqtt"] = "auto",
         host: str = "127.0.0.1",
         port: int = 0,
+        spec: BrokerSpec | None = None,
     ) -> Self:
         """Start a broker and wait until it accepts connections; ``port`` 0 picks a free one.
 
-        ``directory`` (made where missing) takes its configuration and log.
+        ``directory`` (made where missing) takes its configuration and log. With a ``spec``, whose host and port are
+        replaced, it asks for certificates; without one it lets anybody in, and is on loopback only.
 
         Raises:
-            ConfigError: ``host`` is not loopback, or the broker asked for is not installed.
+            ConfigError: ``host`` is not loopback and there is no ``spec``, or the broker asked for is not installed.
             TransportError: the port stays taken for some seconds, or the broker does not start; the message ends with
                 its last words.
         """
-        if host not in _LOOPBACK:
+        if spec is None and not Address(host, port).loopback:
             raise ConfigError(
-                f"broker.host is {host!r}; expected one of {', '.join(_LOOPBACK)}: the embedded broker lets "
-                "anybody in. For other machines run a mosquitto with passwords and name it in broker.url"
+                f"broker.host is {host!r}; expected 127.0.0.1, localhost or ::1: the embedded broker lets anybody in. "
+                "For other machines make an authority (fedge ca init) and name it in trust.authority, "
+                "or run a broker of your own and name it in broker.url"
             )
         chosen, program = _choose(kind)
+        if spec is not None and program is None:
+            raise ConfigError(
+                "trust.authority is set and no mosquitto was found: amqtt cannot ask for certificates; "
+                "install it (`apt install mosquitto`, `brew install mosquitto`)"
+            )
         port = _await_port(host, port)
         directory.mkdir(parents=True, exist_ok=True)
         if program is None:
             command = [sys.executable, "-m", "broker_server.amqtt_broker", host, str(port)]
         else:
-            configuration = directory / "mosquitto.conf"
-            configuration.write_text(_MOSQUITTO_CONF.format(host=host, port=port), encoding="utf-8")
-            command = [str(program), "-c", str(configuration)]
+            command = [str(program), "-c", str(_configure(directory, host, port, spec))]
         log = directory / f"{chosen}.log"
         with log.open("wb") as stream:
-            broker = cls(chosen, host, port, log, _guarded(command, stream))
+            near = _EVERYWHERE.get(host, host)
+            broker = cls(chosen, near, port, log, _guarded(command, stream), tls=spec is not None)
         try:
-            broker._wait(host, port)
+            broker._wait(near, port)
         except BaseException:
             broker.stop()
             raise
@@ -147,6 +149,15 @@ class EmbeddedBroker:
     def _last_words(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return lines[-1][:300] if lines else "it said nothing"
+
+
+def _configure(directory: Path, host: str, port: int, spec: BrokerSpec | None) -> Path:
+    if spec is not None:
+        return mosquitto.write(directory, dataclasses.replace(spec, host=host, port=port))
+    configuration = directory / "mosquitto.conf"
+    text = _MOSQUITTO_CONF.format(host=host, port=port, limits=mosquitto.limits(_PACKET, _QUEUE))
+    configuration.write_text(text, encoding="utf-8")
+    return configuration
 
 
 def _choose(kind: Literal["auto", "mosquitto", "amqtt"]) -> tuple[Kind, Path | None]:

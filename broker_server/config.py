@@ -45,7 +45,11 @@ class Identity(_Section, frozen=True):
 
 
 class Broker(_Section, frozen=True):
-    """``[broker]``: the broker named by ``url``, or an embedded one on loopback when ``url`` is empty."""
+    """``[broker]``: the broker named by ``url``, or an embedded one when ``url`` is empty.
+
+    The embedded one is on loopback, unless ``trust.authority`` names an authority: then it asks for certificates, and
+    ``host`` may be any address of this machine.
+    """
 
     url: Annotated[str, Meta(pattern=r"^\Z|^mqtts?://[^/\s]+\Z")] = ""
     kind: Literal["auto", "mosquitto", "amqtt"] = "auto"
@@ -54,6 +58,11 @@ class Broker(_Section, frozen=True):
     """0 picks a free one."""
     username: str = ""
     password_file: str = ""
+    tls_ca: str = ""
+    """For ``mqtts://``, the authority of the broker's certificate; empty means ``trust.authority``'s, or the system's."""
+    tls_certificate: str = ""
+    """The server's own certificate, where the broker asks for one and ``trust.authority`` has not got it."""
+    tls_key: str = ""
 
 
 class Round(_Section, frozen=True):
@@ -325,7 +334,7 @@ def _resolve(federation: Federation, folder: Path) -> Federation:
     return msgspec.structs.replace(
         federation,
         federation=moved(federation.federation, "bundle", "state"),
-        broker=moved(federation.broker, "password_file"),
+        broker=moved(federation.broker, "password_file", "tls_ca", "tls_certificate", "tls_key"),
         trust=moved(federation.trust, "authority"),
         evaluation=moved(federation.evaluation, "data"),
         simulation=moved(federation.simulation, "data"),
@@ -341,6 +350,7 @@ def _check_together(federation: Federation) -> None:
     _check_mode(rounds)
     if federation.broker.password_file and not federation.broker.username:
         raise ConfigError("broker.password_file is set without broker.username; set both or none")
+    _check_tls(federation.broker)
     _check_rates(federation.codec)
     if simulation.speed[0] > simulation.speed[1]:
         raise ConfigError(f"simulation.speed is {list(simulation.speed)}; expected [slowest, fastest]")
@@ -361,6 +371,14 @@ def _check_together(federation: Federation) -> None:
             "stop.target and stop.patience need an evaluation and there is none; "
             "set evaluation.data or evaluation.clients, and evaluation.every above 0"
         )
+
+
+def _check_tls(broker: Broker) -> None:
+    if bool(broker.tls_certificate) != bool(broker.tls_key):
+        raise ConfigError("broker.tls_certificate and broker.tls_key belong together; set both or none")
+    for key in ("tls_ca", "tls_certificate"):
+        if getattr(broker, key) and not broker.url.startswith("mqtts://"):
+            raise ConfigError(f"broker.{key} is set and broker.url is {broker.url!r}; expected an mqtts:// URL")
 
 
 def _check_mode(rounds: Round) -> None:

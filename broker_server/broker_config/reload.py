@@ -1,0 +1,52 @@
+"""What changes while a broker runs: who is enrolled, and who is revoked."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from broker_server.broker_config import emqx, mosquitto, nats
+from broker_server.broker_config.programs import hang_up
+from broker_server.broker_config.spec import BrokerSpec, known, recall
+
+
+def reload(folder: Path, *, devices: Iterable[str] = (), revoked: Iterable[str] = ()) -> str:
+    """Write a broker's folder anew, and let the broker read it, if it runs on this machine; says what became of it.
+
+    mosquitto lets no revoked certificate in again, but keeps the connections that it has (2.0.11, and 2.1 says nothing
+    else): a rule for the revoked device takes all it may read and write at once. NATS ends its connections.
+
+    Args:
+        folder: one that `write` made.
+        devices: all that have a valid certificate.
+        revoked: all that had one, and have none now.
+
+    Raises:
+        ConfigError: the folder was not written by ``fedge broker config``, or cannot be written.
+    """
+    kept = recall(folder)
+    spec = dataclasses.replace(kept.spec, devices=tuple(devices), revoked=tuple(revoked))
+    configuration = _write(folder, kept.kind, spec, kept.settings)
+    place = spec.at(folder)
+    if hang_up(place / f"{kept.kind}.pid", place / configuration.name):
+        return f"{kept.kind} of {folder} has read its rules again"
+    how = {"emqx": "emqx ctl conf reload", "nats": "nats-server --signal reload"}.get(kept.kind, "SIGHUP")
+    return f"no {kept.kind} runs here from {folder}: copy that folder to where it does, and reload it there ({how})"
+
+
+def reload_all(authority: Path, *, devices: Iterable[str] = (), revoked: Iterable[str] = ()) -> list[str]:
+    """`reload` for every folder that was written for an authority and is still there.
+
+    Raises:
+        ConfigError: as there.
+    """
+    devices, revoked = tuple(devices), tuple(revoked)
+    return [reload(folder, devices=devices, revoked=revoked) for folder in known(authority)]
+
+
+def _write(folder: Path, kind: str, spec: BrokerSpec, settings: dict[str, str | int]) -> Path:
+    if kind == "mosquitto":
+        dialect: mosquitto.Dialect = "2.1" if settings["dialect"] == "2.1" else "2.0"
+        return mosquitto.write(folder, spec, dialect, str(settings["plugin"]))
+    if kind == "nats":
+        return nats.write(folder, spec, int(settings["client_port"]))
+    return emqx.write(folder, spec)
