@@ -15,10 +15,11 @@ from rich.table import Table
 
 from broker_server.artifacts import Report, check_folder, read_report, read_tensors, write_artifacts
 from broker_server.config import Federation, load
+from broker_server.connection import broker, server_link
 from broker_server.entrance import enter
 from broker_server.ledger import BEST, Ledger, Round, Task
 from broker_server.report import human_bytes, table
-from broker_server.server import Outcome, Server, broker, locked, server_link
+from broker_server.server import Outcome, Server, locked
 from broker_server.simulation import Simulated
 from broker_server.simulation import simulate as run_simulation
 from broker_server.worker import ledger_path
@@ -27,11 +28,13 @@ from edge_client.data import open_data
 from edge_client.errors import ConfigError, LedgerError
 
 _FILE = click.argument("file", type=click.Path(path_type=Path))
+_INSECURE = click.option("--insecure", is_flag=True, help="Go to another machine's broker without TLS.")
 
 
 @click.command()
 @_FILE
-def serve(file: Path) -> None:
+@_INSECURE
+def serve(file: Path, insecure: bool) -> None:
     """Run a federation: broker and server.
 
     FILE is the federation's TOML file. Stopped and started again, the server goes on where it was.
@@ -41,10 +44,10 @@ def serve(file: Path) -> None:
     log = _logger(console)
 
     async def run() -> Outcome:
-        with locked(settings) as lock, broker(settings, log) as address:
+        with locked(settings) as lock, broker(settings, log, insecure=insecure) as (address, tls):
             # A broker of ours that died does not come back: give up, and whoever watches the server starts both anew.
-            link = server_link(settings, address, attempts=0 if settings.broker.url else 5)
-            fit = partial(enter, address=address, log=log)
+            link = server_link(settings, address, attempts=0 if settings.broker.url else 5, tls=tls)
+            fit = partial(enter, address=address, log=log, tls=tls)
             server = Server(settings, log, link, on_round=lambda done: log(_line(done)), lock=lock, fit=fit)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -59,7 +62,8 @@ def serve(file: Path) -> None:
 @click.option("--clients", type=click.IntRange(1), default=None, help="Emulated phones; replaces simulation.clients.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a setting, as stop.rounds=5.")
 @click.option("--json", "path", type=click.Path(path_type=Path), default=None, help="Write the results here.")
-def simulate(file: Path, clients: int | None, overrides: tuple[str, ...], path: Path | None) -> None:
+@_INSECURE
+def simulate(file: Path, clients: int | None, overrides: tuple[str, ...], path: Path | None, insecure: bool) -> None:
     """Run a federation with emulated phones.
 
     Broker, protocol and training are the real ones.
@@ -74,7 +78,7 @@ def simulate(file: Path, clients: int | None, overrides: tuple[str, ...], path: 
         _writable(path)
     console = Console(stderr=True, highlight=False)
     with progress(settings, console) as bar:
-        result = asyncio.run(run_simulation(settings, _logger(console), bar))
+        result = asyncio.run(run_simulation(settings, _logger(console), bar, insecure=insecure))
     if not result.rounds:
         raise ConfigError(
             f"there was nothing left to do in {settings.federation.state}: {result.outcome.reason}; "

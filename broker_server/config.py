@@ -45,11 +45,7 @@ class Identity(_Section, frozen=True):
 
 
 class Broker(_Section, frozen=True):
-    """``[broker]``: the broker named by ``url``, or an embedded one when ``url`` is empty.
-
-    The embedded one is on loopback, unless ``trust.authority`` names an authority: then it asks for certificates, and
-    ``host`` may be any address of this machine.
-    """
+    """``[broker]``: the one named by ``url``; else an embedded one, on loopback unless ``trust.authority`` is set."""
 
     url: Annotated[str, Meta(pattern=r"^\Z|^mqtts?://[^/\s]+\Z")] = ""
     kind: Literal["auto", "mosquitto", "amqtt"] = "auto"
@@ -59,7 +55,7 @@ class Broker(_Section, frozen=True):
     username: str = ""
     password_file: str = ""
     tls_ca: str = ""
-    """For ``mqtts://``, the authority of the broker's certificate; empty means ``trust.authority``'s, or the system's."""
+    """The authority of the broker's certificate; empty means ``trust.authority``'s, or else the system's."""
     tls_certificate: str = ""
     """The server's own certificate, where the broker asks for one and ``trust.authority`` has not got it."""
     tls_key: str = ""
@@ -267,6 +263,8 @@ class Simulation(_Section, frozen=True):
     """Bytes per second in each direction; 0 means unlimited."""
     latency: Annotated[float, Meta(ge=0, le=3600)] = 0.0
     """Seconds in each direction."""
+    identities: str = ""
+    """A folder with the identity of each phone, by its name, where the broker asks for certificates."""
 
 
 class Federation(_Section, frozen=True):
@@ -337,7 +335,7 @@ def _resolve(federation: Federation, folder: Path) -> Federation:
         broker=moved(federation.broker, "password_file", "tls_ca", "tls_certificate", "tls_key"),
         trust=moved(federation.trust, "authority"),
         evaluation=moved(federation.evaluation, "data"),
-        simulation=moved(federation.simulation, "data"),
+        simulation=moved(federation.simulation, "data", "identities"),
     )
 
 
@@ -350,7 +348,6 @@ def _check_together(federation: Federation) -> None:
     _check_mode(rounds)
     if federation.broker.password_file and not federation.broker.username:
         raise ConfigError("broker.password_file is set without broker.username; set both or none")
-    _check_tls(federation.broker)
     _check_rates(federation.codec)
     if simulation.speed[0] > simulation.speed[1]:
         raise ConfigError(f"simulation.speed is {list(simulation.speed)}; expected [slowest, fastest]")
@@ -371,14 +368,6 @@ def _check_together(federation: Federation) -> None:
             "stop.target and stop.patience need an evaluation and there is none; "
             "set evaluation.data or evaluation.clients, and evaluation.every above 0"
         )
-
-
-def _check_tls(broker: Broker) -> None:
-    if bool(broker.tls_certificate) != bool(broker.tls_key):
-        raise ConfigError("broker.tls_certificate and broker.tls_key belong together; set both or none")
-    for key in ("tls_ca", "tls_certificate"):
-        if getattr(broker, key) and not broker.url.startswith("mqtts://"):
-            raise ConfigError(f"broker.{key} is set and broker.url is {broker.url!r}; expected an mqtts:// URL")
 
 
 def _check_mode(rounds: Round) -> None:

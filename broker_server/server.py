@@ -1,11 +1,9 @@
 """The driver of one federation: carries out what its coordinator decides, over a link, with one worker thread."""
 
 import asyncio
-import contextlib
-import dataclasses
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from broker_server import events as e
 from broker_server.artifacts import Report
 from broker_server.asynchronous import AsynchronousCoordinator
-from broker_server.broker import EmbeddedBroker
 from broker_server.config import Federation
 from broker_server.conversation import Conversation
 from broker_server.coordinator import Coordinator
@@ -24,7 +21,7 @@ from broker_server.metrics import names
 from broker_server.worker import Worker, ledger_path
 from edge_client.bundle import Bundle
 from edge_client.errors import BundleError, ConfigError, FedgeError, LedgerError
-from edge_client.transport import Address, Link, MqttLink
+from edge_client.transport import Link
 from edge_client.wire import transfer
 from edge_client.wire.messages import BlobRef
 from edge_client.wire.topics import Topics
@@ -381,40 +378,3 @@ def locked(settings: Federation) -> Lock:
         LedgerError: another server has it.
     """
     return Lock(ledger_path(settings))
-
-
-@contextlib.contextmanager
-def broker(settings: Federation, log: Callable[[str], None]) -> Iterator[Address]:
-    """The broker that the settings name, or an embedded one on loopback for as long as the context lasts.
-
-    Raises:
-        ConfigError, TransportError: it cannot be started, or its address or password file cannot be used.
-    """
-    wanted = settings.broker
-    if not wanted.url:
-        folder = Path(settings.federation.state) / "broker"
-        with EmbeddedBroker.start(folder, kind=wanted.kind, host=wanted.host, port=wanted.port) as embedded:
-            log(f"broker: {embedded.kind} on {embedded.url}")
-            yield Address.parse(embedded.url)
-        return
-    address = Address.parse(wanted.url)
-    if wanted.username:
-        address = dataclasses.replace(address, username=wanted.username, password=_password(wanted.password_file))
-    log(f"broker: {address}")
-    yield address
-
-
-def server_link(settings: Federation, address: Address, *, attempts: int = 0) -> MqttLink:
-    """The server's own connection to its broker."""
-    name = settings.federation.name
-    # A device may retain what it says, and every server to come would hear it.
-    return MqttLink(address, f"fedge-{name}-server", attempts=attempts, clears=Topics(name).every_up.removesuffix("#"))
-
-
-def _password(path: str) -> str | None:
-    if not path:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"broker.password_file {path}: {error}; expected a file with the password") from error

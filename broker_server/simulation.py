@@ -13,9 +13,10 @@ import msgspec
 import numpy as np
 
 from broker_server.config import Federation
+from broker_server.connection import broker, server_link
 from broker_server.entrance import enter
 from broker_server.ledger import Round
-from broker_server.server import Outcome, Server, broker, locked, read_bundle, server_link
+from broker_server.server import Outcome, Server, locked, read_bundle
 from edge_client.bundle import Bundle
 from edge_client.data import load_arrays
 from edge_client.emulator.fleet import FleetReport, FleetSpec, peak_rss_mib
@@ -42,10 +43,12 @@ async def simulate(
     settings: Federation,
     log: Callable[[str], None],
     on_round: Callable[[Round], None] = lambda _: None,
+    *,
+    insecure: bool = False,
 ) -> Simulated:
     """Run the whole federation, to its end.
 
-    Bytes are counted by the phones' transports, MQTT framing included.
+    Bytes are counted by the phones' transports, MQTT framing included. ``insecure`` as for `connection.broker`.
 
     Raises:
         ConfigError: ``[simulation]`` names no data.
@@ -67,9 +70,9 @@ async def simulate(
     await asyncio.to_thread(_check, settings)
     with locked(settings) as lock:
         settings, data = await asyncio.to_thread(_reserve, settings)
-        with broker(settings, log) as address:
-            link = server_link(settings, address, attempts=5)
-            fit = partial(enter, address=address, log=log, attempts=5)
+        with broker(settings, log, insecure=insecure) as (address, tls):
+            link = server_link(settings, address, attempts=5, tls=tls)
+            fit = partial(enter, address=address, log=log, attempts=5, tls=tls)
             server = Server(settings, log, link, on_round=finished, lock=lock, fit=fit)
             serving = asyncio.ensure_future(server.run())
             fleet = await _start(settings, address, data)
@@ -143,6 +146,7 @@ async def _start(settings: Federation, address: Address, data: str) -> asyncio.s
         latency=simulation.latency,
         availability=simulation.availability,
         dropout=simulation.dropout,
+        identities=simulation.identities,
     )
     path = await asyncio.to_thread(_write, state / "fleet.json", msgspec.json.encode(spec))
     fleet = await asyncio.create_subprocess_exec(

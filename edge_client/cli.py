@@ -15,6 +15,7 @@ from edge_client.doctor import broker, device, finding
 from edge_client.errors import ConfigError, FedgeError
 from edge_client.manifest import Manifest
 from edge_client.store import FileCopies, Store, claimed
+from edge_client.tls import Tls
 from edge_client.transport import Address, Link, MqttLink
 
 _EXTRAS = {"broker_server": "server", "export": "export"}
@@ -90,6 +91,15 @@ def main() -> None:
         sys.exit(2)
 
 
+_IDENTITY = click.option(
+    "--identity",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder that says who this is, for mqtts://.  [default: identity in the state's folder, where there is one]",
+)
+_INSECURE = click.option("--insecure", is_flag=True, help="Go to another machine's broker without TLS.")
+
+
 @click.command()
 @click.argument("url")
 @click.option("--id", "client", required=True, help="This device's name in the federation, unique in it.")
@@ -102,6 +112,8 @@ def main() -> None:
 @click.option("--uplink", default=0.0, help="Bytes a second that the link can send, where known.")
 @click.option("--memory-limit", metavar="MIB", type=click.IntRange(min=1), default=None, help="Train nothing larger.")
 @click.option("--once", is_flag=True, help="Leave when the federation has finished.")
+@_IDENTITY
+@_INSECURE
 def join(
     url: str,
     client: str,
@@ -114,17 +126,20 @@ def join(
     uplink: float,
     memory_limit: int | None,
     once: bool,
+    identity: Path | None,
+    insecure: bool,
 ) -> None:
     """Be a client: train when invited, upload, keep going.
 
-    URL is the broker's, mqtt://[user:password@]host[:port][/federation]. A broker that cannot be reached is tried
-    again, with growing pauses, until it can.
+    URL is the broker's, mqtts://host[:port][/federation], or mqtt://[user:password@]host on this machine. A broker that
+    cannot be reached is tried again, with growing pauses, until it can.
     """
     # ONNX Runtime kills the process on some processors: whoever asks the doctor why must not load it.
     from edge_client import runtime
     from edge_client.device import Device, Workshop
 
     address = Address.parse(url)
+    address.check(insecure=insecure)
     name = federation or address.federation or "default"
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}", client):
         raise ConfigError(f"--id {client!r}: expected 1 to 64 letters, digits, dots, dashes or underscores")
@@ -135,9 +150,10 @@ def join(
     if not 0 <= uplink <= 1e12:
         raise ConfigError(f"--uplink {uplink}: expected bytes a second, 0 where they are not known")
     folder = state or Path.home() / ".local" / "state" / "fedge" / name / client
+    tls = _known(identity, folder)
 
     def connect(will: tuple[str, bytes]) -> Link:
-        return MqttLink(address, f"fedge-{name}-{client}", will)
+        return MqttLink(address, f"fedge-{name}-{client}", will, tls=tls)
 
     def open_sources(manifest: Manifest) -> tuple[DataSource, DataSource]:
         source = open_data(data, manifest)
@@ -177,24 +193,43 @@ def join(
 @click.option("--broker", "probed", metavar="URL", default=None, help="Examine this broker instead of the device.")
 @click.option("--state", type=click.Path(path_type=Path), default=None, help="Folder for this device's state.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings for a program.")
-def doctor(url: str | None, probed: str | None, state: Path | None, as_json: bool) -> None:
+@_IDENTITY
+@_INSECURE
+def doctor(
+    url: str | None, probed: str | None, state: Path | None, as_json: bool, identity: Path | None, insecure: bool
+) -> None:
     """Say whether fedge will work here, and what to set.
 
     Examines this device, and whether it reaches the broker at URL where one is given. With --broker it examines what
-    that broker does instead; name the server's user there, who may read and write fedge/#. The exit status is 1 where
-    something has to be changed first.
+    that broker does instead; name the server's user there, who may read and write fedge/#, or its identity: the folder
+    of the authority. The exit status is 1 where something has to be changed first.
     """
-    reports = []
+    reports, folder = [], state or Path.home() / ".local" / "state" / "fedge"
+    tls = _known(identity, folder)
+    addresses = {one: Address.parse(one) for one in (url, probed) if one is not None}
+    for address in addresses.values():
+        address.check(insecure=insecure)
     if probed is not None:
-        reports.append(broker.examine(Address.parse(probed)))
+        reports.append(broker.examine(addresses[probed], tls=tls))
     if probed is None or url is not None:
-        folder = state or Path.home() / ".local" / "state" / "fedge"
-        reports.append(device.examine(folder, None if url is None else Address.parse(url)))
+        reports.append(device.examine(folder, None if url is None else addresses[url], tls=tls))
     if as_json:
         click.echo(finding.to_json(reports))
     else:
         finding.tell(reports, click.echo)
     sys.exit(0 if all(one.works for one in reports) else 1)
+
+
+def _known(identity: Path | None, state: Path) -> Tls | None:
+    """Who this is.
+
+    Raises:
+        ConfigError: the folder that was named has no identity.
+    """
+    found = Tls.found(identity or state / "identity")
+    if found is None and identity is not None:
+        raise ConfigError(f"--identity {identity}: there is no device.crt; expected a folder that `fedge enroll` made")
+    return found
 
 
 async def run_until_signal(

@@ -41,6 +41,13 @@ class Tls:
         """The files of an identity: ``ca.crt``, and ``<name>.crt`` with its key."""
         return cls(folder / "ca.crt", folder / f"{name}.crt", folder / f"{name}.key")
 
+    @classmethod
+    def found(cls, folder: Path) -> "Tls | None":
+        """The identity in a folder, a device's or (of an authority) the server's; None where there is none."""
+        names = (name for name in ("device", "server") if (folder / f"{name}.crt").exists())
+        name = next(names, None)
+        return None if name is None else cls.of(folder, name)
+
     def context(self) -> ssl.SSLContext:
         """What a connection is made with: TLS 1.2 or later, the broker's certificate and name checked.
 

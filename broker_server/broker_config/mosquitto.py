@@ -97,6 +97,8 @@ pid_file {place}/mosquitto.pid
 log_dest stderr
 log_type error
 log_type warning
+log_type notice
+log_type information
 connection_messages false
 
 {access}"""

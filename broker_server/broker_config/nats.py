@@ -1,7 +1,9 @@
 """NATS as an MQTT broker (nats-server 2.9 or later): certificates as users, and a rule for each.
 
-NATS knows no rule with a user's name in it, nor revocation lists: whoever may connect is named in ``users.conf``, which
-is written anew whenever a device is enrolled or revoked. Read again, it ends the connections of those who are gone.
+NATS knows no rule with a user's name in it, nor revocation lists: whoever may connect is named in ``users.conf``. A
+device that is not enrolled yet may be named, for nobody has its certificate. When the file has changed, NATS has to be
+started anew: read again (SIGHUP), 2.9.10 delivers nothing any more on subscriptions of quality of service 1 that stand,
+and answers as if it did. Clients come back by themselves, and retained messages are on its disk.
 Topics are NATS's subjects with other separators; a wildcard's own root is a subject of its own (``a/#`` is ``a`` and
 ``a.>``), and what MQTT needs besides, for subscriptions of quality of service 1, is ``$MQTT.sub.>``, which no MQTT
 client can subscribe to by itself.

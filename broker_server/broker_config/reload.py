@@ -10,10 +10,10 @@ from broker_server.broker_config.spec import BrokerSpec, known, recall
 
 
 def reload(folder: Path, *, devices: Iterable[str] = (), revoked: Iterable[str] = ()) -> str:
-    """Write a broker's folder anew, and let the broker read it, if it runs on this machine; says what became of it.
+    """Write a broker's folder anew, and let mosquitto read it, if it runs on this machine; says what is left to do.
 
     mosquitto lets no revoked certificate in again, but keeps the connections that it has (2.0.11, and 2.1 says nothing
-    else): a rule for the revoked device takes all it may read and write at once. NATS ends its connections.
+    else): a rule for the revoked device takes all it may read and write at once.
 
     Args:
         folder: one that `write` made.
@@ -27,10 +27,10 @@ def reload(folder: Path, *, devices: Iterable[str] = (), revoked: Iterable[str] 
     spec = dataclasses.replace(kept.spec, devices=tuple(devices), revoked=tuple(revoked))
     configuration = _write(folder, kept.kind, spec, kept.settings)
     place = spec.at(folder)
-    if hang_up(place / f"{kept.kind}.pid", place / configuration.name):
-        return f"{kept.kind} of {folder} has read its rules again"
-    how = {"emqx": "emqx ctl conf reload", "nats": "nats-server --signal reload"}.get(kept.kind, "SIGHUP")
-    return f"no {kept.kind} runs here from {folder}: copy that folder to where it does, and reload it there ({how})"
+    if kept.kind == "mosquitto" and hang_up(place / "mosquitto.pid", place / configuration.name):
+        return f"{folder}: mosquitto reads its rules again"
+    how = {"mosquitto": "send it SIGHUP", "nats": "start it anew", "emqx": "emqx ctl conf reload"}[kept.kind]
+    return f"{folder}: written; copy it to where {kept.kind} runs, if that is not here, and {how}"
 
 
 def reload_all(authority: Path, *, devices: Iterable[str] = (), revoked: Iterable[str] = ()) -> list[str]:

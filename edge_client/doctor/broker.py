@@ -321,7 +321,7 @@ class _Laboratory:
             return Finding(name, "note", str(error))
         if came:
             found = "this user reads and writes outside fedge/ too: no rule holds it back"
-            return Finding(name, "note", found, "give each device its three rules: deploy/mosquitto/fedge.acl")
+            return Finding(name, "note", found, "give each device its rules: `fedge broker config` writes them")
         if lost:
             return Finding(name, "note", f"a publish that is not allowed ends the connection ({lost})")
         if code is None:
@@ -340,12 +340,12 @@ class _Laboratory:
     def _anonymous(self, name: str) -> Finding:
         nobody = dataclasses.replace(self._address, username=None, password=None)
         try:
-            with Peer(nobody, f"{self._name}-nobody"):
+            with Peer(nobody, f"{self._name}-nobody", tls=self._tls and Tls(self._tls.ca)):
                 pass
         except TransportError:
-            return Finding(name, "good", "nobody is let in without one")
-        local = self._address.host in ("localhost", "127.0.0.1", "::1")
-        advice = "" if local else "ask for passwords: deploy/mosquitto/fedge.conf does"
+            what = "certificate" if self._tls is not None and self._tls.certificate is not None else "one"
+            return Finding(name, "good", f"nobody is let in without {'a ' * (what != 'one')}{what}")
+        advice = "" if self._address.loopback else "ask for certificates: `fedge broker config` writes how"
         return Finding(name, "note", "anybody is let in without one", advice)
 
     def _dots(self, name: str) -> Finding:

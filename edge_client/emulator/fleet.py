@@ -31,6 +31,7 @@ from edge_client.errors import DataError
 from edge_client.events import Failed, Finished, Work
 from edge_client.manifest import Manifest
 from edge_client.store import Store
+from edge_client.tls import Tls
 from edge_client.transport import Address, Link, MqttLink
 
 
@@ -62,6 +63,8 @@ class FleetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     latency: float = 0.0
     availability: float = 1.0
     dropout: float = 0.0
+    identities: str = ""
+    """Folder with a folder for each phone, by its name: who it is, where the broker asks for certificates."""
     attempts: int = 5
     """Connections that may fail in a row before the fleet gives up; 0 tries for ever."""
 
@@ -212,9 +215,10 @@ class Fleet:
     ) -> Phone:
         spec, name = self.spec, f"phone-{number:04d}"
         root = Path(spec.state)
+        tls = Tls.of(Path(spec.identities) / name) if spec.identities else None
 
         def connect(will: tuple[str, bytes]) -> Link:
-            inner = MqttLink(address, f"fedge-{spec.federation}-{name}", will, spec.attempts, keepalive=60)
+            inner = MqttLink(address, f"fedge-{spec.federation}-{name}", will, spec.attempts, keepalive=60, tls=tls)
             return RadioLink(inner, profile)
 
         def open_data(manifest: Manifest) -> tuple[DataSource, DataSource]:

@@ -14,6 +14,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from broker_server import broker as module
 from broker_server.broker import EmbeddedBroker, find_mosquitto
+from broker_server.broker_config import programs
 from edge_client.errors import ConfigError, TransportError
 
 KINDS = [
@@ -137,13 +138,13 @@ def test_a_broker_that_ends_at_once_is_quoted(tmp_path, monkeypatch):
 
 
 def test_only_loopback(tmp_path):
-    with pytest.raises(ConfigError, match=r"broker\.host is '0\.0\.0\.0'; expected one of 127\.0\.0\.1"):
+    with pytest.raises(ConfigError, match=r"broker\.host is '0\.0\.0\.0'; expected 127\.0\.0\.1.*trust\.authority"):
         EmbeddedBroker.start(tmp_path, host="0.0.0.0")
 
 
 def test_without_mosquitto_auto_takes_amqtt_and_mosquitto_is_missed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(module, "_PLACES", (str(tmp_path),))
+    monkeypatch.setattr(programs, "PLACES", (str(tmp_path),))
     assert find_mosquitto() is None
     with pytest.raises(ConfigError, match="apt install mosquitto"):
         EmbeddedBroker.start(tmp_path, kind="mosquitto")

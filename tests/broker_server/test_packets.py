@@ -6,8 +6,9 @@ import signal
 import msgspec
 import pytest
 
+from broker_server.connection import server_link
 from broker_server.packets import fitted
-from broker_server.server import Server, server_link
+from broker_server.server import Server
 from edge_client.data import ArraySource
 from edge_client.device import Device, Workshop
 from edge_client.errors import TransportError

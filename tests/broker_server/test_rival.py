@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 
+from broker_server.connection import server_link
 from broker_server.entrance import enter
 from broker_server.keyring import Keyring
 from broker_server.rival import refuse_rival
-from broker_server.server import Server, server_link
+from broker_server.server import Server
 from edge_client.errors import LedgerError
 from edge_client.transport import MqttLink
 from edge_client.trust.keys import SigningKey

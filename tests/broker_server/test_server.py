@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from broker_server.config import Federation
+from broker_server.connection import broker, server_link
 from broker_server.evaluation import HeldOut
 from broker_server.ledger import Ledger, Round
-from broker_server.server import Outcome, Server, broker, check_names, server_link
+from broker_server.server import Outcome, Server, check_names
 from broker_server.worker import Worker
 from edge_client.bundle import Bundle
 from edge_client.data import ArraySource
@@ -358,7 +359,7 @@ async def test_an_unreachable_broker_is_named(tmp_path):
         port = taken.getsockname()[1]
         config = settings(tmp_path, broker={"url": f"mqtt://127.0.0.1:{port}"})
         lines = []
-        with broker(config, lines.append) as address:
+        with broker(config, lines.append) as (address, _):
             link = server_link(config, address, attempts=1)
             with pytest.raises(TransportError, match=f"127.0.0.1:{port} after 1 attempts"):
                 await Server(config, lines.append, link).run()
@@ -373,7 +374,7 @@ def test_the_password_comes_from_its_file(tmp_path):
     with pytest.raises(ConfigError, match="password_file"), broker(config, lambda line: None):
         pass
     secret.write_text("s3cret\n")
-    with broker(config, lambda line: None) as address:
+    with broker(config, lambda line: None) as (address, _):
         assert address == Address("broker", 1883, False, "server", "s3cret")
         assert "s3cret" not in str(address)
 

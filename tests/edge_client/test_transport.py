@@ -10,7 +10,7 @@ import pytest
 
 from broker_server.broker import EmbeddedBroker, find_mosquitto
 from broker_server.config import Federation
-from broker_server.server import server_link
+from broker_server.connection import server_link
 from edge_client.doctor.peer import Peer
 from edge_client.errors import TransportError
 from edge_client.memory import MemoryBroker, MemoryLink
