@@ -17,10 +17,12 @@ from dataclasses import dataclass
 
 from edge_client.errors import WireError
 
-_NAME = r"[A-Za-z0-9_-]{1,64}"
-_CLIENT = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}"
-_UP = re.compile(rf"^fedge/({_NAME})/up/({_CLIENT})/(?:msg|([0-9a-f]{{64}})/([0-9]{{1,9}}))\Z")
-_PUB = re.compile(rf"^fedge/({_NAME})/pub/(?:offer|([0-9a-f]{{64}})/([0-9]{{1,9}}))\Z")
+NAME = r"[A-Za-z0-9_-]{1,64}"
+"""What a federation may be called, as a pattern."""
+CLIENT = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}"
+"""What a client may be called, as a pattern."""
+_UP = re.compile(rf"^fedge/({NAME})/up/({CLIENT})/(?:msg|([0-9a-f]{{64}})/([0-9]{{1,9}}))\Z")
+_PUB = re.compile(rf"^fedge/({NAME})/pub/(?:offer|([0-9a-f]{{64}})/([0-9]{{1,9}}))\Z")
 
 
 @dataclass(frozen=True)
