@@ -1,5 +1,6 @@
-"""A SQLite file with one writer: locked, durable, migrated, its errors explained."""
+"""A SQLite file: durable, migrated, its errors explained; with one writer under a lock, or several in turn."""
 
+import contextlib
 import fcntl
 import os
 import sqlite3
@@ -12,6 +13,8 @@ from edge_client.errors import LedgerError
 
 APPLICATION = 0x66656467
 """``PRAGMA application_id`` of our files: "fedg"."""
+_PATIENCE = 10.0
+"""Seconds to wait for another writer of a shared file."""
 
 Migrations = tuple[tuple[str, ...], ...]
 """Schema n is what the statements of the first n migrations make; a released migration never changes."""
@@ -82,6 +85,25 @@ class Database:
         database = cls(path, connection, own)
         try:
             with explained(path):
+                database._prepare(migrations)
+        except LedgerError:
+            database.close()
+            raise
+        return database
+
+    @classmethod
+    def share(cls, path: Path, migrations: Migrations) -> Self:
+        """Open an existing file for writing beside others who do so too, each in short groups.
+
+        Raises:
+            LedgerError: it is damaged, foreign, of a newer schema, or not writable.
+        """
+        with explained(path):
+            database = cls(path, sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None), None)
+        try:
+            with explained(path), contextlib.ExitStack() as stack:
+                if database._schema(len(migrations)) < len(migrations):
+                    stack.enter_context(Lock(path))
                 database._prepare(migrations)
         except LedgerError:
             database.close()
