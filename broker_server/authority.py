@@ -16,16 +16,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from broker_server.broker_config.spec import ENROLMENT, SERVER
 from broker_server.registry import Registry
 from edge_client.errors import ConfigError
 from edge_client.trust.certificate import Certificate, read_request
 from edge_client.trust.claim import Claim
 from edge_client.trust.keys import SigningKey, read_publics, write_publics, write_secret
-from edge_client.wire.enrolment import check_name
-from edge_client.wire.envelope import SERVER
+from edge_client.wire.enrolment import CLAIMS, check_name
 
-ENROLMENT = "@enrol"
-"""The user at the broker that answers devices which enrol."""
 CA_KEY, CA, REVOKED, REGISTRY = "ca.key", "ca.crt", "crl.pem", "registry.db"
 SIGNING, PINS = "federation.key", "federation.pub"
 _SINCE = datetime(2020, 1, 1, tzinfo=UTC)
@@ -135,7 +133,7 @@ class Authority:
             key = SigningKey.generate()
             public = key.private.public_key()
             expires = _later(now, seconds / _DAY)
-            certificate = self._certify(_name(user), public, ExtendedKeyUsageOID.CLIENT_AUTH, expires)
+            certificate = self._certify(_name(CLAIMS), public, ExtendedKeyUsageOID.CLIENT_AUTH, expires)
             private = key.private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
             claim = Claim(
                 format=1,

@@ -145,6 +145,7 @@ def revoke(name: str, folder: Path) -> None:
     new claim the device may come back.
     """
     from broker_server.authority import CA_KEY
+    from broker_server.broker_config.reload import reload_all
     from broker_server.registry import Registry
 
     authority, now = _load(folder), time.time()
@@ -157,12 +158,15 @@ def revoke(name: str, folder: Path) -> None:
             raise ConfigError(f"{name!r} is no device that is enrolled, and no claim that is open; see `fedge ca show`")
         if authority.key is None:
             raise ConfigError(
-                f"{name} is revoked at the server; the broker lets it in until {folder / CA_KEY} is put back and this is "
-                "said again: its list is signed with that key"
+                f"{name} is revoked at the server; the broker lets it in until {folder / CA_KEY} is put back and "
+                "this is said again: its list is signed with that key"
             )
         # Also where it is revoked already: the list may have been lost after that.
-        path = authority.write_crl(registry.revoked(now), now=now)
-    click.echo(f"{name} is revoked; the server knows, and {path} tells the broker")
+        authority.write_crl(registry.revoked(now), now=now)
+        valid, revoked = registry.standing(now)
+    click.echo(f"{name} is revoked, and the server knows it")
+    for line in reload_all(folder, devices=valid, revoked=revoked):
+        click.echo(line)
 
 
 def _listed(registry: "Registry", name: str) -> bool:

@@ -142,11 +142,12 @@ def _renewal(
 
 
 class Answer(NamedTuple):
-    """What is said on the user's topic, if anything; lines for the log; and whether a person has to decide."""
+    """What is said on the user's topic, if anything; lines for the log; and what has come of it."""
 
     told: bytes | None
     lines: tuple[str, ...] = ()
     pending: bool = False
+    issued: bool = False
 
 
 @dataclass
@@ -222,7 +223,7 @@ class Registrar:
             self.registry.bind(user, ask.client, certificate.public, "issued", now)
         what = f"enrolled by {user}" if is_claim(user) else "has a renewed certificate"
         line = f"enrolment: {ask.client!r} {what}{f', {ask.software}' if ask.software else ''}"
-        return Answer(self._tell(user, self._issued(ask, device)), (line,))
+        return Answer(self._tell(user, self._issued(ask, device)), (line,), issued=True)
 
     def _issued(self, ask: wire.Ask, device: DeviceRow) -> wire.Told:
         authority = self.authority

@@ -142,6 +142,12 @@ class Registry:
         newest = "id IN (SELECT max(id) FROM certificates GROUP BY client)"
         return [DeviceRow(*row) for row in self._database.all(f"{_DEVICE} WHERE {newest} ORDER BY client")]
 
+    def standing(self, now: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the devices that are enrolled at ``now``, and of those that were."""
+        devices = self.devices()
+        valid = tuple(device.client for device in devices if device.valid(now))
+        return valid, tuple(device.client for device in devices if not device.valid(now))
+
     def device(self, client: str) -> DeviceRow | None:
         """A device by name."""
         row = self._database.one(f"{_DEVICE} WHERE client = ? ORDER BY id DESC LIMIT 1", client)

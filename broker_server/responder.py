@@ -2,14 +2,16 @@
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from broker_server.authority import CA_KEY, REGISTRY, Authority
+from broker_server.broker_config.reload import reload_all
 from broker_server.registrar import Answer, Registrar, Rule
 from broker_server.registry import Registry
 from edge_client.errors import ConfigError, FedgeError, WireError
@@ -19,9 +21,9 @@ from edge_client.wire import enrolment as wire
 _WAITING = 64
 """Asks that may wait to be answered; what is beyond is dropped, and asked again."""
 _PACE = 1.0
-"""Seconds between two Asks of one user that are looked at; a device waits longer."""
+"""Seconds between two looks at the same Ask; a device waits longer."""
 _USERS = 10_000
-"""Users who are remembered."""
+"""Asks that are remembered."""
 _POLL = 1.0
 """Seconds between looks whether a person has approved something."""
 _LINES = 20
@@ -39,10 +41,15 @@ class Responder:
     wall: Callable[[], float] = time.time
     poll: float = _POLL
     pace: float = _PACE
+    changed: Callable[[tuple[str, ...], tuple[str, ...]], Iterable[str]] = lambda valid, gone: ()
+    """Told, in that thread, which devices are enrolled and which were, when that has changed; returns lines to log."""
     _queue: "asyncio.Queue[tuple[str, bytes]]" = field(init=False)
-    _heard: "OrderedDict[str, float]" = field(init=False, default_factory=OrderedDict)
+    _heard: "OrderedDict[bytes, float]" = field(init=False, default_factory=OrderedDict)
     _pending: "OrderedDict[str, bytes]" = field(init=False, default_factory=OrderedDict)
     """The last Asks of users that wait for a person."""
+    _issued: int = field(init=False, default=0)
+    _revision: tuple[int, int] | None = field(init=False, default=None)
+    _standing: tuple[tuple[str, ...], tuple[str, ...]] | None = field(init=False, default=None)
     _minute: int = field(init=False, default=-1)
     _logged: int = field(init=False, default=0)
 
@@ -87,10 +94,14 @@ class Responder:
         except WireError as error:
             self._tell(f"enrolment: {error}")
             return
-        if len(payload) > wire.LIMIT or now - self._heard.get(user, -self.pace) < self.pace:
+        if len(payload) > wire.LIMIT:
             return
-        self._heard[user] = now
-        self._heard.move_to_end(user)
+        # Not by user: claims may write on one another's topics, and one that floods would keep others from being heard.
+        mark = hashlib.sha256(topic.encode() + payload).digest()
+        if now < self._heard.get(mark, -self.pace) + self.pace:
+            return
+        self._heard[mark] = now
+        self._heard.move_to_end(mark)
         if len(self._heard) > _USERS:
             self._heard.popitem(last=False)
         with contextlib.suppress(asyncio.QueueFull):
@@ -98,7 +109,7 @@ class Responder:
 
     async def _work(self, registrar: Registrar, pool: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()
-        revision, looked = await loop.run_in_executor(pool, registrar.registry.revision), loop.time()
+        looked = loop.time() - self.poll
         while True:
             with contextlib.suppress(TimeoutError):
                 wait = max(0.0, looked + self.poll - loop.time())
@@ -106,18 +117,35 @@ class Responder:
                 self._say(user, payload, await loop.run_in_executor(pool, self._answer, registrar, user, payload))
             if loop.time() < looked + self.poll:
                 continue
-            found, looked = await loop.run_in_executor(pool, registrar.registry.revision), loop.time()
-            if found != revision:
-                revision = found
-                for user, answer in await loop.run_in_executor(pool, self._decided, registrar):
-                    self._say(user, b"", answer)
+            looked = loop.time()
+            answers, lines = await loop.run_in_executor(pool, self._look, registrar)
+            for user, answer in answers:
+                self._say(user, b"", answer)
+            for line in lines:
+                self._tell(f"enrolment: {line}")
 
     def _answer(self, registrar: Registrar, user: str, payload: bytes) -> Answer:
         try:
-            return registrar.answer(user, payload, self.wall())
+            answer = registrar.answer(user, payload, self.wall())
+            self._issued += answer.issued
+            return answer
         except FedgeError as error:
             # A full disk, say: the device asks again.
             return Answer(None, (f"enrolment: {user} gets no answer: {error}",))
+
+    def _look(self, registrar: Registrar) -> tuple[list[tuple[str, Answer]], list[str]]:
+        """What has come of commands and answers since the last look: answers for those who waited, and lines."""
+        try:
+            revision = registrar.registry.revision(), self._issued
+            if revision == self._revision:
+                return [], []
+            answers = self._decided(registrar)
+            standing = registrar.registry.standing(self.wall())
+            lines = [] if standing == self._standing else list(self.changed(*standing))
+        except FedgeError as error:
+            return [], [str(error)]
+        self._revision, self._standing = revision, standing
+        return answers, lines
 
     def _decided(self, registrar: Registrar) -> list[tuple[str, Answer]]:
         """Answers for those who wait no more."""
@@ -177,7 +205,11 @@ async def responding(
         return
     link = connect(f"fedge-{federation}-enrol")
     responder = Responder(
-        federation, link, lambda: Registrar(authority, Registry.open(folder / REGISTRY), rule, days), log
+        federation,
+        link,
+        lambda: Registrar(authority, Registry.open(folder / REGISTRY), rule, days),
+        log,
+        changed=lambda valid, gone: reload_all(folder, devices=valid, revoked=gone),
     )
     life = asyncio.ensure_future(responder.run())
     life.add_done_callback(lambda ended: _say_why(ended, log))

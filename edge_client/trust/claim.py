@@ -1,8 +1,10 @@
 """A claim: one small file with which one device may enrol once. Whoever has it first may."""
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,10 +14,11 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from msgspec import Meta, Struct
 
 from edge_client.errors import ConfigError, TransportError
+from edge_client.tls import Tls
 from edge_client.transport import Address
 from edge_client.trust.certificate import Certificate
 from edge_client.trust.keys import SigningKey, verify, write_secret
-from edge_client.wire.enrolment import CLAIM
+from edge_client.wire.enrolment import CLAIM, CLAIMS
 from edge_client.wire.messages import FederationName
 
 SUFFIX = ".fedgeclaim"
@@ -91,6 +94,27 @@ class Claim(Struct, frozen=True, forbid_unknown_fields=True, repr_omit_defaults=
         """Where the broker is."""
         return Address.parse(self.broker)
 
+    @contextlib.contextmanager
+    def tls(self, folder: Path) -> Iterator[Tls]:
+        """Its certificate and key as files for a connection, in a folder that is made in ``folder`` and removed again.
+
+        Raises:
+            ConfigError: the disk refuses.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(prefix="claim-", dir=folder) as name:
+                place = Path(name)
+                for file, text in (
+                    ("ca.crt", self.authority),
+                    ("claim.crt", self.certificate),
+                    ("claim.key", self.key),
+                ):
+                    write_secret(place / file, text.encode())
+                yield Tls.of(place, "claim")
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be written ({error.strerror}); check disk and permissions") from error
+
     @property
     def signing_key(self) -> SigningKey:
         """The claim's key."""
@@ -120,7 +144,7 @@ class Claim(Struct, frozen=True, forbid_unknown_fields=True, repr_omit_defaults=
             return f"it holds something that cannot be used ({error})"
         if not isinstance(private, Ed25519PrivateKey) or SigningKey(private).public != certificate.public:
             return "its key is not that of its certificate"
-        if certificate.name != self.user or not certificate.issued_by(authority):
+        if certificate.name != CLAIMS or not certificate.issued_by(authority):
             return "its certificate is another user's or another authority's"
         if certificate.federation != self.federation or authority.federation != self.federation:
             return f"it is of federation {certificate.federation!r}, and says {self.federation!r}"

@@ -265,13 +265,15 @@ async def enroll(
         log(doubt)
     key, own = stored.prepare(folder), claim.signing_key
     enrolment = Enrolment(claim.federation, claim.user, client, key, own.sign, claim.publics, software())
-    link = (connect or _to_claim(claim))(f"fedge-{claim.federation}-{claim.user[1:]}")
-    try:
-        decided = await _Conversation(enrolment, link, log).run(patience)
-    except TimeoutError:
-        raise TransportError(
-            f"{claim.user} has no certificate after {patience:.0f} s; start it again, it goes on where it was"
-        ) from None
+    name = f"fedge-{claim.federation}-{claim.user[1:]}"
+    with claim.tls(folder) as tls:
+        link = MqttLink(claim.address, name, tls=tls) if connect is None else connect(name)
+        try:
+            decided = await _Conversation(enrolment, link, log).run(patience)
+        except TimeoutError:
+            raise TransportError(
+                f"{claim.user} has no certificate after {patience:.0f} s; start it again, it goes on where it was"
+            ) from None
     return _keep(folder, decided, client, claim.federation)
 
 
@@ -341,10 +343,6 @@ def _keep(folder: Path, decided: Granted | Refused, client: str, federation: str
     if isinstance(decided, Refused):
         raise ConfigError(f"federation {federation!r} refuses {client!r}: {decided.reason}")
     return stored.store(folder, decided.certificate, decided.authority, decided.pins, decided.issued)
-
-
-def _to_claim(claim: Claim) -> Callable[[str], Link]:
-    return lambda name: MqttLink(claim.address, name)
 
 
 def _ends(identity: Identity) -> str:

@@ -12,6 +12,7 @@ from typing import Self
 import msgspec
 
 from edge_client.errors import ConfigError
+from edge_client.tls import Tls
 from edge_client.trust.certificate import Certificate
 from edge_client.trust.keys import SigningKey, read_publics, write_publics, write_secret
 
@@ -78,6 +79,11 @@ class Identity:
     def pins(self) -> tuple[bytes, ...]:
         """The public keys of the federation's servers."""
         return read_publics(self.folder / PINS)
+
+    @property
+    def tls(self) -> Tls:
+        """How the device shows itself to the broker."""
+        return Tls.of(self.folder)
 
     def due(self, now: float) -> bool:
         """Whether it is time to renew the certificate, at ``now`` in seconds since 1970."""

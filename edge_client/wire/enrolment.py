@@ -28,7 +28,9 @@ LIMIT = 16 * 1024
 REQUEST_LIMIT, CERTIFICATE_LIMIT = 2048, 4096
 """Bytes of a certificate request and of a certificate, in DER."""
 CLAIM = r"@claim-[0-9a-f]{8}"
-"""What the user of a claim is called, as a pattern."""
+"""What a claim is called, as a pattern."""
+CLAIMS = "@claim"
+"""As whom every claim is known to the broker: what it may write and read does not depend on which it is."""
 RESERVED = ("fs-", "fd-")
 """How names of clients begin that fedge keeps for itself: servers that look for others, and the doctor's."""
 _DOMAIN = "fedge-enrol/1"
