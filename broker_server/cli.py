@@ -2,8 +2,9 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from broker_server.worker import ledger_path
 from edge_client.bundle import Bundle
 from edge_client.data import open_data
 from edge_client.errors import ConfigError, LedgerError
+from edge_client.tls import Tls
+from edge_client.transport import Address, Link, MqttLink
 
 _FILE = click.argument("file", type=click.Path(path_type=Path))
 _INSECURE = click.option("--insecure", is_flag=True, help="Go to another machine's broker without TLS.")
@@ -52,7 +55,8 @@ def serve(file: Path, insecure: bool) -> None:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, server.stop, "stopped by signal")
-            return await server.run()
+            async with _enrolling(settings, address, tls, log):
+                return await server.run()
 
     _tell(console, asyncio.run(run()))
 
@@ -219,6 +223,29 @@ def results(result: Simulated) -> dict[str, object]:
         "peak_rss_mib": result.peak_rss_mib,
         "models": {folder: msgspec.to_builtins(report) for folder, report in result.outcome.models.items()},
     }
+
+
+@asynccontextmanager
+async def _enrolling(
+    settings: Federation, address: Address, tls: Tls | None, log: Callable[[str], None]
+) -> AsyncIterator[None]:
+    """Enrol devices meanwhile, where the federation has an authority."""
+    trust = settings.trust
+    if not trust.authority:
+        yield
+        return
+    # A federation that does not sign does not load its library.
+    from broker_server.responder import responding
+
+    folder = Path(trust.authority)
+    own = Tls.of(folder, "enrol") if tls is None else replace(Tls.of(folder, "enrol"), ca=tls.ca)
+
+    def connect(name: str) -> Link:
+        return MqttLink(address, name, tls=own)
+
+    rule, days = trust.approve, trust.certificate_days
+    async with responding(folder, settings.federation.name, connect, log, rule=rule, days=days):
+        yield
 
 
 def _logger(console: Console) -> Callable[[str], None]:

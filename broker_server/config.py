@@ -214,6 +214,10 @@ class Trust(_Section, frozen=True):
     """The folder that `fedge ca init` made; without one nothing is signed, and who reaches the broker is believed."""
     offer_days: Annotated[float, Meta(gt=0, le=3650)] = 7.0
     """Days that a signed offer holds; it is said anew long before."""
+    approve: Literal["claim", "ask"] | tuple[ClientPattern, ...] = "claim"
+    """Who is enrolled without being approved: whoever has a claim, nobody, or ids that fit one of the patterns."""
+    certificate_days: Annotated[float, Meta(gt=0, le=3650)] = 365.0
+    """Days that a device's certificate holds; it is renewed in the last third of them."""
 
 
 class Limits(_Section, frozen=True):

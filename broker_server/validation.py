@@ -72,6 +72,8 @@ def _allowed(info: inspect.Type) -> str:
             return "true or false"
         case inspect.TupleType():
             return f"a list of {len(info.item_types)}, each {_allowed(info.item_types[0])}"
+        case inspect.VarTupleType():
+            return f"a list, each {_allowed(info.item_type)}"
         case inspect.DictType():
             return f"a section of names, each with {_allowed(info.value_type)}"
         case inspect.UnionType():

@@ -4,9 +4,11 @@ import asyncio
 import re
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +19,9 @@ from edge_client.manifest import Manifest
 from edge_client.store import FileCopies, Store, claimed
 from edge_client.tls import Tls
 from edge_client.transport import Address, Link, MqttLink
+
+if TYPE_CHECKING:
+    from edge_client.trust.identity import Identity
 
 _EXTRAS = {"broker_server": "server", "export": "export"}
 
@@ -91,13 +96,13 @@ def main() -> None:
         sys.exit(2)
 
 
-_IDENTITY = click.option(
+IDENTITY = click.option(
     "--identity",
     type=click.Path(path_type=Path),
     default=None,
     help="Folder that says who this is, for mqtts://.  [default: identity in the state's folder, where there is one]",
 )
-_INSECURE = click.option("--insecure", is_flag=True, help="Go to another machine's broker without TLS.")
+INSECURE = click.option("--insecure", is_flag=True, help="Go to another machine's broker without TLS.")
 
 
 @click.command()
@@ -112,8 +117,8 @@ _INSECURE = click.option("--insecure", is_flag=True, help="Go to another machine
 @click.option("--uplink", default=0.0, help="Bytes a second that the link can send, where known.")
 @click.option("--memory-limit", metavar="MIB", type=click.IntRange(min=1), default=None, help="Train nothing larger.")
 @click.option("--once", is_flag=True, help="Leave when the federation has finished.")
-@_IDENTITY
-@_INSECURE
+@IDENTITY
+@INSECURE
 def join(
     url: str,
     client: str,
@@ -149,8 +154,9 @@ def join(
         raise ConfigError(f"--holdout {holdout}: expected 0 or more and less than 1")
     if not 0 <= uplink <= 1e12:
         raise ConfigError(f"--uplink {uplink}: expected bytes a second, 0 where they are not known")
-    folder = state or Path.home() / ".local" / "state" / "fedge" / name / client
-    tls = _known(identity, folder)
+    folder = state or default_state(name, client)
+    member = _identity(identity or folder / "identity", name, client, required=identity is not None)
+    tls = None if member is None else member.tls
 
     def connect(will: tuple[str, bytes]) -> Link:
         return MqttLink(address, f"fedge-{name}-{client}", will, tls=tls)
@@ -179,7 +185,8 @@ def join(
         )
         log(f"{client}: joining {name!r} at {address}")
         try:
-            await run_until_signal(device.run, device.close, device.done if once else None)
+            async with _renewing(member, log, lambda name: MqttLink(address, name, tls=tls)):
+                await run_until_signal(device.run, device.close, device.done if once else None)
         finally:
             workshop.close()
 
@@ -193,8 +200,8 @@ def join(
 @click.option("--broker", "probed", metavar="URL", default=None, help="Examine this broker instead of the device.")
 @click.option("--state", type=click.Path(path_type=Path), default=None, help="Folder for this device's state.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings for a program.")
-@_IDENTITY
-@_INSECURE
+@IDENTITY
+@INSECURE
 def doctor(
     url: str | None, probed: str | None, state: Path | None, as_json: bool, identity: Path | None, insecure: bool
 ) -> None:
@@ -230,6 +237,44 @@ def _known(identity: Path | None, state: Path) -> Tls | None:
     if found is None and identity is not None:
         raise ConfigError(f"--identity {identity}: there is no device.crt; expected a folder that `fedge enroll` made")
     return found
+
+
+def _identity(folder: Path, federation: str, client: str, *, required: bool) -> "Identity | None":
+    """Who this device is, where it is enrolled.
+
+    Raises:
+        ConfigError: the identity is another one's or damaged, or is not there and is required.
+    """
+    if not required and not (folder / "device.crt").exists():
+        return None
+    # A device that is not enrolled does not load what identities are made with.
+    from edge_client.trust.identity import Identity
+
+    found = Identity.load(folder)
+    if (found.client, found.federation) != (client, federation):
+        raise ConfigError(
+            f"{folder} is the identity of {found.client!r} in federation {found.federation!r}; expected {client!r} in "
+            f"{federation!r}: say so with --id and --federation, or name another folder with --identity"
+        )
+    return found
+
+
+@asynccontextmanager
+async def _renewing(
+    identity: "Identity | None", log: Callable[[str], None], connect: Callable[[str], Link]
+) -> AsyncIterator[None]:
+    if identity is None:
+        yield
+        return
+    from edge_client.trust.enrol import renewing
+
+    async with renewing(identity, log, connect):
+        yield
+
+
+def default_state(federation: str, client: str) -> Path:
+    """Where a device keeps its state unless it is told."""
+    return Path.home() / ".local" / "state" / "fedge" / federation / client
 
 
 async def run_until_signal(

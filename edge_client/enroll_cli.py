@@ -6,14 +6,19 @@ from pathlib import Path
 
 import click
 
+from edge_client.cli import INSECURE, default_state
+
 
 @click.command()
 @click.argument("claimfile", type=click.Path(path_type=Path))
 @click.option("--id", "client", required=True, help="This device's name in the federation, unique in it.")
 @click.option("--state", type=click.Path(path_type=Path), default=None, help="Folder for this device's state.")
-@click.option("--identity", type=click.Path(path_type=Path), default=None, help="Folder for keys.  [STATE/identity]")
+@click.option(
+    "--identity", type=click.Path(path_type=Path), default=None, help="Folder for keys.  [default: STATE/identity]"
+)
 @click.option("--wait", type=click.FloatRange(min=0, min_open=True), default=math.inf, help="Give up after SECONDS.")
-def enroll(claimfile: Path, client: str, state: Path | None, identity: Path | None, wait: float) -> None:
+@INSECURE
+def enroll(claimfile: Path, client: str, state: Path | None, identity: Path | None, wait: float, insecure: bool) -> None:
     """Get this device's own certificate with a claim.
 
     CLAIMFILE was made by `fedge claim` and is good for one device. The device's private key is made here and stays
@@ -24,6 +29,7 @@ def enroll(claimfile: Path, client: str, state: Path | None, identity: Path | No
     from edge_client.trust.enrol import enroll as run
 
     claim = Claim.load(claimfile)
+    claim.address.check(insecure=insecure)
     folder = identity or (state or default_state(claim.federation, client)) / "identity"
 
     def log(line: str) -> None:
@@ -32,8 +38,3 @@ def enroll(claimfile: Path, client: str, state: Path | None, identity: Path | No
     log(f"{client}: enrolling in {claim.federation!r} at {claim.address}")
     made = asyncio.run(run(claim, client, folder, log, patience=wait))
     click.echo(f"{made.client} is enrolled in {made.federation!r}; its key and certificate are in {folder}")
-
-
-def default_state(federation: str, client: str) -> Path:
-    """Where a device keeps its state unless it is told."""
-    return Path.home() / ".local" / "state" / "fedge" / federation / client

@@ -10,12 +10,12 @@ import math
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from edge_client.errors import ConfigError, TransportError, WireError
+from edge_client.errors import ConfigError, FedgeError, TransportError, WireError
 from edge_client.events import Connected, Disconnected, Log, Publish, Received, Subscribe, Tick
 from edge_client.transport import Link, MqttLink
 from edge_client.trust import identity as stored
@@ -314,13 +314,30 @@ async def keep_renewed(
         if identity.due(wall()):
             try:
                 renewed = await renew(identity, log, connect)
-            except (ConfigError, TransportError) as error:
+            except FedgeError as error:
                 log(f"{_ends(identity)} and could not be renewed yet: {error}")
             else:
                 if renewed.serial != identity.serial:
                     log(f"{_ends(renewed)}: it was renewed")
                 identity = renewed
         await asyncio.sleep(every)
+
+
+@contextlib.asynccontextmanager
+async def renewing(
+    identity: Identity, log: Callable[[str], None], connect: Callable[[str], Link]
+) -> AsyncIterator[None]:
+    """Keep an identity's certificate renewed for as long as the context lasts."""
+    for line in warnings(identity, time.time()):
+        log(line)
+    task = asyncio.ensure_future(keep_renewed(identity, log, connect))
+    try:
+        yield
+    finally:
+        task.cancel()
+        (ended,) = await asyncio.gather(task, return_exceptions=True)
+        if isinstance(ended, Exception):
+            raise ended
 
 
 def warnings(identity: Identity, now: float) -> Iterator[str]:
