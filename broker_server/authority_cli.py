@@ -67,7 +67,7 @@ def show(folder: Path) -> None:
     for device in devices:
         state = "revoked" if device.revoked is not None else "expired" if now >= device.expires else "enrolled"
         click.echo(f"{device.client}  {state}, certificate until {_day(device.expires)}")
-    click.echo(f"{sum(claim.state == 'open' and now < claim.expires for claim in claims)} claims are open")
+    click.echo(f"open claims: {sum(claim.state == 'open' and now < claim.expires for claim in claims)}")
     _list(claim for claim in claims if claim.state == "pending")
 
 
