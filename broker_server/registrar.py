@@ -112,7 +112,7 @@ def _taken(client: str, public: bytes, standing: Standing, now: float) -> str | 
     if owner is not None and owner.revoked is not None:
         return f"this key was revoked as {owner.client!r}; remove it from the device to have a new one made"
     if owner is not None and owner.client != client:
-        return f"this key is {owner.client!r}'s; each device needs one of its own"
+        return f"this key belongs to {owner.client!r}; each device needs one of its own"
     if named is not None and named.valid(now) and named.public != public:
         return f"{client!r} is another device; take another name, or first `fedge revoke {client}`"
     return None
