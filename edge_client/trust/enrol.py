@@ -325,12 +325,16 @@ async def keep_renewed(
 
 @contextlib.asynccontextmanager
 async def renewing(
-    identity: Identity, log: Callable[[str], None], connect: Callable[[str], Link]
+    identity: Identity,
+    log: Callable[[str], None],
+    connect: Callable[[str], Link],
+    *,
+    wall: Callable[[], float] = time.time,
 ) -> AsyncIterator[None]:
     """Keep an identity's certificate renewed for as long as the context lasts."""
-    for line in warnings(identity, time.time()):
+    for line in warnings(identity, wall()):
         log(line)
-    task = asyncio.ensure_future(keep_renewed(identity, log, connect))
+    task = asyncio.ensure_future(keep_renewed(identity, log, connect, wall=wall))
     try:
         yield
     finally:
