@@ -98,14 +98,13 @@ class Responder:
             return
         # Not by user: claims may write on one another's topics, and one that floods would keep others from being heard.
         mark = hashlib.sha256(topic.encode() + payload).digest()
-        if now < self._heard.get(mark, -self.pace) + self.pace:
+        if now < self._heard.get(mark, -self.pace) + self.pace or self._queue.full():
             return
+        self._queue.put_nowait((user, payload))
         self._heard[mark] = now
         self._heard.move_to_end(mark)
         if len(self._heard) > _USERS:
             self._heard.popitem(last=False)
-        with contextlib.suppress(asyncio.QueueFull):
-            self._queue.put_nowait((user, payload))
 
     async def _work(self, registrar: Registrar, pool: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()

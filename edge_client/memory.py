@@ -7,7 +7,7 @@ from edge_client.wire.messages import Traffic
 
 
 class MemoryBroker:
-    """A broker without sockets: exact topics, ``#`` filters, retained messages, last wills."""
+    """A broker without sockets: exact topics, filters with ``#`` or ``+``, retained messages, last wills."""
 
     def __init__(self) -> None:
         self._retained: dict[str, bytes] = {}
@@ -130,4 +130,9 @@ class MemoryLink:
 
 
 def _matches(wanted: str, topic: str) -> bool:
+    if "+" in wanted:
+        levels, parts = wanted.split("/"), topic.split("/")
+        return len(levels) == len(parts) and all(
+            level in ("+", part) for level, part in zip(levels, parts, strict=True)
+        )
     return topic == wanted or (wanted.endswith("#") and topic.startswith(wanted[:-1]))
