@@ -18,7 +18,7 @@ from broker_server.broker_config.spec import BrokerSpec
 from broker_server.registry import Registry
 from broker_server.responder import responding
 from edge_client.enroll_cli import enroll as enroll_command
-from edge_client.errors import ConfigError, FedgeError, TransportError
+from edge_client.errors import ConfigError, FedgeError
 from edge_client.tls import Tls
 from edge_client.transport import Address, MqttLink
 from edge_client.trust.claim import Claim
