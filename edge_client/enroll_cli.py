@@ -18,7 +18,9 @@ from edge_client.cli import INSECURE, default_state
 )
 @click.option("--wait", type=click.FloatRange(min=0, min_open=True), default=math.inf, help="Give up after SECONDS.")
 @INSECURE
-def enroll(claimfile: Path, client: str, state: Path | None, identity: Path | None, wait: float, insecure: bool) -> None:
+def enroll(
+    claimfile: Path, client: str, state: Path | None, identity: Path | None, wait: float, insecure: bool
+) -> None:
     """Get this device's own certificate with a claim.
 
     CLAIMFILE was made by `fedge claim` and is good for one device. The device's private key is made here and stays
