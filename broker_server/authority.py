@@ -52,7 +52,7 @@ class Authority:
         """
         if (folder / CA).exists():
             raise ConfigError(f"{folder} holds an authority already; name another folder with -o")
-        names = [_host(name) for name in dict.fromkeys((*hosts, *_OWN_HOSTS))]
+        names = _hosts(hosts)
         # The certificate comes last: a folder without it holds nothing yet, and is made anew.
         key, signing = SigningKey.generate(), SigningKey.generate()
         subject = _name(f"fedge {secrets.token_hex(4)}", federation)
@@ -66,11 +66,8 @@ class Authority:
         signing.save(folder / SIGNING)
         write_publics(folder / PINS, (signing.public,))
         for name, user in (("server", SERVER), ("enrol", ENROLMENT)):
-            authority._equip(name, _name(user), ExtendedKeyUsageOID.CLIENT_AUTH, expires)
-        broker = x509.SubjectAlternativeName(names)
-        authority._equip(
-            "broker", _name(hosts[0][:64] if hosts else "localhost"), ExtendedKeyUsageOID.SERVER_AUTH, expires, broker
-        )
+            authority._equip(name, _name(user), ExtendedKeyUsageOID.CLIENT_AUTH)
+        authority._equip_broker(names)
         authority.write_crl((), now=now)
         Registry.create(folder / REGISTRY).close()
         write_secret(folder / CA, authority.certificate.pem)
@@ -108,6 +105,14 @@ class Authority:
         except (OSError, ValueError, x509.ExtensionNotFound) as error:
             raise ConfigError(f"{self.folder / 'broker.crt'} cannot be used ({error}); name the broker") from error
         return str(next(iter(names)).value)
+
+    def rename_broker(self, hosts: Sequence[str]) -> None:
+        """Certify the broker, with a new key, as what it is called now.
+
+        Raises:
+            ConfigError: a host's name is none, or the authority's key is not there.
+        """
+        self._equip_broker(_hosts(hosts))
 
     def issue(self, csr: bytes, client: str, days: float, *, now: float) -> Certificate:
         """Certify the key in a request as that of ``client``, from long ago until ``days`` after ``now``.
@@ -177,15 +182,15 @@ class Authority:
             raise ConfigError(f"{self.folder / CA_KEY} is not there; put it back to certify or revoke anything")
         return self.key
 
+    def _equip_broker(self, names: list[x509.GeneralName]) -> None:
+        subject = _name(str(names[0].value)[:64])
+        self._equip("broker", subject, ExtendedKeyUsageOID.SERVER_AUTH, x509.SubjectAlternativeName(names))
+
     def _equip(
-        self,
-        name: str,
-        subject: x509.Name,
-        purpose: x509.ObjectIdentifier,
-        expires: datetime,
-        *extensions: x509.ExtensionType,
+        self, name: str, subject: x509.Name, purpose: x509.ObjectIdentifier, *extensions: x509.ExtensionType
     ) -> None:
-        key = SigningKey.generate()
+        """Certify a new key for as long as the authority lives."""
+        key, expires = SigningKey.generate(), datetime.fromtimestamp(self.certificate.expires, UTC)
         certificate = self._certify(subject, key.private.public_key(), purpose, expires, *extensions)
         key.save(self.folder / f"{name}.key")
         write_secret(self.folder / f"{name}.crt", certificate.pem)
@@ -243,6 +248,10 @@ def _name(common: str, organization: str | None = None) -> x509.Name:
     if organization is not None:
         attributes.append(x509.NameAttribute(NameOID.ORGANIZATION_NAME, organization))
     return x509.Name(attributes)
+
+
+def _hosts(names: Sequence[str]) -> list[x509.GeneralName]:
+    return [_host(name) for name in dict.fromkeys((*names, *_OWN_HOSTS))]
 
 
 def _host(name: str) -> x509.GeneralName:

@@ -31,7 +31,7 @@ _AUTHORITY = click.option(
 
 @click.group()
 def ca() -> None:
-    """Make a federation's authority, and show what it has certified."""
+    """Make a federation's authority; show what it has certified."""
 
 
 @ca.command("init")
@@ -52,6 +52,18 @@ def init(output: Path, federation: str, hosts: tuple[str, ...]) -> None:
     made = Authority.init(output, federation, hosts, now=time.time())
     click.echo(f"{output} is the authority of {made.federation!r}: set trust.authority in the federation's file")
     click.echo(f"next: fedge claim -a {output}, and on a device: fedge enroll CLAIMFILE --id NAME")
+
+
+@ca.command("broker")
+@_AUTHORITY
+@click.option("--host", "hosts", multiple=True, required=True, help="Name or address of the broker; the first is used.")
+def broker(folder: Path, hosts: tuple[str, ...]) -> None:
+    """Name the broker anew.
+
+    It gets a new key and certificate; configure it again, and make new claims. Devices go on trusting it.
+    """
+    _load(folder).rename_broker(hosts)
+    click.echo(f"{folder / 'broker.crt'} is for {', '.join(hosts)} now: fedge broker config")
 
 
 @ca.command("show")

@@ -50,8 +50,6 @@ class Responder:
     _issued: int = field(init=False, default=0)
     _revision: tuple[int, int] | None = field(init=False, default=None)
     _standing: tuple[tuple[str, ...], tuple[str, ...]] | None = field(init=False, default=None)
-    _lines: list[str] = field(init=False, default_factory=list)
-    """What brokers have made of it last."""
     _minute: int = field(init=False, default=-1)
     _logged: int = field(init=False, default=0)
 
@@ -122,10 +120,8 @@ class Responder:
             answers, lines = await loop.run_in_executor(pool, self._look, registrar)
             for user, answer in answers:
                 self._say(user, b"", answer)
-            # Each device that enrols changes the rules: once is enough.
-            for line in lines if lines != self._lines else ():
+            for line in lines:
                 self._tell(f"enrolment: {line}")
-            self._lines = lines or self._lines
 
     def _answer(self, registrar: Registrar, user: str, payload: bytes) -> Answer:
         try:
@@ -145,6 +141,9 @@ class Responder:
             answers = self._decided(registrar)
             standing = registrar.registry.standing(self.wall())
             lines = [] if standing == self._standing else list(self.changed(*standing))
+            if self._standing is None:
+                # A broker that was started before this server has all of it already.
+                lines = []
         except FedgeError as error:
             return [], [str(error)]
         self._revision, self._standing = revision, standing

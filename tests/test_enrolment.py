@@ -15,15 +15,16 @@ from broker_server import authority_cli
 from broker_server.authority import Authority
 from broker_server.broker import EmbeddedBroker, find_mosquitto
 from broker_server.broker_config.spec import BrokerSpec
-from broker_server.registry import Registry
+from broker_server.registry import DeviceRow, Registry
 from broker_server.responder import responding
 from edge_client.enroll_cli import enroll as enroll_command
 from edge_client.errors import ConfigError, FedgeError
 from edge_client.tls import Tls
 from edge_client.transport import Address, MqttLink
+from edge_client.trust.certificate import make_request
 from edge_client.trust.claim import Claim
 from edge_client.trust.enrol import enroll
-from edge_client.trust.identity import Identity
+from edge_client.trust.identity import Identity, prepare, store
 from tests.office import DAY
 from tests.toy import toy_bundle
 
@@ -120,6 +121,71 @@ def test_from_nothing_to_an_enrolled_device_and_out_again_with_commands(tmp_path
             assert registry.keys(0.0) == {"pi-7": Identity.load(tmp_path / "new" / "identity").key.public}
     secret = (identity.folder / "device.key").read_text().split("\n")[1]
     assert all(secret not in line for line in server.lines)
+
+
+def enrolled(authority: Authority, folder: Path, client: str, issued: float) -> Identity:
+    """A device that was enrolled at some time, for 30 days."""
+    certificate = authority.issue(make_request(prepare(folder), client), client, 30.0, now=issued)
+    with Registry.open(authority.folder / "registry.db") as registry:
+        registry.certify(
+            DeviceRow(
+                certificate.serial, client, certificate.public, certificate.der, issued, certificate.expires, None
+            )
+        )
+    return store(folder, certificate, authority.certificate, authority.pins, issued)
+
+
+def join(url: str, *options) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "edge_client.cli", "join", url, "--data", "x.npz", *map(str, options)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def test_a_device_renews_its_certificate_by_itself_while_it_takes_part(tmp_path):
+    now = authority_cli.time.time()
+    authority = Authority.init(tmp_path / "authority", "toys", ["localhost"], now=now)
+    before = enrolled(authority, tmp_path / "pi-7" / "identity", "pi-7", now - 25 * DAY)
+
+    async def play(broker: EmbeddedBroker) -> None:
+        address = Address.parse(broker.url)
+
+        def enrolling(name):
+            return MqttLink(address, name, tls=Tls.of(authority.folder, "enrol"))
+
+        async with responding(authority.folder, "toys", enrolling, print, days=30.0):
+            device = join(broker.url + "/toys", "--id", "pi-7", "--state", tmp_path / "pi-7")
+            lines = [await asyncio.to_thread(device.stderr.readline) for _ in range(2)]
+            device.send_signal(signal.SIGTERM)
+            rest = await asyncio.to_thread(device.communicate, timeout=20)
+        assert device.returncode == 0, rest
+        assert lines[0] == f"pi-7: joining 'toys' at {broker.url}\n"
+        assert lines[1].endswith(": it was renewed\n")
+
+    with EmbeddedBroker.start(
+        tmp_path / "broker", kind="mosquitto", spec=BrokerSpec("toys", authority.folder)
+    ) as broker:
+        asyncio.run(play(broker))
+    after = Identity.load(before.folder)
+    assert after.serial != before.serial
+    assert after.expires > before.expires + 20 * DAY
+    assert after.key.public == before.key.public
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--id", "pi-8"], "is the identity of 'pi-7' in federation 'toys'; expected 'pi-8' in 'toys'"),
+        (["--id", "pi-7", "--federation", "others"], "expected 'pi-7' in 'others'"),
+    ],
+)
+def test_an_identity_is_used_by_its_device_alone(tmp_path, options, words):
+    now = authority_cli.time.time()
+    authority = Authority.init(tmp_path / "authority", "toys", ["localhost"], now=now)
+    identity = enrolled(authority, tmp_path / "identity", "pi-7", now)
+    device = join("mqtt://127.0.0.1:1/toys", *options, "--state", tmp_path / "state", "--identity", identity.folder)
+    _, said = device.communicate(timeout=30)
+    assert device.returncode == 2
+    assert words in said
+    assert said.count("\n") == 1
 
 
 # Over TLS, with the configuration that is generated for mosquitto.

@@ -44,7 +44,9 @@ def test_a_device_gets_no_more_than_it_needs(device):
     assert not installed & NOT_ON_A_DEVICE
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["join", "--help"], ["--version"], ["doctor"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["join", "--help"], ["enroll", "--help"], ["--version"], ["doctor"]], ids=" ".join
+)
 def test_the_command_works_on_a_device(device, arguments):
     # In a folder of its own: nothing of the checkout may be importable.
     assert run(device / "fedge", *arguments, cwd=device.parent).stdout.strip()
@@ -71,7 +73,21 @@ def test_a_command_that_needs_more_says_what(device, arguments, extra):
 
 def test_help_lists_every_command_and_the_extra_it_needs(device):
     shown = run(device / "fedge", "--help", cwd=device.parent).stdout
-    for name in ("join", "doctor", "simulate", "serve", "status", "models", "export", "demo"):
+    for name in (
+        "join",
+        "enroll",
+        "doctor",
+        "ca",
+        "claim",
+        "approve",
+        "revoke",
+        "simulate",
+        "serve",
+        "status",
+        "models",
+        "export",
+        "demo",
+    ):
         assert name in shown
     assert "fedge[export]" in shown
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from edge_client.doctor.broker import reach
 from edge_client.doctor.finding import Finding, Report, report
+from edge_client.errors import ConfigError
 from edge_client.tls import Tls
 from edge_client.transport import Address
 
@@ -56,6 +57,8 @@ def _findings(state: Path, broker: Address | None, kernel: Kernel, tls: Tls | No
     yield disk(state)
     yield clock(kernel)
     yield from temperature(kernel)
+    if tls is not None and tls.certificate is not None and tls.certificate.name == "device.crt":
+        yield identity(tls.certificate.parent)
     if broker is not None:
         yield reach(broker, tls)
 
@@ -166,6 +169,26 @@ def clock(kernel: Kernel, now: float | None = None) -> Finding:
     if (kernel.run / "systemd" / "timesync" / "synchronized").exists() or _synchronised():
         return Finding("clock", "good", f"{found}, synchronised")
     return Finding("clock", "note", f"{found}, not synchronised", "timedatectl set-ntp true")
+
+
+def identity(folder: Path, now: float | None = None) -> Finding:
+    """Who the device is to its federation, and whether it can show it."""
+    # A device that is not enrolled does not load what identities are made with.
+    from edge_client.trust.enrol import warnings
+    from edge_client.trust.identity import Identity
+
+    now = time.time() if now is None else now
+    try:
+        found = Identity.load(folder)
+    except ConfigError as error:
+        return Finding("identity", "bad", str(error), "fedge enroll, with a new claim")
+    said = f"{found.client} of {found.federation}, until {time.strftime('%Y-%m-%d', time.gmtime(found.expires))}"
+    problem = next(warnings(found, now), None)
+    if problem is not None:
+        return Finding("identity", "note" if now < found.expires else "bad", said, problem)
+    if found.due(now):
+        return Finding("identity", "note", said, "fedge join renews it, where `fedge serve` runs with the ca.key")
+    return Finding("identity", "good", said)
 
 
 def _synchronised() -> bool:

@@ -52,6 +52,17 @@ def test_the_brokers_certificate_names_its_hosts_and_is_for_no_client(office):
     assert office.authority.host == "broker.example"
 
 
+def test_the_broker_can_be_named_anew(tmp_path):
+    authority, before = Office(tmp_path).authority, (tmp_path / "broker.key").read_bytes()
+    authority.rename_broker(["10.0.0.9", "new.example"])
+    found = load(tmp_path / "broker.crt").extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert [str(host.value) for host in found] == ["10.0.0.9", "new.example", "localhost", "127.0.0.1", "::1"]
+    assert authority.host == "10.0.0.9"
+    assert (tmp_path / "broker.key").read_bytes() != before
+    with pytest.raises(ConfigError, match="--host"):
+        authority.rename_broker(["a..b"])
+
+
 def test_openssl_agrees(office):
     for name in ("broker", "server", "enrol"):
         done = subprocess.run(

@@ -76,6 +76,12 @@ def test_the_broker_of_a_claim_can_be_named(fedge, made, tmp_path):
         fedge("claim", "--broker", "mqtt://127.0.0.1:1883/others")
 
 
+def test_the_broker_is_named_anew(fedge, made, tmp_path):
+    fedge("ca", "broker", "--host", "10.0.0.9")
+    fedge("claim")
+    assert first(tmp_path).broker == "mqtts://10.0.0.9:8883"
+
+
 def test_a_second_authority_is_not_written_over_the_first(fedge, made):
     before = (made / "ca.key").read_bytes()
     with pytest.raises(FedgeError, match="already"):

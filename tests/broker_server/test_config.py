@@ -103,6 +103,8 @@ spread = 5
 [trust]
 authority = "authority"
 offer_days = 2
+approve = ["pi-*", "lab-?"]
+certificate_days = 90
 [limits]
 norm = 5
 messages = 10
@@ -206,6 +208,14 @@ BAD = {
     "pair reversed": (
         "[simulation]\nspeed = [2.0, 1.0]",
         r"simulation\.speed is \[2\.0, 1\.0\]; expected \[slowest, fastest",
+    ),
+    "rule": (
+        '[trust]\napprove = "all"',
+        r"trust\.approve is 'all'; expected .*one of \"ask\", \"claim\"",
+    ),
+    "pattern": (
+        '[trust]\napprove = ["pi-*", "a b"]',
+        r"trust\.approve is \['pi-\*', 'a b'\]; expected .*a list, each a text that matches",
     ),
     "url": ('[broker]\nurl = "http://x"', r"broker\.url is 'http://x'; expected a text that matches"),
     "minimum": ("[round]\nminimum = 11", r"round\.minimum is 11; expected at most round\.cohort, 10"),

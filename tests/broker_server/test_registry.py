@@ -2,8 +2,10 @@
 
 import pytest
 
+from broker_server.keyring import Keyring
 from broker_server.registry import DeviceRow, Registry
 from edge_client.errors import ConfigError, LedgerError
+from edge_client.trust.keys import SigningKey
 from tests.office import NOW, WEEK
 
 KEY, OTHER = bytes(32), bytes([1]) * 32
@@ -106,6 +108,18 @@ def test_others_see_what_was_written_and_that_something_was(registry, tmp_path):
         registry.revoke("pi", NOW)
         assert server.revision() != before
         assert server.keys(NOW) == {}
+
+
+def test_the_server_hears_at_once_of_a_device_that_a_command_revokes(registry, tmp_path):
+    signing = SigningKey.generate()
+    with Registry.open(tmp_path / "registry.db") as devices:
+        ring = Keyring(signing, (signing.public,), devices)
+        registry.certify(device())
+        assert ring.refresh(NOW) == (("pi",), ())
+        assert ring.key("pi") == KEY
+        registry.revoke("pi", NOW)
+        assert ring.refresh(NOW) == ((), ("pi",))
+        assert ring.key("pi") is None
 
 
 def test_what_is_read_in_a_group_is_written_before_anybody_else_writes(registry, tmp_path, monkeypatch):

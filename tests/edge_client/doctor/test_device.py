@@ -10,8 +10,12 @@ from onnx import TensorProto, helper
 
 from edge_client import cli
 from edge_client.doctor import trial as trial_module
-from edge_client.doctor.device import Kernel, clock, disk, examine, memory, temperature, trial
+from edge_client.doctor.device import Kernel, clock, disk, examine, identity, memory, temperature, trial
+from edge_client.doctor.finding import Finding
+from edge_client.trust.certificate import make_request
+from edge_client.trust.identity import prepare, store
 from tests.nats import free_ports
+from tests.office import DAY, NOW, Office
 
 
 def python(code):
@@ -87,6 +91,22 @@ def test_room_on_the_disk(tmp_path, monkeypatch, free, level):
     usage = type("Usage", (), {"free": free})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     assert disk(tmp_path).level == level
+
+
+def test_who_the_device_is(tmp_path):
+    office, folder = Office(tmp_path / "authority"), tmp_path / "identity"
+    key = prepare(folder)
+    certificate = office.authority.issue(make_request(key, "pi-7"), "pi-7", 30.0, now=NOW)
+    store(folder, certificate, office.authority.certificate, office.authority.pins, NOW)
+    assert identity(folder, NOW) == Finding("identity", "good", "pi-7 of toys, until 2027-02-14")
+    due = identity(folder, NOW + 25 * DAY)
+    assert (due.level, "fedge join renews it" in due.advice) == ("note", True)
+    over = identity(folder, NOW + 30 * DAY)
+    assert (over.level, "which is over" in over.advice) == ("bad", True)
+    early = identity(folder, NOW - 30 * DAY)
+    assert (early.level, "when this device was enrolled" in early.advice) == ("note", True)
+    (folder / "device.key").chmod(0o644)
+    assert "chmod 600" in identity(folder, NOW).found
 
 
 def test_a_clock_that_started_anywhere(tmp_path, monkeypatch):
