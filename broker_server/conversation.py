@@ -70,7 +70,7 @@ class Conversation(ABC):
     _said: tuple[m.Offer, bytes] | None = field(init=False, default=None)
     """The offer as it stands, and as it is retained."""
     _again: float | None = field(init=False, default=None)
-    """When it is dated anew."""
+    """When it is put back in its place once more."""
     _defended: float = field(init=False, default=-math.inf)
     """When it was put back last where somebody else had put another one."""
 
@@ -170,6 +170,8 @@ class Conversation(ABC):
                 yield from self._received(topic, payload, now)
             case e.Clock(wall):
                 self._wall = wall
+                if self._connected and self._misdated:
+                    yield self._proclaim(now)
             case e.Rekeyed(given, gone):
                 yield from self._rekeyed(given, gone, now)
             case e.Refused(_, _, client, reason):
@@ -190,7 +192,7 @@ class Conversation(ABC):
                     self._gather = 0.0
                 for client in self._roster.lapse(now):
                     yield from self._leaves(client, now)
-                if self._again is not None and now >= self._again:
+                if self._again is not None and self._connected and now >= self._again:
                     yield self._proclaim(now)
                 yield from self._tick(now)
             case _:
@@ -221,14 +223,23 @@ class Conversation(ABC):
 
     @property
     def _silence(self) -> float | None:
-        """When clients may have been silent for too long, or the offer gets old."""
+        """When clients may have been silent for too long, or the offer is to be put back."""
         times = (self._roster.wake, self._again if self._connected else None)
         return None if self.phase == "stopped" else min((time for time in times if time is not None), default=None)
 
+    @property
+    def _misdated(self) -> bool:
+        """Whether the offer's date is not that of the clock any more: time has passed, or the clock was set."""
+        return self._said is not None and abs(self._wall - self._said[0].issued) > _RENEWED * self._holds
+
+    @property
+    def _holds(self) -> float:
+        """Seconds that an offer holds."""
+        return self.settings.trust.offer_days * 86_400
+
     def _proclaim(self, now: float) -> e.Action:
         """Retain the offer as it stands; with a date, where the federation signs what it says."""
-        holds = self.settings.trust.offer_days * 86_400
-        self._again = now + _RENEWED * holds if self._wall else None
+        self._again = None
         offer = m.Offer(
             self.settings.federation.name,
             self.restored.epoch,
@@ -237,7 +248,7 @@ class Conversation(ABC):
             _HEARTBEAT,
             finished=self.phase == "stopped",
             issued=self._wall,
-            expires=self._wall + holds if self._wall else 0.0,
+            expires=self._wall + self._holds if self._wall else 0.0,
         )
         self._said = offer, self.voice.proclaim(offer)
         return e.Retain(self._topics.offer, self._said[1])
@@ -320,8 +331,7 @@ class Conversation(ABC):
                 raise WireError(f"{type(offer).__name__} is no offer")
         except WireError as error:
             yield from self._drop(self._topics.offer, error)
-            if isinstance(error, TrustError):
-                yield from self._defend(now)
+            yield from self._defend(now)
             return
         if offer.epoch > self.restored.epoch:
             yield e.Fenced(offer.epoch)

@@ -167,10 +167,12 @@ class Server:
         return PlainHost() if self.keyring is None else self.keyring.host(self.settings.federation.name, epoch)
 
     def _watch(self, keyring: "Keyring") -> None:
-        """See whether devices were enrolled or revoked, and again soon."""
+        """See what the clock shows and whether devices were enrolled or revoked, and again soon."""
         self._watching = asyncio.get_running_loop().call_later(_WATCH, self._watch, keyring)
+        now = time.time()
+        self._feed(e.Clock(now))
         try:
-            given, gone = keyring.refresh(time.time())
+            given, gone = keyring.refresh(now)
         except FedgeError as error:
             if not self._ended.done():
                 self._ended.set_exception(error)
@@ -183,8 +185,6 @@ class Server:
     def _feed(self, event: e.Event) -> None:
         loop = asyncio.get_running_loop()
         try:
-            if self.keyring is not None and not isinstance(event, e.Received):
-                self._coordinator.handle(e.Clock(time.time()), loop.time())
             for action in self._coordinator.handle(event, loop.time()):
                 self._act(action)
         except Exception as error:

@@ -20,6 +20,8 @@ from edge_client.wire.envelope import Stamp
 from edge_client.wire.topics import Topics
 from edge_client.wire.voice import Member, PlainMember
 
+_ASKED = 4096
+"""Chunks that a message may ask for."""
 _CLOCK_ERROR = 3600.0
 """Seconds that clocks may differ by and be taken for right."""
 
@@ -358,6 +360,8 @@ class ClientSession:
         except WireError as error:
             yield e.Log(f"{error}; downloading again")
             yield from self._discard()
+            # What is retained is damaged, by whomever: only the server can put it right, and which chunk is not known.
+            yield self._say(m.Missing(download.ref.sha256, tuple(range(min(transfer.count(download.ref), _ASKED)))))
             self._download = download
             yield from self._pull(download.start(now), download)
             return

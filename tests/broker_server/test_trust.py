@@ -108,9 +108,11 @@ def test_an_offer_has_a_date_and_is_dated_anew_long_before_it_expires():
     (first,) = of(table.desk.actions, e.Retain)
     offer = m.decode(first.payload)
     assert (offer.issued, offer.expires) == (WALL, WALL + 4 * DAY)
-    table.desk.feed(e.Clock(WALL + DAY))
-    (again,) = of(table.desk.wait(DAY + 1), e.Retain)
-    assert m.decode(again.payload).issued == WALL + DAY
+    assert table.desk.feed(e.Clock(WALL + 0.9 * DAY)) == []
+    (again,) = of(table.desk.feed(e.Clock(WALL + 1.1 * DAY)), e.Retain)
+    assert m.decode(again.payload).issued == WALL + 1.1 * DAY
+    (back,) = of(table.desk.feed(e.Clock(WALL - 30 * DAY)), e.Retain)  # the clock was set
+    assert m.decode(back.payload).expires == WALL - 26 * DAY
     member = table.member("a")
     member.hear(first.payload)
     member.hear(again.payload)

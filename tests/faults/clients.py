@@ -15,8 +15,11 @@ from edge_client.codec.model import Model
 from edge_client.device import Device, Workshop
 from edge_client.errors import StoreError
 from edge_client.store import FileCopies, Store
+from edge_client.wire.envelope import Stamp
 from edge_client.wire.messages import BlobRef
 from edge_client.wire.transfer import Assembly
+from edge_client.wire.voice import Member, PlainMember
+from tests import signing
 from tests.faults.broker import SimLink
 from tests.faults.invariants import ClientView
 from tests.faults.nodes import Node, Site
@@ -151,6 +154,8 @@ class ClientNode(Node):
         self.data, self.seconds, self.chunked = data, seconds, chunked
         self.folder = site.folder / name
         self.device: SimDevice | None = None
+        self.lived = 0
+        self.newest = Stamp(0, 0, 0)
         self.done = False
         site.disks.add(self.folder, self.medium)
 
@@ -181,6 +186,8 @@ class ClientNode(Node):
             log=lambda line: self.world.note(self.name, f"log {line}"),
             seed=self.rng.getrandbits(32),
             boot=self.rng.randbytes(8),
+            voice=self.voice(),
+            remember=self.remember,
         )
         device.node = self
         if self.chunked:
@@ -188,6 +195,20 @@ class ClientNode(Node):
         self.main = asyncio.ensure_future(device.run())
         await self.main
         return False
+
+    def voice(self) -> Member:
+        """How this life speaks."""
+        self.lived += 1
+        if not self.site.signed:
+            return PlainMember()
+        return signing.member(self.site.settings.federation.name, self.name, self.lived, newest=self.newest)
+
+    def remember(self, newest: Stamp) -> None:
+        """What `edge_client.trust.witness` does with a file."""
+        self.boundary("witness")
+        if newest < self.newest:
+            self.world.violated(f"{self.name} goes back from the offer {self.newest} to {newest}")
+        self.newest = newest
 
     async def leave(self) -> None:
         """The owner stops the client properly."""

@@ -20,6 +20,8 @@ from edge_client.bundle import Bundle
 from edge_client.errors import FedgeError, LedgerError, StoreError
 from edge_client.wire.messages import BlobRef
 from edge_client.wire.transfer import Checklist
+from edge_client.wire.voice import SignedHost
+from tests import signing
 from tests.faults.broker import SimBroker, SimLink
 from tests.faults.disk import Disks, Medium
 from tests.faults.invariants import Oracle
@@ -37,6 +39,8 @@ class Site:
     settings: Federation
     bundle: Bundle
     folder: Path
+    signed: bool = False
+    """Whether both sides sign what they say."""
     disk_faults: bool = False
     """Whether a disk may refuse in this run: a node may then stop with a message, and is started again."""
 
@@ -163,6 +167,17 @@ class WatchedSpool(Spool):
         return self._folder / f"{identity[0]}-{identity[1]}-{client}.part"
 
 
+class SimKeyring:
+    """Whom a server believes: everybody who signs with the key of its name."""
+
+    def host(self, federation: str, epoch: int) -> SignedHost:
+        return signing.host(federation, epoch)
+
+    def refresh(self, now: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        del now
+        return (), ()
+
+
 class SimServer(Server):
     """A server whose worker takes its time, and which may die between any two of its actions."""
 
@@ -238,6 +253,7 @@ class ServerNode(Node):
         lock = locked(self.settings)
         try:
             server = SimServer(self.settings, lambda line: self.world.note(self.name, f"log {line}"), link, lock=lock)
+            server.keyring = SimKeyring() if self.site.signed else None  # type: ignore[assignment]
             server.node, server.born = self, self.life
             self.main = asyncio.ensure_future(server.run())
             self.outcome = await self.main

@@ -15,13 +15,14 @@ import msgspec
 
 from broker_server.config import Federation
 from edge_client.bundle import Bundle
-from tests.faults.broker import Air, SimBroker
+from tests.faults.broker import Air
 from tests.faults.clients import ClientNode
 from tests.faults.disk import Disks
 from tests.faults.invariants import Oracle
 from tests.faults.nodes import ServerNode, Site
 from tests.faults.plans import Fault, Plan
 from tests.faults.strangers import Stranger
+from tests.faults.tampering import TamperingBroker
 from tests.faults.training import Data, Held
 from tests.faults.world import Violation, WallClock, World
 from tests.toy import toy_bundle
@@ -50,19 +51,22 @@ def _bundle(hidden: int, buffers: bool) -> bytes:
     return toy_bundle(features=8 if hidden > 8 else 4, hidden=hidden, buffer=buffers)
 
 
-def run(plan: Plan, *, trace: bool = False) -> Result:
-    """Carry out a plan; every violation of an invariant, and every unexpected error, is the result's."""
+def run(plan: Plan, *, trace: bool = False, signed: bool = False, tampering: float = 0.0) -> Result:
+    """Carry out a plan; every violation of an invariant, and every unexpected error, is the result's.
+
+    The nodes sign what they say, or do not; the broker tampers with a share of it.
+    """
     # Memory where there is some: a run writes many small files.
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     # From within its folder: a path that is new each time would be in messages, and make each run another one.
     with tempfile.TemporaryDirectory(prefix="fedge-sim-", dir=shared) as folder, chdir(folder):
-        return Run(plan, Path(), trace=trace).go()
+        return Run(plan, Path(), trace=trace, signed=signed, tampering=tampering).go()
 
 
 class Run:
     """A plan under way."""
 
-    def __init__(self, plan: Plan, folder: Path, *, trace: bool) -> None:
+    def __init__(self, plan: Plan, folder: Path, *, trace: bool, signed: bool = False, tampering: float = 0.0) -> None:
         self.plan, self.folder = plan, folder
         data = _bundle(plan.hidden, plan.buffers)
         (folder / "toy.fedge").write_bytes(data)
@@ -71,8 +75,8 @@ class Run:
         self.world = world = World(plan.seed, trace)
         places = {f"c{number}": Data(5 + 7 * number % 60, number) for number in range(plan.clients)}
         oracle = Oracle(world, settings, bundle, {name: place.samples for name, place in places.items()})
-        broker = SimBroker(world, plan.queue)
-        self.site = Site(world, broker, Disks(), oracle, settings, bundle, folder, plan.disk_faults)
+        broker = TamperingBroker(world, plan.queue, share=tampering, until=plan.quiet)
+        self.site = Site(world, broker, Disks(), oracle, settings, bundle, folder, signed, plan.disk_faults)
         self.clients = {
             name: ClientNode(self.site, name, place, plan.training, chunked=not plan.inline)
             for name, place in places.items()
@@ -87,8 +91,8 @@ class Run:
         with ExitStack() as stack:
             stack.enter_context(self.site.disks.installed())
             clock = WallClock(world)
-            for name in ("ledger", "worker"):
-                stack.enter_context(mock.patch(f"broker_server.{name}.time", clock))
+            for name in ("broker_server.ledger", "broker_server.worker", "broker_server.server", "edge_client.device"):
+                stack.enter_context(mock.patch(f"{name}.time", clock))
             # Anchors move on within the few rounds of a run.
             stack.enter_context(mock.patch("broker_server.coding._AGE", 2))
             stack.enter_context(mock.patch("broker_server.worker.HeldOut", Held))

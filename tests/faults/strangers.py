@@ -11,6 +11,8 @@ from edge_client.manifest import update_layouts
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
 from edge_client.wire.topics import Topics
+from edge_client.wire.voice import PlainMember
+from tests import signing
 from tests.faults.broker import SimLink
 from tests.faults.nodes import Site
 
@@ -27,6 +29,8 @@ class Stranger:
         self.upload: bytes = b""
         self.layouts = update_layouts(site.bundle.manifest)
         self.quiet = False
+        # A device that was enrolled and lies.
+        self.voice = signing.member(self.topics.federation, name) if site.signed else PlainMember()
 
     async def live(self) -> None:
         running = asyncio.ensure_future(self.link.run(self))
@@ -92,7 +96,7 @@ class Stranger:
                 message = m.Upload(offer.epoch, task, blob)
             case _:
                 message = m.Goodbye(self.junk(8))
-        self.link.publish(self.topics.up(self.name), m.encode(message))
+        self.say(message)
 
     def invited(self, invitation: m.Invitation) -> None:
         """Answer an invitation in bad faith: with rubbish, with an update that claims too much, or not at all."""
@@ -110,7 +114,11 @@ class Stranger:
             self.site.oracle.made(self.name, (invitation.epoch, invitation.task), data, samples)
         self.upload = data
         blob = transfer.refer(data, chunk=1024, inline=self.rng.choice([0, 16384]))
-        self.link.publish(self.topics.up(self.name), m.encode(m.Upload(invitation.epoch, invitation.task, blob)))
+        self.say(m.Upload(invitation.epoch, invitation.task, blob))
+
+    def say(self, message: m.Message) -> None:
+        epoch = 0 if self.offer is None else self.offer.epoch
+        self.link.publish(self.topics.up(self.name), self.voice.say(message, epoch))
 
     def junk(self, size: int) -> bytes:
         return self.rng.randbytes(size)
