@@ -264,8 +264,10 @@ def test_a_damaged_download_starts_again():
     ref = refer(BUNDLE[:2048], chunk=1024, inline=0)
     machine.offered(ref)
     machine.chunk(ref, 0, bytes(2048))
-    _, log, again = machine.chunk(ref, 1, bytes(2048))
+    actions = machine.chunk(ref, 1, bytes(2048))
+    (log,), (again,) = only(actions, e.Log), only(actions, e.Subscribe)
     assert "downloading again" in log.text
+    assert said(actions, m.Missing) == [m.Missing(ref.sha256, (0, 1))]  # what is retained may be damaged
     actions, _ = serve(machine, [again], ref, BUNDLE[:2048])
     assert only(actions, e.Install) == [e.Install(ref.sha256, BUNDLE[:2048])]
 
