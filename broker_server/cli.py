@@ -16,7 +16,7 @@ from rich.table import Table
 
 from broker_server.artifacts import Report, check_folder, read_report, read_tensors, write_artifacts
 from broker_server.config import Federation, load
-from broker_server.connection import broker, server_link
+from broker_server.connection import broker, keys, server_link
 from broker_server.entrance import enter
 from broker_server.ledger import BEST, Ledger, Round, Task
 from broker_server.report import human_bytes, table
@@ -47,11 +47,17 @@ def serve(file: Path, insecure: bool) -> None:
     log = _logger(console)
 
     async def run() -> Outcome:
-        with locked(settings) as lock, broker(settings, log, insecure=insecure) as (address, tls):
+        with (
+            locked(settings) as lock,
+            keys(settings) as keyring,
+            broker(settings, log, insecure=insecure) as (address, tls),
+        ):
             # A broker of ours that died does not come back: give up, and whoever watches the server starts both anew.
             link = server_link(settings, address, attempts=0 if settings.broker.url else 5, tls=tls)
-            fit = partial(enter, address=address, log=log, tls=tls)
-            server = Server(settings, log, link, on_round=lambda done: log(_line(done)), lock=lock, fit=fit)
+            fit = partial(enter, address=address, log=log, tls=tls, keyring=keyring)
+            server = Server(
+                settings, log, link, on_round=lambda done: log(_line(done)), lock=lock, fit=fit, keyring=keyring
+            )
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, server.stop, "stopped by signal")

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from broker_server.broker import EmbeddedBroker
 from broker_server.broker_config.spec import BrokerSpec
@@ -13,6 +13,9 @@ from edge_client.errors import ConfigError
 from edge_client.tls import Tls
 from edge_client.transport import Address, MqttLink
 from edge_client.wire.topics import Topics
+
+if TYPE_CHECKING:
+    from broker_server.keyring import Keyring
 
 
 class Connection(NamedTuple):
@@ -47,6 +50,23 @@ def broker(settings: Federation, log: Callable[[str], None], *, insecure: bool =
         address = dataclasses.replace(address, username=wanted.username, password=_password(wanted.password_file))
     log(f"broker: {address}")
     yield Connection(address, tls)
+
+
+@contextlib.contextmanager
+def keys(settings: Federation) -> "Iterator[Keyring | None]":
+    """What the server signs with and whom it believes; None where the federation does not sign.
+
+    Raises:
+        ConfigError, LedgerError: the folder ``trust.authority`` cannot be used.
+    """
+    if not settings.trust.authority:
+        yield None
+        return
+    # A federation that does not sign does not load what signs.
+    from broker_server.keyring import authority_keyring
+
+    with authority_keyring(Path(settings.trust.authority), settings.federation.name) as keyring:
+        yield keyring
 
 
 def server_link(settings: Federation, address: Address, *, attempts: int = 0, tls: Tls | None = None) -> MqttLink:

@@ -1,9 +1,14 @@
 """What a server signs with and whom it believes: the federation's key, and those of the devices that are enrolled."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
+from broker_server.authority import REGISTRY, Authority
+from broker_server.registry import Registry
+from edge_client.errors import ConfigError
 from edge_client.trust.keys import SigningKey, verify
 from edge_client.wire.voice import SignedHost, SignedMember
 
@@ -62,3 +67,21 @@ class Keyring:
     def believed(self, data: bytes, signature: bytes) -> bool:
         """Whether a server of this federation has signed ``data``."""
         return any(verify(pin, data, signature) for pin in self.pins)
+
+
+@contextmanager
+def authority_keyring(folder: Path, federation: str) -> Iterator[Keyring]:
+    """The keys in an authority's folder; for one thread.
+
+    Raises:
+        ConfigError: there is no authority of this federation in it, or it cannot be used.
+        LedgerError: its registry cannot be read.
+    """
+    authority = Authority.load(folder)
+    if authority.federation != federation:
+        raise ConfigError(
+            f"{folder} is the authority of federation {authority.federation!r}; expected {federation!r}: set "
+            "trust.authority to the folder of this one, or make it with `fedge ca init`"
+        )
+    with Registry.open(folder / REGISTRY) as registry:
+        yield Keyring(authority.signing, authority.pins, registry)

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from broker_server.config import Federation
-from broker_server.connection import broker, server_link
+from broker_server.connection import broker, keys, server_link
 from broker_server.entrance import enter
 from broker_server.ledger import Round
 from broker_server.server import Outcome, Server, locked, read_bundle
@@ -70,10 +70,10 @@ async def simulate(
     await asyncio.to_thread(_check, settings)
     with locked(settings) as lock:
         settings, data = await asyncio.to_thread(_reserve, settings)
-        with broker(settings, log, insecure=insecure) as (address, tls):
+        with keys(settings) as keyring, broker(settings, log, insecure=insecure) as (address, tls):
             link = server_link(settings, address, attempts=5, tls=tls)
-            fit = partial(enter, address=address, log=log, attempts=5, tls=tls)
-            server = Server(settings, log, link, on_round=finished, lock=lock, fit=fit)
+            fit = partial(enter, address=address, log=log, attempts=5, tls=tls, keyring=keyring)
+            server = Server(settings, log, link, on_round=finished, lock=lock, fit=fit, keyring=keyring)
             serving = asyncio.ensure_future(server.run())
             fleet = await _start(settings, address, data)
             told = asyncio.ensure_future(_report(fleet))

@@ -4,6 +4,7 @@ import asyncio
 import re
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from importlib.metadata import EntryPoint, entry_points
@@ -19,6 +20,8 @@ from edge_client.manifest import Manifest
 from edge_client.store import FileCopies, Store, claimed
 from edge_client.tls import Tls
 from edge_client.transport import Address, Link, MqttLink
+from edge_client.wire.envelope import Stamp
+from edge_client.wire.voice import Member, PlainMember
 
 if TYPE_CHECKING:
     from edge_client.trust.identity import Identity
@@ -172,6 +175,7 @@ def join(
 
     async def run() -> None:
         workshop = Workshop(1, threads=threads, spin=spin, memory_limit=(memory_limit or 0) << 20)
+        voice, remember = _voice(member, folder)
         device = Device(
             client=client,
             federation=name,
@@ -182,6 +186,8 @@ def join(
             open_data=open_sources,
             log=log,
             uplink=uplink,
+            voice=voice,
+            remember=remember,
         )
         log(f"{client}: joining {name!r} at {address}")
         try:
@@ -257,6 +263,15 @@ def _identity(folder: Path, federation: str, client: str, *, required: bool) -> 
             f"{federation!r}: say so with --id and --federation, or name another folder with --identity"
         )
     return found
+
+
+def _voice(identity: "Identity | None", state: Path) -> "tuple[Member, Callable[[Stamp], None]]":
+    """How a device speaks, and what remembers what it has believed; who is not enrolled does not sign."""
+    if identity is None:
+        return PlainMember(), lambda _: None
+    from edge_client.trust.speech import identity_voice
+
+    return identity_voice(identity, state, time.time())
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ import random
 import resource
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ from edge_client.manifest import Manifest
 from edge_client.store import Store
 from edge_client.tls import Tls
 from edge_client.transport import Address, Link, MqttLink
+from edge_client.wire.envelope import Stamp
+from edge_client.wire.voice import Member, PlainMember
 
 
 class FleetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -215,7 +218,9 @@ class Fleet:
     ) -> Phone:
         spec, name = self.spec, f"phone-{number:04d}"
         root = Path(spec.state)
-        tls = Tls.of(Path(spec.identities) / name) if spec.identities else None
+        identity = Path(spec.identities) / name if spec.identities else None
+        tls = None if identity is None else Tls.of(identity)
+        voice, remember = _voice(identity, root / name)
 
         def connect(will: tuple[str, bytes]) -> Link:
             inner = MqttLink(address, f"fedge-{spec.federation}-{name}", will, spec.attempts, keepalive=60, tls=tls)
@@ -239,6 +244,8 @@ class Fleet:
             seed=spec.seed * 1_000_003 + number,
             software="emulated",
             uplink=profile.bandwidth,
+            voice=voice,
+            remember=remember,
             profile=profile,
         )
 
@@ -248,6 +255,16 @@ class Fleet:
             check(self._arrays, manifest)
             self._fits = manifest
         return {feature.name: self._arrays[feature.name] for feature in (*manifest.inputs, *manifest.targets)}
+
+
+def _voice(identity: Path | None, state: Path) -> tuple[Member, Callable[[Stamp], None]]:
+    """How a phone speaks: it signs where it was enrolled, and not where it has a certificate alone."""
+    if identity is None or not (identity / "federation.pub").exists():
+        return PlainMember(), lambda _: None
+    from edge_client.trust.identity import Identity
+    from edge_client.trust.speech import identity_voice
+
+    return identity_voice(Identity.load(identity), state, time.time())
 
 
 def peak_rss_mib() -> float:

@@ -1,10 +1,12 @@
 """The voice of a device with a key: what it signs with, whom it believes, and what it remembers of that."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from edge_client.trust.identity import PINS, Identity
 from edge_client.trust.keys import SigningKey, verify
 from edge_client.trust.witness import Witness
+from edge_client.wire.envelope import Stamp
 from edge_client.wire.voice import SignedMember
 
 WITNESS = "witness.msgpack"
@@ -12,11 +14,17 @@ WITNESS = "witness.msgpack"
 
 
 def signed_member(
-    federation: str, client: str, key: SigningKey, pins: Sequence[bytes], state: Path, wall: float
+    federation: str,
+    client: str,
+    key: SigningKey,
+    pins: Callable[[], Iterable[bytes]],
+    state: Path,
+    wall: float,
 ) -> tuple[SignedMember, Witness]:
     """A voice for one life of a device, and its memory of earlier ones in the folder ``state``.
 
-    ``pins`` are the public keys of the federation's servers; ``wall`` is the time in seconds since 1970.
+    ``pins`` gives the public keys of the federation's servers: others, once a renewed certificate came with them;
+    ``wall`` is the time in seconds since 1970.
 
     Raises:
         StoreError: the memory cannot be read or written, or is damaged.
@@ -24,6 +32,36 @@ def signed_member(
     witness = Witness(state / WITNESS, wall)
 
     def believed(data: bytes, signature: bytes) -> bool:
-        return any(verify(pin, data, signature) for pin in pins)
+        return any(verify(pin, data, signature) for pin in pins())
 
     return SignedMember(federation, client, witness.life, key.sign, believed, witness.newest), witness
+
+
+def identity_voice(identity: Identity, state: Path, wall: float) -> tuple[SignedMember, Callable[[Stamp], None]]:
+    """The voice of an enrolled device with its state in a folder, and what is to be told of each newest offer.
+
+    Raises:
+        ConfigError: a file of the identity cannot be read.
+        StoreError: the memory cannot be read or written, or is damaged.
+    """
+    pins = _Pins(identity)
+    voice, witness = signed_member(identity.federation, identity.client, identity.key, pins.now, state, wall)
+    return voice, witness.remember
+
+
+class _Pins:
+    """An identity's pins, read again when their file is another one."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity, self._known, self._seen = identity, identity.pins, self._stamp(identity)
+
+    def now(self) -> tuple[bytes, ...]:
+        stamp = self._stamp(self._identity)
+        if stamp != self._seen:
+            self._known, self._seen = self._identity.pins, stamp
+        return self._known
+
+    @staticmethod
+    def _stamp(identity: Identity) -> tuple[int, int]:
+        found = (identity.folder / PINS).stat()
+        return found.st_ino, found.st_mtime_ns

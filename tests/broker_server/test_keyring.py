@@ -45,7 +45,7 @@ def test_a_device_and_a_server_with_their_keys_believe_each_other(tmp_path):
     ring.refresh(0.0)
     host = ring.host("demo", 7)
     pins = (PO.public, FEDERATION.public)  # while keys are rotated, there are two
-    member, witness = signed_member("demo", "pi", PI, pins, tmp_path, 100.0)
+    member, witness = signed_member("demo", "pi", PI, lambda: pins, tmp_path, 100.0)
     offer = m.Offer("demo", 7, refer(b"bundle", chunk=1024), 1.0)
     assert member.hear(host.proclaim(offer)) == offer
     hello = m.Hello(7, b"bootboot", bytes(32), 0, bytes(32), 1, True)
@@ -53,7 +53,7 @@ def test_a_device_and_a_server_with_their_keys_believe_each_other(tmp_path):
     receipt = m.Receipt(7, 1, "recorded")
     assert member.hear(host.tell("pi", receipt)) == receipt
     witness.remember(member.newest)
-    again, _ = signed_member("demo", "pi", PI, pins, tmp_path, 0.0)
+    again, _ = signed_member("demo", "pi", PI, lambda: pins, tmp_path, 0.0)
     assert (again.life, again.newest) == (101, member.newest)
     with pytest.raises(TrustError, match="an old offer"):
         again.hear(ring.host("demo", 6).proclaim(m.Offer("demo", 6, offer.bundle, 1.0)))
@@ -62,7 +62,7 @@ def test_a_device_and_a_server_with_their_keys_believe_each_other(tmp_path):
 def test_a_device_with_another_key_is_not_believed(tmp_path):
     ring = Keyring(FEDERATION, (FEDERATION.public,), Devices(pi=(PI.public, 1e9)))
     ring.refresh(0.0)
-    impostor, _ = signed_member("demo", "pi", PO, (FEDERATION.public,), tmp_path, 0.0)
+    impostor, _ = signed_member("demo", "pi", PO, lambda: (FEDERATION.public,), tmp_path, 0.0)
     with pytest.raises(TrustError, match="not that of pi"):
         ring.host("demo", 7).hear("pi", impostor.say(m.Goodbye(b"bootboot"), 0))
 

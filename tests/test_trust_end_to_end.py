@@ -1,0 +1,130 @@
+"""A federation that signs, with commands, real mosquitto and a real device; and a man who reaches its broker."""
+
+import contextlib
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from broker_server import authority_cli
+from broker_server.authority import Authority
+from broker_server.broker import EmbeddedBroker, find_mosquitto
+from broker_server.broker_config.spec import BrokerSpec
+from edge_client.doctor.peer import Peer
+from edge_client.tls import Tls
+from edge_client.transport import Address
+from edge_client.wire import messages as m
+from edge_client.wire.topics import Topics
+from tests.test_enrolment import ROOT, Serving, enrolled, fedge
+from tests.toy import toy_bundle, toy_data
+
+pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="needs the Debian package mosquitto")
+
+TOPICS = Topics("toys")
+TOML = """\
+[federation]
+name = "toys"
+bundle = "toy.fedge"
+[trust]
+authority = "authority"
+[broker]
+url = "{url}"
+[round]
+cohort = 1
+[stop]
+rounds = {rounds}
+"""
+
+
+class Joining:
+    """`fedge join` of an enrolled device, with what it says."""
+
+    def __init__(self, folder: Path, url: str, client: str) -> None:
+        np.savez(folder / f"{client}.npz", **toy_data(60, seed=len(client)))
+        command = [sys.executable, "-m", "edge_client.cli", "join", f"{url}/toys", "--id", client]
+        command += ["--data", str(folder / f"{client}.npz"), "--state", str(folder / client)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        self.lines: list[str] = []
+
+    def until(self, words: str) -> str:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip())
+            if words in line:
+                return line.rstrip()
+        raise AssertionError(f"the device ended without {words!r}: {self.lines}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.process.terminate()
+        try:
+            self.process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+
+
+@contextlib.contextmanager
+def federation(folder: Path, rounds: int = 3):
+    """An authority, its broker, and a federation file that names both."""
+    authority = Authority.init(folder / "authority", "toys", ["localhost"], now=authority_cli.time.time())
+    (folder / "toy.fedge").write_bytes(toy_bundle())
+    spec = BrokerSpec("toys", authority.folder)
+    with EmbeddedBroker.start(folder / "broker", kind="mosquitto", host="127.0.0.1", spec=spec) as broker:
+        url = broker.url.replace("127.0.0.1", "localhost")
+        (folder / "federation.toml").write_text(TOML.format(url=url, rounds=rounds))
+        yield authority, url
+
+
+def misconduct(folder: Path) -> list[tuple[str, str, str]]:
+    with contextlib.closing(sqlite3.connect(folder / "state" / "ledger.db")) as ledger:
+        return list(ledger.execute("SELECT client, kind, reason FROM misconduct"))
+
+
+def test_rounds_are_signed_from_the_offer_to_the_receipt(tmp_path):
+    with federation(tmp_path) as (authority, url):
+        enrolled(authority, tmp_path / "pi-7" / "identity", "pi-7", authority_cli.time.time())
+        with Serving(tmp_path) as server, Joining(tmp_path, url, "pi-7") as device:
+            assert "1 clients" in server.until("round 1 ")
+            server.until("ended: 3 rounds are done")
+        assert not any("dropped" in line for line in server.lines + device.lines)
+    assert (tmp_path / "pi-7" / "witness.msgpack").stat().st_mode & 0o777 == 0o600
+
+
+def test_who_reaches_the_broker_as_another_deceives_nobody(tmp_path):
+    """A man with the broker's own rights, who may write everywhere; and a device that is enrolled and lies."""
+    with federation(tmp_path, rounds=1) as (authority, url):
+        liar = enrolled(authority, tmp_path / "liar" / "identity", "liar", authority_cli.time.time())
+        enrolled(authority, tmp_path / "pi-7" / "identity", "pi-7", authority_cli.time.time())
+        address, broker = Address.parse(url), Tls.of(authority.folder, "server")
+        forged = m.Offer("toys", 2**40, m.BlobRef(bytes(32), 5, 1024, b"harm!"), 0.0)
+        with Peer(address, "man", tls=broker) as man:
+            man.publish(TOPICS.offer, m.encode(forged), retain=True)
+            with Joining(tmp_path, url, "pi-7") as device:
+                assert "not signed" in device.until("dropped a message on fedge/toys/pub/offer")
+                with Serving(tmp_path) as server:
+                    assert "not signed" in server.until("dropped a message on fedge/toys/pub/offer")
+                    # In another device's name, without its key; and rubbish of its own.
+                    hello = m.Hello(1, b"boot0000", bytes(32), 0, bytes(32), 10**6, True)
+                    with Peer(address, "liar", tls=liar.tls) as speaks:
+                        for _ in range(20):
+                            speaks.publish(TOPICS.up("liar"), m.encode(hello))
+                    server.until("liar is not listened to for 60 s")
+                    server.until("ended: 1 rounds are done")
+        assert [row[:2] for row in misconduct(tmp_path)] == [("liar", "muted")]
+
+
+def test_a_revoked_device_is_not_asked_any_more(tmp_path):
+    with federation(tmp_path, rounds=1000) as (authority, url):
+        enrolled(authority, tmp_path / "pi-7" / "identity", "pi-7", authority_cli.time.time())
+        with Serving(tmp_path) as server, Joining(tmp_path, url, "pi-7"):
+            server.until("round 2 ")
+            assert "pi-7 is revoked" in fedge("revoke", "pi-7", "-a", authority.folder)
+            server.until("pi-7 is not enrolled any more")
+            done = [line for line in server.lines if line.startswith("round ")]
+        assert [line for line in server.lines if line.startswith("round ")] == done
