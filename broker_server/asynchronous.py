@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from broker_server import events as e
-from broker_server.conversation import Conversation, printable
+from broker_server.conversation import Conversation
 from broker_server.flights import Flight, Flights, Identity
+from broker_server.hearing import printable
 from broker_server.ledger import Task
 from broker_server.selection import Candidate, select
 from broker_server.tally import Tally

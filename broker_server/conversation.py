@@ -6,36 +6,27 @@ events.
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from broker_server import events as e
-from broker_server.conduct import Conduct, Mute
-from broker_server.config import Federation
+from broker_server.hearing import HEARTBEAT, Hearing
 from broker_server.ledger import Round
-from broker_server.roster import Roster
 from broker_server.rounds import OpenRound
 from broker_server.stopping import Progress
-from edge_client.errors import TrustError, WireError
+from edge_client.errors import WireError
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
-from edge_client.wire.topics import Chunk, Topics
-from edge_client.wire.voice import Host, PlainHost
 
 Phase = Literal["waiting", "train", "aggregate", "measure", "gather", "evaluate", "stopped"]
 _MEMORY = 32
 """Versions for which one is kept that only clients hold who are away; later the whole difference is hardly larger."""
-_HEARTBEAT = 300.0
-"""Seconds between hellos of an idle client, give or take a quarter."""
-_MISSED = 3.0
-"""Heartbeats without a word after which a client is taken for dead: its last will may be lost."""
 _GREETINGS = 200
 """Hellos a second that a fleet may answer an offer with."""
 _GATHER = 10.0
 """Seconds, beside the spread, in which a fleet may come back after a restart; then it goes on with who is there."""
-
 _RENEWED = 0.25
 """Share of the time that an offer holds after which it is dated anew."""
 _DEFENCE = 1.0
@@ -43,20 +34,10 @@ _DEFENCE = 1.0
 
 
 @dataclass
-class Conversation(ABC):
+class Conversation(Hearing):
     """One federation's side of everything that is said; tasks, and what is asked of whom, are left to its kinds."""
 
-    settings: Federation
-    restored: e.Restored
-    voice: Host = field(default_factory=PlainHost)
-    """How it speaks to clients, and what it believes of what it hears."""
-    dropped: int = 0
-    """Messages that were malformed, foreign, too large, too many or not believed, and were dropped."""
-    distrusted: int = 0
-    """Those of them that were not believed."""
     phase: Phase = field(init=False, default="waiting")
-    _topics: Topics = field(init=False)
-    _roster: Roster = field(init=False)
     _progress: Progress = field(init=False)
     _task: int = field(init=False)
     _version: int = field(init=False)
@@ -64,7 +45,6 @@ class Conversation(ABC):
     _round: OpenRound = field(init=False)
     _gather: float | None = field(init=False, default=None)
     _connected: bool = field(init=False, default=False)
-    _conduct: Conduct = field(init=False)
     _wall: float = field(init=False, default=0.0)
     """What the clock shows, seconds since 1970; 0 where nothing is dated."""
     _said: tuple[m.Offer, bytes] | None = field(init=False, default=None)
@@ -75,10 +55,8 @@ class Conversation(ABC):
     """When it was put back last where somebody else had put another one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         restored = self.restored
-        self._topics = Topics(self.settings.federation.name)
-        self._conduct = Conduct(self.settings.limits, self.settings.transfer.window)
-        self._roster = Roster(not restored.rounds, _MISSED * _HEARTBEAT, dict(restored.voids))
         # A round whose evaluation goes on has its result in the ledger already, and is counted when it is finished.
         finished = [result for result in restored.rounds if result.round != restored.unfinished]
         self._progress = Progress(self.settings.stop, finished)
@@ -117,24 +95,12 @@ class Conversation(ABC):
         """The server has measured the newest version: have clients evaluate it, where they are to."""
 
     @abstractmethod
-    def _chunk(self, client: str, chunk: Chunk, payload: bytes, now: float) -> Iterator[e.Action]:
-        """A chunk of an update has come.
-
-        Raises:
-            WireError: it was not asked for.
-        """
-
-    @abstractmethod
     def _uploads(self, client: str, upload: m.Upload, now: float) -> Iterator[e.Action]:
         """A client has an update."""
 
     @abstractmethod
     def _declines(self, client: str, decline: m.Decline, now: float) -> Iterator[e.Action]:
         """A client cannot do a task."""
-
-    @abstractmethod
-    def _leaves(self, client: str, now: float) -> Iterator[e.Action]:
-        """A client is gone."""
 
     @abstractmethod
     def _comes(self, client: str, hello: m.Hello, now: float) -> Iterator[e.Action]:
@@ -245,7 +211,7 @@ class Conversation(ABC):
             self.restored.epoch,
             self.restored.bundle,
             self._spread,
-            _HEARTBEAT,
+            HEARTBEAT,
             finished=self.phase == "stopped",
             issued=self._wall,
             expires=self._wall + self._holds if self._wall else 0.0,
@@ -254,74 +220,6 @@ class Conversation(ABC):
         return e.Retain(self._topics.offer, self._said[1])
 
     # What clients say.
-
-    def ignores(self, topic: str, now: float) -> bool:
-        """Whether what comes on a topic is not even looked at: its client is muted."""
-        try:
-            return self._conduct.muted(self._topics.parse_up(topic)[0], now)
-        except WireError:
-            return False
-
-    def _received(self, topic: str, payload: bytes, now: float) -> Iterator[e.Action]:
-        if topic == self._topics.offer:
-            yield from self._offered(payload, now)
-            return
-        try:
-            client, chunk = self._topics.parse_up(topic)
-        except WireError as error:
-            yield from self._drop(topic, error)
-            return
-        if self._conduct.muted(client, now):
-            self.dropped += 1
-            return
-        try:
-            if chunk is not None and payload:
-                yield from self._piece(client, chunk, payload, now)
-            else:
-                allowed = self._conduct.spend(client, len(payload), now)
-                if allowed is not True:
-                    self.dropped += 1
-                    yield from self._struck(allowed or None, now)
-                    return
-                if not payload:
-                    return  # something that was retained here is cleared
-                yield from self._spoken(client, payload, now)
-            self._roster.hear(client, now)
-        except WireError as error:
-            yield from self._drop(topic, error)
-            if chunk is None:
-                yield from self._struck(self._conduct.strike(client, str(error), now), now)
-
-    def _piece(self, client: str, chunk: Chunk, payload: bytes, now: float) -> Iterator[e.Action]:
-        """A chunk: free where it was asked for and is new."""
-        asked, wrong = False, None
-        try:
-            for action in self._chunk(client, chunk, payload, now):
-                asked = asked or isinstance(action, e.Keep)
-                yield action
-        except WireError as error:
-            wrong = error
-        allowed = asked or self._conduct.spend(client, len(payload), now)
-        if allowed is not True:
-            yield from self._struck(allowed or None, now)
-        if wrong is not None:
-            raise wrong
-
-    def _drop(self, topic: str, error: WireError) -> Iterator[e.Action]:
-        self.dropped += 1
-        self.distrusted += isinstance(error, TrustError)
-        if self.dropped == 1 or (self.distrusted == 1 and isinstance(error, TrustError)):
-            yield e.Log(f"dropped a message on {printable(topic[:100])}: {error} (further ones are only counted)")
-
-    def _struck(self, mute: Mute | None, now: float) -> Iterator[e.Action]:
-        """A client is muted, where it is: nothing is asked of it."""
-        if mute is None:
-            return
-        client, reason, seconds = mute
-        yield e.Log(f"{client} is not listened to for {seconds:.0f} s: {printable(reason)[:300]}")
-        yield e.Misconduct(client, "muted", printable(reason)[:300], seconds)
-        if self._roster.part(client):
-            yield from self._leaves(client, now)
 
     def _offered(self, payload: bytes, now: float) -> Iterator[e.Action]:
         """An offer is retained: this server's own, one of an older server, or of a newer one that takes over."""
@@ -348,16 +246,9 @@ class Conversation(ABC):
         elif self._again is None or self._again > now + _DEFENCE:
             self._again = now + _DEFENCE
 
-    def _spoken(self, client: str, payload: bytes, now: float) -> Iterator[e.Action]:
-        heard = self.voice.hear(client, payload)
-        if heard.twin:
-            yield from self._doubled(client, self._conduct.twin(client, now))
-        elif heard.stale:
-            # It has missed this epoch's offer.
-            if self._said is not None:
-                yield e.Publish(self._topics.down(client), self._said[1])
-        else:
-            yield from self._said_by(client, heard.message, now)
+    def _missed(self, client: str) -> Iterator[e.Action]:
+        if self._said is not None:
+            yield e.Publish(self._topics.down(client), self._said[1])
 
     def _said_by(self, client: str, message: m.Message, now: float) -> Iterator[e.Action]:
         match message:
@@ -379,27 +270,9 @@ class Conversation(ABC):
             case _:
                 raise WireError(f"{type(message).__name__} is not for the server")
 
-    def _doubled(self, client: str, certain: bool) -> Iterator[e.Action]:
-        """Two devices speak as one client, as far as can be told."""
-        if certain:
-            reason = "two devices speak with this name: a copied card? give each its own"
-            yield e.Log(f"{client}: {reason}")
-            yield e.Misconduct(client, "twin", reason, 0.0)
-
-    def _rekeyed(self, given: tuple[str, ...], gone: tuple[str, ...], now: float) -> Iterator[e.Action]:
-        """Nothing that was said with a key that is gone is held for or against its client, but what is recorded."""
-        for client in (*given, *gone):
-            self.voice.forget(client)
-            self._conduct.forgive(client)
-            if self._roster.part(client):
-                yield from self._leaves(client, now)
-        for client in gone:
-            yield e.Log(f"{client} is not enrolled any more: nothing is asked of it, and nothing it says is believed")
-
     def _greeted(self, client: str, hello: m.Hello, now: float) -> Iterator[e.Action]:
-        if hello.epoch < self.restored.epoch and self._said is not None:
-            # It has missed this epoch's offer.
-            yield e.Publish(self._topics.down(client), self._said[1])
+        if hello.epoch < self.restored.epoch:
+            yield from self._missed(client)
         if hello.epoch == self.restored.epoch and hello.bundle == self.restored.bundle.sha256:
             self._roster.hello(client, hello)
             yield from self._comes(client, hello, now)
@@ -457,8 +330,3 @@ def _diverged(version: int, clipped: int) -> str:
         f"version {version}: {clipped} parameters would have gone out of all bounds and stay where they were: "
         "training diverges; a lower learning rate may help"
     )
-
-
-def printable(text: str) -> str:
-    """What a stranger says, fit for an operator's terminal: on one line and without escape sequences."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from broker_server import events as e
-from broker_server.conversation import Conversation, printable
+from broker_server.conversation import Conversation
+from broker_server.hearing import printable
 from broker_server.ledger import Task
 from broker_server.selection import select
 from broker_server.tasks import OpenTask

@@ -492,7 +492,6 @@ def test_malformed_foreign_and_unasked_messages_are_counted_and_dropped():
     table.hello("a", "b", "c")
     before = table.coordinator.dropped
     bad = [
-        (TOPICS.up("a"), b""),
         (TOPICS.up("a"), b"\xff" * 100),
         (TOPICS.up("a"), bytes(m.MESSAGE_LIMIT + 1)),
         (TOPICS.up("a"), m.encode(m.Receipt(1, 1, "recorded"))),
