@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -30,6 +31,8 @@ from edge_client.errors import ConfigError, LedgerError
 from edge_client.tls import Tls
 from edge_client.transport import Address, Link, MqttLink
 
+_FAULTS = 10
+"""The latest things that clients did wrong, as many as are shown."""
 _FILE = click.argument("file", type=click.Path(path_type=Path))
 _INSECURE = click.option("--insecure", is_flag=True, help="Go to another machine's broker without TLS.")
 
@@ -111,10 +114,15 @@ def status(file: Path) -> None:
         rounds = ledger.rounds()
         open_tasks = ledger.open_tasks()
         recorded = {(task.epoch, task.task): len(ledger.recorded(task.epoch, task.task)) for task in open_tasks}
+        faults = ledger.misconduct()[-_FAULTS:]
     if rounds:
         console.print(table(rounds, metric=settings.stop.metric, title=settings.federation.name))
     else:
         console.print(f"{settings.federation.name}: no round is finished yet")
+    for fault in faults:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fault.time))
+        heard = f"not listened to for {fault.seconds:.0f} s: " if fault.kind == "muted" else ""
+        _logger(console)(f"{when} {fault.client}: {heard}{fault.reason}")
     if settings.round.mode == "buffered":
         _show_buffer(console, settings, open_tasks, recorded)
         return

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from broker_server.database import Lock
-from broker_server.ledger import BEST, Ledger, Round, Task, Version
+from broker_server.ledger import BEST, Ledger, Misconduct, Round, Task, Version
 from edge_client import cli
 from edge_client.bundle import Bundle
 from tests.toy import toy_bundle, toy_data
@@ -227,6 +227,17 @@ def test_status_and_models(fedge, file):
     best, last = (line for line in shown.splitlines() if "0.7500" in line or "0.5000" in line)
     assert "best" in best
     assert "last" in last
+
+
+def test_status_tells_what_clients_did_wrong(fedge, file):
+    with Ledger.open(file.with_name("state") / "ledger.db", federation="toys", bundle="ab" * 32) as ledger:
+        for number in range(12):
+            ledger.accuse(Misconduct(1.8e9, f"x{number}", "muted", "it says [too] much", 60.0))
+        ledger.accuse(Misconduct(1.8e9, "pi-7", "twin", "two devices", 0.0))
+        _, shown, _ = fedge("status", file)
+    assert "x11: not listened to for 60 s: it says [too] much" in shown
+    assert "pi-7: two devices" in shown
+    assert "x2:" not in shown
 
 
 def test_status_of_a_federation_without_rounds(fedge, file):
