@@ -1,5 +1,8 @@
 """A federation that enrols devices, without sockets: an authority, its registry, and devices that ask by hand."""
 
+import functools
+import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +22,21 @@ URL = "mqtt://127.0.0.1:1"
 NONCE = bytes(range(16))
 
 
-class Office:
-    """An authority that approves by ``rule``, and the commands of its operator."""
+@functools.cache
+def _made(number: int) -> "tempfile.TemporaryDirectory[str]":
+    """An authority; each is made once, because its files are written with great care."""
+    place = tempfile.TemporaryDirectory()
+    Authority.init(Path(place.name) / "authority", "toys", ["broker.example"], now=NOW)
+    return place
 
-    def __init__(self, folder: Path, rule: Rule = "claim", name: str = "toys") -> None:
+
+class Office:
+    """An authority that approves by ``rule``, and the commands of its operator; another one with another ``number``."""
+
+    def __init__(self, folder: Path, rule: Rule = "claim", number: int = 0) -> None:
         self.folder = folder
-        self.authority = Authority.init(folder, name, ["broker.example"], now=NOW)
+        shutil.copytree(Path(_made(number).name) / "authority", folder, dirs_exist_ok=True)
+        self.authority = Authority.load(folder)
         self.registry = Registry.open(folder / REGISTRY)
         self.registrar = Registrar(self.authority, self.registry, rule, 30.0)
 

@@ -17,6 +17,7 @@ from broker_server.broker import EmbeddedBroker, find_mosquitto
 from broker_server.broker_config.spec import BrokerSpec
 from broker_server.registry import DeviceRow, Registry
 from broker_server.responder import responding
+from edge_client import cli
 from edge_client.enroll_cli import enroll as enroll_command
 from edge_client.errors import ConfigError, FedgeError
 from edge_client.tls import Tls
@@ -181,11 +182,11 @@ def test_an_identity_is_used_by_its_device_alone(tmp_path, options, words):
     now = authority_cli.time.time()
     authority = Authority.init(tmp_path / "authority", "toys", ["localhost"], now=now)
     identity = enrolled(authority, tmp_path / "identity", "pi-7", now)
-    device = join("mqtt://127.0.0.1:1/toys", *options, "--state", tmp_path / "state", "--identity", identity.folder)
-    _, said = device.communicate(timeout=30)
-    assert device.returncode == 2
-    assert words in said
-    assert said.count("\n") == 1
+    arguments = ["mqtt://127.0.0.1:1/toys", "--data", "x.npz", *options, "--state", tmp_path / "state"]
+    done = CliRunner().invoke(cli.join, list(map(str, [*arguments, "--identity", identity.folder])))
+    assert isinstance(done.exception, ConfigError)
+    assert words in str(done.exception)
+    assert not (tmp_path / "state").exists()
 
 
 # Over TLS, with the configuration that is generated for mosquitto.

@@ -259,7 +259,10 @@ async def enroll(
                 "--identity, or remove it"
             )
         if time.time() < held.expires:
-            log(f"{client} is enrolled in {held.federation!r} already; the claim was not used")
+            log(
+                f"{client} is enrolled in {held.federation!r} already; the claim was not used (for another key, remove "
+                f"{folder} first)"
+            )
             return held
     if (doubt := believable(time.time(), 0.0)) is not None:
         log(doubt)

@@ -73,7 +73,7 @@ def test_a_claim_after_its_expiry_is_refused(office):
 
 
 def test_another_federations_claim_is_refused(office, tmp_path):
-    other = Office(tmp_path / "other", name="toys")
+    other = Office(tmp_path / "other", number=1)
     claim, device = other.claim(), Device(office, "pi-7")
     told = device.ask(claim)
     assert told.status == "refused"

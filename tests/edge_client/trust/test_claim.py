@@ -60,7 +60,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", [*CHANGES, "authority", "certificate", "key"])
 def test_a_claim_in_which_anything_was_changed_is_refused(office, path, tmp_path, name):
     claim = json.loads(path.read_text())
-    other = Office(tmp_path / "other").claim()
+    other = Office(tmp_path / "other", number=1).claim()
     claim[name] = CHANGES.get(name, getattr(other, name, None))
     write_secret(path, json.dumps(claim).encode())
     with pytest.raises(ConfigError, match="was changed, or is damaged"):
@@ -72,8 +72,8 @@ def test_a_claim_that_somebody_else_signed_anew_still_has_to_fit_together(office
     thief = SigningKey.generate()
     claim = msgspec.structs.replace(Claim.load(path), pins=(thief.public.hex(),))
     for changes, words in (
-        ({"key": Office(tmp_path / "one").claim().key}, "not that of its certificate"),
-        ({"authority": Office(tmp_path / "two").authority.certificate.pem.decode()}, "another authority's"),
+        ({"key": Office(tmp_path / "one", number=1).claim().key}, "not that of its certificate"),
+        ({"authority": Office(tmp_path / "two", number=1).authority.certificate.pem.decode()}, "another authority's"),
         ({"federation": "others"}, "and says 'others'"),
         ({"certificate": "rubbish"}, "cannot be used"),
         ({"key": "rubbish"}, "cannot be used"),

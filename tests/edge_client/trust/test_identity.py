@@ -96,7 +96,7 @@ def test_parts_of_two_identities_are_none(office, tmp_path):
     with pytest.raises(ConfigError, match="not for the key"):
         Identity.load(one)
     write_secret(one / "device.key", key)
-    write_secret(one / "ca.crt", Office(tmp_path / "office").authority.certificate.pem)
+    write_secret(one / "ca.crt", Office(tmp_path / "office", number=1).authority.certificate.pem)
     with pytest.raises(ConfigError, match="not issued by"):
         Identity.load(one)
 
