@@ -164,8 +164,10 @@ class Responder:
             self._pending.pop(user, None)
         if answer.told is not None:
             self.link.publish(wire.told_topic(self.federation, user), answer.told)
+        # Only who has a claim causes these, and once; a flood of others must not hide them.
+        say = self.log if answer.issued or answer.pending else self._tell
         for line in answer.lines:
-            self._tell(line)
+            say(line)
 
     def _tell(self, line: str) -> None:
         minute = int(asyncio.get_running_loop().time() // 60)

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from broker_server.authority import REGISTRY
 from broker_server.registrar import Again, Ignore, Issue, Refuse, Standing, Wait, judge
+from broker_server.registry import Registry
 from edge_client.trust.certificate import make_request
 from edge_client.trust.keys import SigningKey
 from edge_client.wire import enrolment as wire
@@ -335,6 +337,17 @@ def test_a_server_whose_clock_cannot_be_right_certifies_nothing(office):
     answer = office.registrar.answer(claim.user, Device(office, "pi-7").payload(claim.user, claim.signing_key), 1e9)
     assert answer.told is None
     assert "the clock shows 2001-09-09" in answer.lines[0]
+
+
+def test_what_is_refused_waits_for_nobody_who_writes(office):
+    """A flood of requests that come to nothing never takes the right to write, which `fedge revoke` needs."""
+    claim, device = office.claim(), Device(office, "pi-7")
+    device.ask(claim)
+    forged = device.payload(claim.user, SigningKey.generate())
+    with Registry.open(office.folder / REGISTRY) as other, other.group():
+        assert Device(office, "pi-8").ask(claim).status == "refused"
+        assert device.ask(claim).status == "issued"
+        assert office.registrar.answer(claim.user, forged, NOW).told is None
 
 
 # All that is decided, by table.
