@@ -3,9 +3,12 @@
 X.509 (RFC 5280) with Ed25519 keys only (RFC 8410). Certificates are valid from the past on: a device may have no clock.
 """
 
+import contextlib
+import fcntl
 import ipaddress
+import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -212,6 +215,24 @@ class Authority:
         for extension in (issuer, *extensions):
             builder = builder.add_extension(extension, critical=False)
         return Certificate.parse(builder.sign(self._private.private, None).public_bytes(Encoding.DER))
+
+
+@contextlib.contextmanager
+def telling_brokers(folder: Path) -> Iterator[None]:
+    """The right to write the folders of brokers anew: a command and the server would do so at the same time.
+
+    Raises:
+        ConfigError: the authority's folder cannot be written to.
+    """
+    try:
+        lock = os.open(folder / "brokers.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); check disk and permissions") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _builder(

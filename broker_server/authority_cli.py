@@ -156,7 +156,7 @@ def revoke(name: str, folder: Path) -> None:
     NAME is a device's, or that of a claim that was lost. The key is never certified again; with a new key and a
     new claim the device may come back.
     """
-    from broker_server.authority import CA_KEY
+    from broker_server.authority import CA_KEY, telling_brokers
     from broker_server.broker_config.reload import reload_all
     from broker_server.registry import Registry
 
@@ -174,10 +174,12 @@ def revoke(name: str, folder: Path) -> None:
                 "this is said again: its list is signed with that key"
             )
         # Also where it is revoked already: the list may have been lost after that.
-        authority.write_crl(registry.revoked(now), now=now)
-        valid, revoked = registry.standing(now)
+        with telling_brokers(folder):
+            authority.write_crl(registry.revoked(now), now=now)
+            valid, revoked = registry.standing(now)
+            lines = reload_all(folder, devices=valid, revoked=revoked)
     click.echo(f"{name} is revoked, and the server knows it")
-    for line in reload_all(folder, devices=valid, revoked=revoked):
+    for line in lines:
         click.echo(line)
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from broker_server.authority import CA_KEY, REGISTRY, Authority
+from broker_server.authority import CA_KEY, REGISTRY, Authority, telling_brokers
 from broker_server.broker_config.reload import reload_all
 from broker_server.registrar import Answer, Registrar, Rule
 from broker_server.registry import Registry
@@ -208,12 +208,17 @@ async def responding(
         yield
         return
     link = connect(f"fedge-{federation}-enrol")
+
+    def tell_brokers(valid: tuple[str, ...], gone: tuple[str, ...]) -> list[str]:
+        with telling_brokers(folder):
+            return reload_all(folder, devices=valid, revoked=gone)
+
     responder = Responder(
         federation,
         link,
         lambda: Registrar(authority, Registry.open(folder / REGISTRY), rule, days),
         log,
-        changed=lambda valid, gone: reload_all(folder, devices=valid, revoked=gone),
+        changed=tell_brokers,
     )
     life = asyncio.ensure_future(responder.run())
     life.add_done_callback(lambda ended: _say_why(ended, log))

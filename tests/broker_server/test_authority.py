@@ -2,12 +2,13 @@
 
 import stat
 import subprocess
+import threading
 
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from broker_server.authority import Authority
+from broker_server.authority import Authority, telling_brokers
 from edge_client.errors import ConfigError
 from edge_client.trust.certificate import Certificate, make_request
 from edge_client.trust.keys import SigningKey
@@ -61,6 +62,25 @@ def test_the_broker_can_be_named_anew(tmp_path):
     assert (tmp_path / "broker.key").read_bytes() != before
     with pytest.raises(ConfigError, match="--host"):
         authority.rename_broker(["a..b"])
+
+
+def test_brokers_are_told_by_one_at_a_time(tmp_path):
+    done = []
+
+    def tell(number):
+        with telling_brokers(tmp_path):
+            done.append(number)
+            with (tmp_path / "one").open("x"):
+                pass
+            (tmp_path / "one").unlink()
+
+    threads = [threading.Thread(target=tell, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == list(range(8))
+    assert not (tmp_path / "one").exists()
 
 
 def test_openssl_agrees(office):
