@@ -31,6 +31,7 @@ def broker() -> None:
 @click.option("--port", type=click.IntRange(1, 65535), default=8883, show_default=True, help="Port for MQTT over TLS.")
 @click.option("--dialect", type=click.Choice(["2.0", "2.1"]), default=None, help="mosquitto's.  [default: installed]")
 @click.option("--plugin", default="", help="mosquitto 2.1's mosquitto_acl_file.so.  [default: where packages put it]")
+@click.option("--device", "devices", multiple=True, help="NATS: a device that will enrol.")
 @click.option("--at", "place", default="", help="Where the folder will lie on the broker's machine.  [default: here]")
 @click.option("--user", default=None, help="Who the broker runs as.  [default: mosquitto where you are root, else you]")
 def config(
@@ -41,6 +42,7 @@ def config(
     port: int,
     dialect: mosquitto.Dialect | None,
     plugin: str,
+    devices: tuple[str, ...],
     place: str,
     user: str | None,
 ) -> None:
@@ -60,6 +62,7 @@ def config(
         port=port,
         place=place,
         user=_service(kind) if user is None else user,
+        devices=devices,
     )
     if kind == "mosquitto":
         written = mosquitto.write(output, spec, dialect, plugin)

@@ -80,8 +80,8 @@ def explain(error: Exception) -> str:
             said = error.verify_message.rstrip(".").strip()
             return f"the broker's certificate is for other hosts ({said}); name it in `fedge ca init --host`"
         return f"{_STRANGER} ({error.verify_message})"
-    if isinstance(error, ssl.SSLError) and error.reason in _ALERTS:
-        return _ALERTS[error.reason]
+    if isinstance(error, ssl.SSLError) and (meaning := _ALERTS.get(getattr(error, "reason", ""))):
+        return meaning
     return _why(error)
 
 

@@ -54,6 +54,9 @@ host = "localhost"
 port = 1883
 username = "server"
 password_file = "secret"
+tls_ca = "ca.crt"
+tls_certificate = "server.crt"
+tls_key = "server.key"
 [round]
 cohort = 7
 over_select = 1.5
@@ -128,10 +131,13 @@ dropout = 0.1
 speed = [0.25, 1]
 bandwidth = 1e6
 latency = 0.05
+identities = "phones"
 """
     found = load(write(text))
     assert found.federation.bundle == "/models/cnn.fedge"
     assert found.broker.password_file == str(tmp_path / "secret")
+    assert found.broker.tls_key == str(tmp_path / "server.key")
+    assert found.simulation.identities == str(tmp_path / "phones")
     assert (found.round.invited, found.round.quorum) == (11, 20)
     assert found.train.hypers == {"lr": 0.05, "mu": 1.0}
     assert found.evaluation.data == str(tmp_path / "test.npz")
