@@ -3,6 +3,9 @@
 Each pair runs fedge (broker, server and phones on all cores) and both forms of the loop in separate processes, in
 alternating order; the loop counts with the faster of its two. Nothing is evaluated in either. Results go to
 ``build/bench/round.json``. What is finished is kept in ``round.parts.json``, from where an interrupted run resumes.
+
+With ``--tls``, instead, the same federation over plain TCP and over TLS with a certificate for everybody, on mosquitto
+with the same limits, in alternating order; results go to ``build/bench/round-tls.json``.
 """
 
 import argparse
@@ -15,26 +18,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from federations import BUILD, ROUNDS, RUNS, BenchError, command, data, export, machine, simulate, write_json
+from encrypted import mosquitto
+from federations import (
+    BUILD,
+    ROUNDS,
+    RUNS,
+    BenchError,
+    Sections,
+    command,
+    data,
+    export,
+    machine,
+    simulate,
+    write_json,
+)
 from parts import Parts
 
 FOLDER = BUILD / "bench" / "round"
 PARTS = BUILD / "bench" / "round.parts.json"
 RESULT = BUILD / "bench" / "round.json"
+TLS_PARTS, TLS_RESULT = PARTS.with_name("round-tls.parts.json"), RESULT.with_name("round-tls.json")
 
 WARMUP = 2
 SMALL_ROUNDS = ROUNDS or 30
 LOOP_FORMS = {"one process, two threads": (1, 2), "two processes, one thread": (2, 1)}
 
 
-def fedge(name: str, rounds: int) -> dict[str, Any]:
-    """Measure a federation: median seconds of its rounds after the warm-up."""
+def fedge(name: str, rounds: int, more: Sections | None = None) -> dict[str, Any]:
+    """Measure a federation, with ``more`` settings: median seconds of its rounds after the warm-up."""
     folder = FOLDER / name
     out = simulate(
         RUNS[name],
         folder,
         bundle=FOLDER / f"{name}.model" / "model.fedge",
-        settings={"stop": {"rounds": WARMUP + rounds}, "evaluation": {"every": 0}},
+        settings={"stop": {"rounds": WARMUP + rounds}, "evaluation": {"every": 0}, **(more or {})},
         timeout=60 + 30 * (WARMUP + rounds),
     )
     seconds = [row["seconds"] for row in out["rounds"]]
@@ -48,6 +65,34 @@ def fedge(name: str, rounds: int) -> dict[str, Any]:
         "bytes_up": out["bytes_up"],
         "bytes_down": out["bytes_down"],
     }
+
+
+def encrypted(name: str, rounds: int, *, tls: bool) -> dict[str, Any]:
+    """Measure a federation on a broker of its own, with or without TLS."""
+    with mosquitto(FOLDER / "broker", "bench", RUNS[name].clients, tls=tls) as sections:
+        return fedge(name, rounds, sections)
+
+
+def compare(pairs: int, rounds: int, *, fresh: bool) -> dict[str, Any]:
+    """Plain TCP and TLS in alternating order, and what follows from them."""
+    here = machine()
+    parts = Parts(TLS_PARTS, {"machine": here, "pairs": pairs, "rounds": rounds}, fresh=fresh)
+    found: dict[str, Any] = {"machine": here}
+    for name, count in (("fashion-mnist", rounds), ("logistic", SMALL_ROUNDS)):
+        export(RUNS[name], FOLDER / f"{name}.model")
+        measured: list[dict[str, float]] = []
+        for pair in range(1, pairs + 1):
+            ways = [("tcp", False), ("tls", True)]
+            one = {
+                way: parts.get(f"{name} {pair}: {way}", partial(encrypted, name, count, tls=tls), say=_seconds)
+                for way, tls in (ways if pair % 2 else ways[::-1])
+            }
+            measured.append({way: part["seconds_per_round"] for way, part in one.items()})
+        ratios = [pair["tls"] / pair["tcp"] for pair in measured]
+        tcp, tls_seconds = (statistics.median(pair[way] for pair in measured) for way in ("tcp", "tls"))
+        found[name] = {"tcp": tcp, "tls": tls_seconds, "ratio": tls_seconds / tcp, "pair_ratios": ratios}
+    parts.end()
+    return found
 
 
 def loop(name: str, model: str, processes: int, threads: int, rounds: int) -> dict[str, Any]:
@@ -121,9 +166,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=int(os.environ.get("FEDGE_PAIRS", "3")))
     parser.add_argument("--rounds", type=int, default=ROUNDS or 8, help="timed rounds in each run")
+    parser.add_argument("--tls", action="store_true", help="plain TCP and TLS beside each other, instead")
     parser.add_argument("--fresh", action="store_true", help="do not resume an interrupted run")
     arguments = parser.parse_args()
     try:
+        if arguments.tls:
+            result = compare(arguments.pairs, arguments.rounds, fresh=arguments.fresh)
+            write_json(TLS_RESULT, result)
+            print(json.dumps({name: result[name] for name in result if name != "machine"}, indent=2))
+            return 0
         result = measure(arguments.pairs, arguments.rounds, fresh=arguments.fresh)
     except BenchError as error:
         print(error, file=sys.stderr)

@@ -371,10 +371,10 @@ def test_the_password_comes_from_its_file(tmp_path):
     secret = tmp_path / "password"
     section = {"url": "mqtt://broker", "username": "server", "password_file": str(secret)}
     config = settings(tmp_path, broker=section)
-    with pytest.raises(ConfigError, match="password_file"), broker(config, lambda line: None):
+    with pytest.raises(ConfigError, match="password_file"), broker(config, print, insecure=True):
         pass
     secret.write_text("s3cret\n")
-    with broker(config, lambda line: None) as (address, _):
+    with broker(config, print, insecure=True) as (address, _):
         assert address == Address("broker", 1883, False, "server", "s3cret")
         assert "s3cret" not in str(address)
 

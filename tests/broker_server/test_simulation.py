@@ -12,6 +12,7 @@ from broker_server.config import Federation
 from broker_server.ledger import Ledger
 from broker_server.simulation import Simulated, simulate
 from edge_client.errors import ConfigError, FedgeError
+from tests.brokers import FEDERATION, KINDS, secured
 from tests.toy import toy_bundle, toy_data
 
 
@@ -46,6 +47,28 @@ def nothing_stays_behind():
 
 def run(config: Federation, on_round=lambda done: None) -> Simulated:
     return asyncio.run(asyncio.wait_for(simulate(config, lambda line: None, on_round), 60))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_fleet_with_certificates(tmp_path, kind):
+    """Phones, server and its probes do all that they must, and the generated rules let them."""
+    phones = [f"phone-{number:04d}" for number in range(4)]
+    with secured(kind, tmp_path, tuple(phones)) as broker:
+        identities, authority = tmp_path / "identities", broker.certificates.folder
+        identities.mkdir()
+        for name in phones:
+            broker.certificates.device(name).rename(identities / name)
+        own = {"tls_ca": "ca.crt", "tls_certificate": "server.crt", "tls_key": "server.key"}
+        config = settings(
+            tmp_path,
+            federation={"name": FEDERATION},
+            broker={"url": str(broker.address), **{key: str(authority / name) for key, name in own.items()}},
+            simulation={"clients": 4, "identities": str(identities)},
+            stop={"rounds": 2},
+            transfer={"inline": 0},
+        )
+        result = run(config)
+    assert [done.clients for done in result.rounds] == [4, 4]
 
 
 def test_a_small_fleet(tmp_path):
