@@ -59,6 +59,8 @@ class Tls:
         except (OSError, ValueError) as error:
             raise TransportError(f"{self.ca}: {_why(error)}; expected the authority's certificate in PEM") from error
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # The default from Python 3.13 on (RFC 5280 to the letter): what is refused does not depend on the version.
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
         if self.certificate is not None:
             _check_dates(self.certificate)
             try:

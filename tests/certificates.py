@@ -29,7 +29,7 @@ class Certificates:
         self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"authority of {self.folder.name}")])
         constraints = x509.BasicConstraints(ca=True, path_length=0)
         own = self._builder(self.name, self.key).add_extension(constraints, critical=True)
-        self.certificate = own.sign(self.key, None)
+        self.certificate = own.add_extension(_usage(authority=True), critical=True).sign(self.key, None)
         self._write(self.folder / "ca.crt", self.certificate)
         self.issue(self.folder, "broker", "broker", hosts=HOSTS)
         self.issue(self.folder, "server", "@server")
@@ -59,6 +59,9 @@ class Certificates:
         usage = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
         built = self._builder(subject, key, since, until).add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         built = built.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        built = built.add_extension(_usage(authority=False), critical=True)
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
+        built = built.add_extension(issuer, critical=False)
         if hosts:
             built = built.add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
         write_secret(folder / f"{file}.key", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
@@ -92,11 +95,26 @@ class Certificates:
             .serial_number(x509.random_serial_number())
             .not_valid_before(since)
             .not_valid_after(until)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         )
 
     @staticmethod
     def _write(path: Path, document: x509.Certificate | x509.CertificateRevocationList) -> None:
         write_secret(path, document.public_bytes(Encoding.PEM))
+
+
+def _usage(*, authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        encipher_only=False,
+        decipher_only=False,
+    )
 
 
 def _host(name: str) -> x509.GeneralName:
