@@ -11,6 +11,7 @@ with the same limits, in alternating order; results go to ``build/bench/round-tl
 import argparse
 import json
 import os
+import resource
 import statistics
 import sys
 from collections.abc import Callable
@@ -68,31 +69,38 @@ def fedge(name: str, rounds: int, more: Sections | None = None) -> dict[str, Any
 
 
 def encrypted(name: str, rounds: int, *, tls: bool) -> dict[str, Any]:
-    """Measure a federation on a broker of its own, with or without TLS."""
+    """Measure a federation on a broker of its own, with or without TLS; processor time is that of all its processes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with mosquitto(FOLDER / "broker", "bench", RUNS[name].clients, tls=tls) as sections:
-        return fedge(name, rounds, sections)
+        found = fedge(name, rounds, sections)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return found | {"processor": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
 
-def compare(pairs: int, rounds: int, *, fresh: bool) -> dict[str, Any]:
+def compare(pairs: int, rounds: int, names: list[str], *, fresh: bool) -> dict[str, Any]:
     """Plain TCP and TLS in alternating order, and what follows from them."""
     here = machine()
     parts = Parts(TLS_PARTS, {"machine": here, "pairs": pairs, "rounds": rounds}, fresh=fresh)
     found: dict[str, Any] = {"machine": here}
-    for name, count in (("fashion-mnist", rounds), ("logistic", SMALL_ROUNDS)):
+    for name in names:
+        count = SMALL_ROUNDS if name == "logistic" else rounds
         export(RUNS[name], FOLDER / f"{name}.model")
-        measured: list[dict[str, float]] = []
+        measured: list[dict[str, dict[str, Any]]] = []
         for pair in range(1, pairs + 1):
             ways = [("tcp", False), ("tls", True)]
             one = {
                 way: parts.get(f"{name} {pair}: {way}", partial(encrypted, name, count, tls=tls), say=_seconds)
                 for way, tls in (ways if pair % 2 else ways[::-1])
             }
-            measured.append({way: part["seconds_per_round"] for way, part in one.items()})
-        ratios = [pair["tls"] / pair["tcp"] for pair in measured]
-        tcp, tls_seconds = (statistics.median(pair[way] for pair in measured) for way in ("tcp", "tls"))
-        found[name] = {"tcp": tcp, "tls": tls_seconds, "ratio": tls_seconds / tcp, "pair_ratios": ratios}
+            measured.append(one)
+        found[name] = {key: _beside(measured, key) for key in ("seconds_per_round", "processor")}
     parts.end()
     return found
+
+
+def _beside(pairs: list[dict[str, dict[str, Any]]], key: str) -> dict[str, Any]:
+    tcp, tls = (statistics.median(pair[way][key] for pair in pairs) for way in ("tcp", "tls"))
+    return {"tcp": tcp, "tls": tls, "ratio": tls / tcp, "pair_ratios": [p["tls"][key] / p["tcp"][key] for p in pairs]}
 
 
 def loop(name: str, model: str, processes: int, threads: int, rounds: int) -> dict[str, Any]:
@@ -167,11 +175,12 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=int(os.environ.get("FEDGE_PAIRS", "3")))
     parser.add_argument("--rounds", type=int, default=ROUNDS or 8, help="timed rounds in each run")
     parser.add_argument("--tls", action="store_true", help="plain TCP and TLS beside each other, instead")
+    parser.add_argument("--runs", nargs="+", default=["fashion-mnist", "logistic"], help="which, with --tls")
     parser.add_argument("--fresh", action="store_true", help="do not resume an interrupted run")
     arguments = parser.parse_args()
     try:
         if arguments.tls:
-            result = compare(arguments.pairs, arguments.rounds, fresh=arguments.fresh)
+            result = compare(arguments.pairs, arguments.rounds, arguments.runs, fresh=arguments.fresh)
             write_json(TLS_RESULT, result)
             print(json.dumps({name: result[name] for name in result if name != "machine"}, indent=2))
             return 0
