@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -55,14 +56,17 @@ def config(
     settings = load(file)
     if dialect is not None and kind != "mosquitto":
         raise ConfigError(f"--dialect {dialect} is mosquitto's; remove it for --for {kind}")
+    authority = _authority(settings, file)
+    enrolled, revoked = _standing(authority)
     spec = BrokerSpec(
         settings.federation.name,
-        _authority(settings, file),
+        authority,
         host=host,
         port=port,
         place=place,
         user=_service(kind) if user is None else user,
-        devices=devices,
+        devices=(*enrolled, *devices),
+        revoked=revoked,
     )
     if kind == "mosquitto":
         written = mosquitto.write(output, spec, dialect, plugin)
@@ -77,6 +81,17 @@ def _authority(settings: Federation, file: Path) -> Path:
             f"{file}: trust.authority is empty; make an authority with `fedge ca init -o authority` and name it there"
         )
     return Path(settings.trust.authority)
+
+
+def _standing(authority: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of devices that are enrolled, and of those that were; none where the registry is elsewhere."""
+    from broker_server.authority import REGISTRY
+    from broker_server.registry import Registry
+
+    if not (authority / REGISTRY).exists():
+        return (), ()
+    with Registry.open(authority / REGISTRY) as registry:
+        return registry.standing(time.time())
 
 
 def _service(kind: Kind) -> str:

@@ -13,6 +13,7 @@ from broker_server.broker_cli import broker
 from broker_server.broker_config import emqx, mosquitto, nats
 from broker_server.broker_config.reload import reload, reload_all
 from broker_server.broker_config.spec import BrokerSpec, known
+from broker_server.registry import DeviceRow, Registry
 from edge_client.errors import ConfigError
 from tests.certificates import Certificates
 
@@ -295,6 +296,20 @@ def test_the_command_writes_a_folder_and_says_how_to_start_the_broker(fedge, aut
     assert any("9999" in path.read_text() for path in (tmp_path / "out").glob("*.conf"))
     if kind == "nats":
         assert '"CN=pi-8"' in (tmp_path / "out" / "users.conf").read_text()
+
+
+def test_nats_is_told_who_is_enrolled_already(fedge, authority, tmp_path):
+    federation(tmp_path, authority.folder)
+    with Registry.create(authority.folder / "registry.db") as registry:
+        registry.certify(DeviceRow("1", "pi-1", b"1" * 32, b"", 0.0, 4e9, None))
+        registry.certify(DeviceRow("2", "pi-2", b"2" * 32, b"", 0.0, 4e9, None))
+        registry.revoke("pi-2", 1.0)
+    fedge("config", "--for", "nats", "-o", "out", "--device", "pi-3", "federation.toml")
+    fedge("config", "--for", "mosquitto", "-o", "acl", "--user", "", "federation.toml")
+    (authority.folder / "registry.db").unlink()
+    users = (tmp_path / "out" / "users.conf").read_text()
+    assert [f"CN=pi-{number}" in users for number in (1, 2, 3)] == [True, False, True]
+    assert "user pi-2\ntopic deny #" in (tmp_path / "acl" / "acl").read_text()
 
 
 def test_mistakes_are_named(fedge, authority, tmp_path):
