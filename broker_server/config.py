@@ -25,7 +25,6 @@ Bytes = Annotated[int, Meta(ge=0, le=2**62)]
 ClientPattern = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.*?-]{1,64}\Z")]
 Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,63}\Z")]
 
-
 _SYNCHRONOUS = ("cohort", "over_select", "minimum")
 _BUFFERED = ("concurrency", "buffer", "staleness", "max_staleness")
 """Keys of ``[round]`` that only one of its modes reads."""
@@ -55,10 +54,9 @@ class Broker(_Section, frozen=True):
     username: str = ""
     password_file: str = ""
     tls_ca: str = ""
-    """The authority of the broker's certificate; empty means ``trust.authority``'s, or else the system's."""
     tls_certificate: str = ""
-    """The server's own certificate, where the broker asks for one and ``trust.authority`` has not got it."""
     tls_key: str = ""
+    """In place of what ``trust.authority`` has: the authority of the broker's certificate, and the server's own."""
 
 
 class Round(_Section, frozen=True):
