@@ -71,6 +71,14 @@ def test_a_small_fleet_with_certificates(tmp_path, kind):
     assert [done.clients for done in result.rounds] == [4, 4]
 
 
+def test_a_federation_with_an_authority_is_tried_out_without_the_keys_of_its_devices(tmp_path):
+    trust, lines = {"authority": str(tmp_path / "elsewhere")}, []
+    config = settings(tmp_path, trust=trust, simulation={"clients": 4}, stop={"rounds": 1})
+    result = asyncio.run(asyncio.wait_for(simulate(config, lines.append), 60))
+    assert len(result.rounds) == 1
+    assert lines[0] == "simulation.identities is empty: no certificates and no signatures in this run"
+
+
 def test_a_small_fleet(tmp_path):
     seen = []
     result = run(settings(tmp_path), seen.append)
