@@ -115,7 +115,8 @@ def test_a_fleet_without_rounds(tmp_path):
     )
     result = run(config)
     assert [done.version for done in result.rounds] == list(range(1, 13))
-    assert all(done.clients >= 3 and done.bytes_down > 0 for done in result.rounds)
+    assert all(done.clients >= 3 for done in result.rounds)
+    assert sum(done.bytes_down for done in result.rounds) > 0
     assert max(done.metrics["staleness"] for done in result.rounds) > 0
     assert max(done.metrics["accuracy"] for done in result.rounds) > 0.5
     assert result.fleet.dropped == 0

@@ -77,7 +77,8 @@ class Table:
         before = coordinator.dropped
         actions = self.desk.feed(e.Received(topic, payload))
         bounded(actions)
-        if topic in (TOPICS.offer, TOPICS.up("a"), TOPICS.up("x")) and not is_message(payload):
+        # What is empty clears what somebody had retained there.
+        if payload and topic in (TOPICS.offer, TOPICS.up("a"), TOPICS.up("x")) and not is_message(payload):
             assert coordinator.dropped == before + 1
 
     def finish(self) -> None:
