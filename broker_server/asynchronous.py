@@ -18,6 +18,7 @@ from broker_server.conversation import Conversation
 from broker_server.flights import Flight, Flights, Identity
 from broker_server.hearing import printable
 from broker_server.ledger import Task
+from broker_server.rates import tolerance
 from broker_server.selection import Candidate, select
 from broker_server.tally import Tally
 from edge_client.wire import messages as m
@@ -261,6 +262,10 @@ class AsynchronousCoordinator(Conversation):
         return select(free, count, rng)
 
     def _launch(self, kind: Literal["train", "evaluate"], clients: list[str]) -> Iterator[e.Action]:
+        plan = b""
+        if clients and kind == "train":
+            samples = [candidate.samples for candidate in self._roster.candidates()]
+            plan = tolerance(self.settings, self._pace, samples, self.settings.round.buffer)
         for client in clients:
             member = self._roster.get(client)
             assert member is not None
@@ -272,7 +277,7 @@ class AsynchronousCoordinator(Conversation):
                 kind=kind,
                 version=self._version,
                 cohort=(client,),
-                plan=b"",
+                plan=plan,
                 opened=0.0,
             )
             yield from self._flights.launch(task, member.boot)

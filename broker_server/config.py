@@ -28,6 +28,8 @@ Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,63}\Z")]
 _SYNCHRONOUS = ("cohort", "over_select", "minimum")
 _BUFFERED = ("concurrency", "buffer", "staleness", "max_staleness")
 """Keys of ``[round]`` that only one of its modes reads."""
+_VALUES = {"nmse": 0.1, "cohort": 3.5}
+_HIGHEST = TARGETS | {"cohort": 1000.0}
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -115,10 +117,12 @@ class Codec(_Section, frozen=True):
     """``[codec]``: the rate of updates and of the global model."""
 
     kind: Literal["quantized", "none"] = "quantized"
-    target: Literal["bits", "nmse", "bytes", "step"] = "nmse"
+    target: Literal["bits", "nmse", "bytes", "step", "cohort"] = "nmse"
     """What ``value`` says of an update: its bits a parameter, its noise (energy of what is lost over that of the
-    update), its bytes, or its quantization step (in root mean squares of the update)."""
-    value: Rate = 0.1
+    update), its bytes, or its quantization step (in root mean squares of the update). Or, of the aggregate of a
+    cohort, its step in standard deviations of aggregates: those who weigh little tell little (see ``rates``)."""
+    value: Rate | None = None
+    """0.1 unless given with ``nmse``, 3.5 with ``cohort``; the others have no default."""
     clients: dict[ClientPattern, Rate] = {}
     """Other values for some clients, by id or by pattern (``pi-*``); the first that fits holds."""
     upload_seconds: Duration = 0.0
@@ -136,7 +140,7 @@ class Codec(_Section, frozen=True):
     def rate(self, client: str) -> float:
         """The value of ``target`` for one client."""
         fitting = (value for pattern, value in self.clients.items() if fnmatchcase(client, pattern))
-        return next(fitting, self.value)
+        return next(fitting, self.value or _VALUES.get(self.target, math.nan))
 
     def limit(self, uplink: float) -> int:
         """Bytes that an update may have over a link of ``uplink`` bytes a second; 0 where nothing bounds them."""
@@ -391,10 +395,14 @@ def _check_mode(rounds: Round) -> None:
 
 
 def _check_rates(codec: Codec) -> None:
-    most = TARGETS[codec.target]
+    most = _HIGHEST[codec.target]
+    if codec.value is None and codec.target not in _VALUES:
+        raise ConfigError(
+            f'codec.value is missing; expected a number of {codec.target} with codec.target = "{codec.target}"'
+        )
     for key, value in {
         "value": codec.value,
         **{f"clients.{name}": rate for name, rate in codec.clients.items()},
     }.items():
-        if value > most:
+        if value is not None and value > most:
             raise ConfigError(f'codec.{key} is {value}; expected at most {most:g} with codec.target = "{codec.target}"')

@@ -41,6 +41,8 @@ class Conversation(Hearing):
     _progress: Progress = field(init=False)
     _task: int = field(init=False)
     _version: int = field(init=False)
+    _pace: float = field(init=False)
+    """Standard deviation of an element of aggregates."""
     _digests: dict[int, bytes] = field(init=False, default_factory=dict)
     _round: OpenRound = field(init=False)
     _gather: float | None = field(init=False, default=None)
@@ -60,7 +62,7 @@ class Conversation(Hearing):
         # A round whose evaluation goes on has its result in the ledger already, and is counted when it is finished.
         finished = [result for result in restored.rounds if result.round != restored.unfinished]
         self._progress = Progress(self.settings.stop, finished)
-        self._task, self._version = restored.last_task, restored.version
+        self._task, self._version, self._pace = restored.last_task, restored.version, restored.pace
         self._digests[restored.version] = restored.digest
         self._round = OpenRound((finished[-1].round if finished else 0) + 1)
         for result in restored.rounds:
@@ -143,9 +145,9 @@ class Conversation(Hearing):
             case e.Refused(_, _, client, reason):
                 yield from self._answered(event, now)
                 yield from self._struck(self._conduct.strike(client, reason, now), now)
-            case e.Aggregated(version, digest, clipped):
+            case e.Aggregated(version, digest, clipped, pace):
                 if self.phase == "aggregate":
-                    self._version, self._digests[version] = version, digest
+                    self._version, self._digests[version], self._pace = version, digest, pace
                     if clipped:
                         yield e.Log(_diverged(version, clipped))
                     yield from self._measure(now)

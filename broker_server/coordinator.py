@@ -9,6 +9,7 @@ from broker_server import events as e
 from broker_server.conversation import Conversation
 from broker_server.hearing import printable
 from broker_server.ledger import Task
+from broker_server.rates import tolerance
 from broker_server.selection import select
 from broker_server.tasks import OpenTask
 from edge_client.errors import WireError
@@ -137,14 +138,18 @@ class Coordinator(Conversation):
         self._task += 1
         self.phase = kind
         rng = random.Random(f"{self.settings.federation.seed}/{self._round.number}/{self._task}")  # noqa: S311
+        candidates = self._roster.candidates()
+        cohort = tuple(select(candidates, count, rng))
+        samples = [candidate.samples for candidate in candidates if candidate.id in {*cohort}]
+        updates = min(self.settings.round.cohort, len(cohort))
         task = Task(
             epoch=self.restored.epoch,
             task=self._task,
             round=self._round.number,
             kind=kind,
             version=self._version,
-            cohort=tuple(select(self._roster.candidates(), count, rng)),
-            plan=b"",
+            cohort=cohort,
+            plan=tolerance(self.settings, self._pace, samples, updates) if kind == "train" else b"",
             opened=0.0,
         )
         self._open = self._begin(task)
@@ -162,7 +167,7 @@ class Coordinator(Conversation):
             if member is not None:
                 member.last_round = task.task.round
                 void = self._roster.voids.get(client)
-                yield from task.invite(client, member.version, member.digest, member.uplink, void)
+                yield from task.invite(client, member.version, member.digest, member.uplink, void, member.samples)
 
     def _go_on(self, now: float) -> Iterator[e.Action]:
         """Ask others where members of the task are lost, and close it when it is over."""

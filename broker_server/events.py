@@ -45,6 +45,8 @@ class Restored:
     """Clients that were there at the end of the last round."""
     voids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """By client, the task that its last recorded update was for, where that is void."""
+    pace: float = 0.0
+    """As in `Aggregated`."""
 
     @property
     def open_task(self) -> Task | None:
@@ -124,12 +126,14 @@ class Prepared:
 class Aggregated:
     """A new version of the global model is in the ledger, and its tasks are closed.
 
-    ``clipped`` counts the parameters that would have gone out of all bounds and stay where they were.
+    ``clipped`` counts the parameters that would have gone out of all bounds and stay where they were. ``pace`` is the
+    standard deviation of an element of rounds' aggregates, averaged, and 0 where it is not known.
     """
 
     version: int
     digest: bytes
     clipped: int = 0
+    pace: float = 0.0
 
 
 @dataclass(frozen=True)

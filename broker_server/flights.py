@@ -16,6 +16,7 @@ from typing import Literal
 from broker_server import events as e
 from broker_server.config import Federation
 from broker_server.ledger import Task
+from broker_server.rates import update_plan
 from broker_server.roster import Member
 from broker_server.uploads import Grant, Uploads
 from edge_client.errors import WireError
@@ -285,7 +286,7 @@ class Flights:
     def _invitation(
         self, flight: Flight, member: Member, versions: Mapping[int, bytes], void: Identity | None
     ) -> e.Action:
-        task, train, codec = flight.task, self.settings.train, self.settings.codec
+        task, train = flight.task, self.settings.train
         (client,) = task.cohort
         assert flight.way is not None
         return self._tell(
@@ -295,7 +296,7 @@ class Flights:
                 task.task,
                 task.kind,
                 m.TrainPlan(train.epochs, train.steps, train.batch_size, train.hypers),
-                m.UpdatePlan(codec.kind, codec.target, codec.rate(client), codec.feedback, codec.limit(member.uplink)),
+                update_plan(self.settings, task, client, member.samples, member.uplink),
                 self.settings.federation.seed,
                 self._seconds(task),
                 flight.way[0],

@@ -65,6 +65,11 @@ class Publication:
         """Hash of the newest version."""
         return self._head.model.digest()
 
+    @property
+    def pace(self) -> float:
+        """Standard deviation of an element of rounds' aggregates, averaged; 0 before the first and without a codec."""
+        return self._head.pace
+
     def digests(self, versions: Collection[int]) -> dict[int, bytes]:
         """Hashes of versions that are kept."""
         return {version: self._model(version).digest() for version in versions}

@@ -13,6 +13,7 @@ from typing import Literal
 from broker_server import events as e
 from broker_server.config import Federation
 from broker_server.ledger import Task
+from broker_server.rates import update_plan
 from broker_server.selection import Candidate, select
 from broker_server.tally import Tally
 from broker_server.uploads import Grant, Uploads
@@ -49,8 +50,8 @@ class OpenTask:
     _refusals: dict[str, str] = field(init=False, default_factory=dict)
     _waiting: dict[int, dict[str, None]] = field(init=False, default_factory=dict)
     """By the version that they hold, the clients whose delta is not built yet."""
-    _limits: dict[str, int] = field(init=False, default_factory=dict)
-    """By client, the bytes that its update may have, where its link sets a bound."""
+    _plans: dict[str, m.UpdatePlan] = field(init=False, default_factory=dict)
+    """By client, how it encodes its update."""
     _voids: dict[str, tuple[int, int] | None] = field(init=False, default_factory=dict)
     """By client, the void task that its last recorded update was for."""
     _deltas: dict[int, m.BlobRef] = field(init=False, default_factory=dict)
@@ -148,7 +149,13 @@ class OpenTask:
         return True
 
     def invite(
-        self, client: str, version: int, digest: bytes, uplink: float = 0.0, void: tuple[int, int] | None = None
+        self,
+        client: str,
+        version: int,
+        digest: bytes,
+        uplink: float = 0.0,
+        void: tuple[int, int] | None = None,
+        samples: int = 1,
     ) -> list[e.Action]:
         """Invite a client that holds this version: now where the delta is there, else once it is built.
 
@@ -157,7 +164,7 @@ class OpenTask:
         """
         self._invited.add(client)
         self._voids[client] = void
-        self._limits[client] = self.settings.codec.limit(uplink)
+        self._plans[client] = update_plan(self.settings, self.task, client, samples, uplink)
         held = version if self.versions.get(version) == digest else 0
         if self.settings.codec.kind == "none" and held != self.task.version:
             held = 0  # a full snapshot leads from anywhere, so one blob serves all
@@ -289,7 +296,7 @@ class OpenTask:
         return [e.Record(*self.identity, client, data)]
 
     def _invitation(self, client: str, held: int) -> e.Action:
-        task, train, codec = self.task, self.settings.train, self.settings.codec
+        task, train = self.task, self.settings.train
         return self._tell(
             client,
             m.Invitation(
@@ -297,7 +304,7 @@ class OpenTask:
                 task.round,
                 task.kind,
                 m.TrainPlan(train.epochs, train.steps, train.batch_size, train.hypers),
-                m.UpdatePlan(codec.kind, codec.target, codec.rate(client), codec.feedback, self._limits[client]),
+                self._plans[client],
                 self.settings.federation.seed,
                 self.seconds,
                 held,

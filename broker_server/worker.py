@@ -109,6 +109,7 @@ class Worker:
             fleet=int(self._ledger.get(_FLEET) or 0),
             voids=self._ledger.voids(),
             uploads=self.spool.restore(open_tasks),
+            pace=self._publication.pace,
         )
 
     def replay(self, restored: e.Restored) -> Iterator[e.Event]:
@@ -152,7 +153,9 @@ class Worker:
                     self._tasks.pop(identity)
                     self.spool.discard(identity)
                 self._begin_sum()
-                return e.Aggregated(self._publication.version, self._publication.digest, clipped)
+                return e.Aggregated(
+                    self._publication.version, self._publication.digest, clipped, self._publication.pace
+                )
             case e.CloseTask(epoch, number, outcome):
                 self._ledger.close_task(epoch, number, outcome)
                 self._tasks.pop((epoch, number))

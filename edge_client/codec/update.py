@@ -36,7 +36,7 @@ _STEP_AT_A_BIT, _STEP_AT_ALL_NOISE = 0.95, 8.0
 _LENGTH = 2
 """About what a vector's length takes beyond that of no bytes."""
 
-TARGETS = {"step": 1000.0, "bits": 32.0, "bytes": 2.0**34, "nmse": 0.999}
+TARGETS = {"step": 1000.0, "absolute": 1e12, "bits": 32.0, "bytes": 2.0**34, "nmse": 0.999}
 """Largest value of each target."""
 
 _DIGEST = 8
@@ -48,19 +48,20 @@ class CodecSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``kind``: quantized, or none for float32 as it is. ``target`` and ``value`` say how finely:
 
-    ======  ===========================================================================================
-    step    distance of two levels, in root mean squares of the vector, up to 1000
-    bits    bits of the vector and the header for each parameter, up to 32; vectors that travel raw apart
-    bytes   bytes of the whole update
-    nmse    energy of what is lost as a share of the vector's (normalized mean squared error), below 1
-    ======  ===========================================================================================
+    ========  ===========================================================================================
+    step      distance of two levels, in root mean squares of the vector, up to 1000
+    absolute  distance of two levels, in units of parameters, up to 1e12; a vector far below it is all zero
+    bits      bits of the vector and the header for each parameter, up to 32; vectors that travel raw apart
+    bytes     bytes of the whole update
+    nmse      energy of what is lost as a share of the vector's (normalized mean squared error), below 1
+    ========  ===========================================================================================
 
     Raises:
         ValueError: the value is out of the target's range.
     """
 
     kind: Literal["quantized", "none"] = "quantized"
-    target: Literal["step", "bits", "bytes", "nmse"] = "nmse"
+    target: Literal["step", "absolute", "bits", "bytes", "nmse"] = "nmse"
     value: Annotated[float, Meta(gt=0)] = 0.1
 
     def __post_init__(self) -> None:
@@ -169,6 +170,9 @@ def _frame(
 def _quantized(vector: Vector, layout: Layout, settings: CodecSettings, spent: int) -> VectorEncoder:
     """The vector, encoded as the settings say, where ``spent`` bytes of the update are taken."""
     encoder = VectorEncoder(vector, layout)
+    if settings.target == "absolute":
+        encoder.encode(settings.value, silent=True)
+        return encoder
     if settings.target == "step":
         encoder.encode(settings.value * encoder.rms)
         return encoder

@@ -51,9 +51,12 @@ class VectorEncoder:
         self.data = b""
         self.step = 0.0
 
-    def encode(self, step: float) -> bytes:
-        """Encode at a step, which is taken into ``bounds`` and to float32."""
-        self.step = self._allowed(step)
+    def encode(self, step: float, *, silent: bool = False) -> bytes:
+        """Encode at a step, which is taken into ``bounds`` and to float32.
+
+        ``silent``: it may be larger than that, and then perhaps nothing is told.
+        """
+        self.step = self._allowed(step, silent=silent)
         bodies = [self._block(block, code=True) for block in self._blocks]
         self.data = _STEP.pack(self.step) + join(bodies)
         return self.data
@@ -65,9 +68,10 @@ class VectorEncoder:
             self._block(block, code=False)
         return (rms(self.residual) / self.rms) ** 2
 
-    def _allowed(self, step: float) -> float:
+    def _allowed(self, step: float, *, silent: bool = False) -> float:
         low, high = self.bounds
-        return float(np.float32(max(min(max(step, low), high), 1e-45)))
+        step = max(step, low) if silent else min(max(step, low), high)
+        return float(np.float32(max(step, 1e-45)))
 
     def _block(self, block: Block, *, code: bool) -> bytes:
         left = self.residual[block.where]

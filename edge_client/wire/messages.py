@@ -51,10 +51,13 @@ class TrainPlan(Struct, frozen=True, array_like=True):
 
 
 class UpdatePlan(Struct, frozen=True, array_like=True):
-    """How this client encodes its update; the first three as in `edge_client.codec.update.CodecSettings`."""
+    """How this client encodes its update; the first three as in `edge_client.codec.update.CodecSettings`.
+
+    ``value`` is checked against its target's bounds where the update is encoded.
+    """
 
     kind: Literal["quantized", "none"] = "quantized"
-    target: Literal["bits", "nmse", "bytes", "step"] = "nmse"
+    target: Literal["bits", "nmse", "bytes", "step", "absolute"] = "nmse"
     value: Annotated[float, Meta(gt=0, le=1e12)] = 0.1
     feedback: Literal["residual", "length", "none"] = "residual"
     """What becomes of what the encoding loses: it is kept and added to the next update (error feedback); or forgotten,
