@@ -65,6 +65,8 @@ class Paper:
     fleet: int = 0
     last: dict[str, Identity] = field(default_factory=dict)
     """By client, the task of its last recorded update."""
+    pace: float = 0.0
+    """What is said of aggregates, once there is one."""
     kept: set[int] = field(default_factory=lambda: {0})
     blobs: dict[bytes, bytes] = field(default_factory=dict)
     uploads: dict[tuple[Identity, str], transfer.Assembly] = field(default_factory=dict, compare=False)
@@ -86,6 +88,7 @@ class Paper:
             digests={task.version: digest(task.version) for task in opened},
             fleet=self.fleet,
             voids={client: identity for client, identity in self.last.items() if self.outcomes.get(identity) == "void"},
+            pace=self.pace if self.version else 0.0,
             uploads={
                 client: copy.deepcopy(blob)
                 for task in opened
@@ -149,7 +152,7 @@ class Paper:
                 self.version += 1
                 assert result.version == self.version
                 self.rounds[result.round], self.unfinished = result, result.round
-                return e.Aggregated(self.version, digest(self.version))
+                return e.Aggregated(self.version, digest(self.version), pace=self.pace)
             case e.CloseTask(epoch, number, outcome):
                 self._close(epoch, number, outcome)
                 return e.Closed(epoch, number)
@@ -241,8 +244,7 @@ class Desk:
                 BUNDLE.sha256,
                 version,
                 digest(version) if state is None else state,
-                samples=10,
-                **{"available": True, **more},  # type: ignore[arg-type]
+                **{"samples": 10, "available": True, **more},  # type: ignore[arg-type]
             )
             everything += self.say(client, said)
         return everything

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from broker_server import events as e
@@ -278,6 +280,25 @@ def test_a_restart_goes_on_with_the_same_buffer_and_tasks():
     again.upload(two, update(30), identity=left[two])
     assert [client for _, client in paper.counted[0]] == [one, two]
     assert paper.sums == [40]
+
+
+def test_over_a_buffer_each_client_is_told_its_step_the_same_again_after_a_restart():
+    samples = {"a": 20, "b": 40, "c": 60, "d": 80}
+    codec = {"target": "cohort", "value": 2.0}
+    table = desk(Paper(pace=0.003), codec=codec)
+    for client, count in samples.items():
+        asked = invited(table.hello(client, samples=count))
+    assert {one.update for one in asked.values()} == {m.UpdatePlan("quantized", "nmse", 0.1)}
+    while table.paper.version < 1:
+        asked = invited(send(table, next(iter(flying(table)))))
+    # Of the mean of all who are there: 50.
+    expected = {client: pytest.approx(0.006 * math.sqrt(2) * 50 / count) for client, count in samples.items()}
+    (found,) = asked.items()
+    client, invitation = found
+    assert (invitation.update.target, invitation.update.value) == ("absolute", expected[client])
+    table = desk(table.paper, codec=codec)
+    again = invited(table.hello(client, samples=samples[client]))[client]
+    assert (again.task, again.update) == (invitation.task, invitation.update)
 
 
 def test_a_restart_with_a_full_buffer_makes_the_version():

@@ -235,6 +235,14 @@ BAD = {
         '[codec]\ntarget = "bits"\nvalue = 1\n[codec.clients]\n"pi-*" = 33',
         r'codec\.clients\.pi-\* is 33\.0; expected at most 32 with codec\.target = "bits"',
     ),
+    "rate that has no default": (
+        '[codec]\ntarget = "bits"',
+        r'codec\.value is missing; expected a number of bits with codec\.target = "bits"',
+    ),
+    "coarse cohort": (
+        '[codec]\ntarget = "cohort"\nvalue = 1001',
+        r'codec\.value is 1001\.0; expected at most 1000 with codec\.target = "cohort"',
+    ),
     "rate of nothing": ("[codec]\nvalue = 0", r"codec\.value is 0; expected a number above 0"),
     "client name": ('[codec.clients]\n"a/b" = 1', r"name in codec\.clients is 'a/b'; expected a text that matches"),
     "too few phones": ('[simulation]\ndata = "x.npz"\nclients = 9', r"round\.cohort is 10; .* simulation\.clients, 9"),

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterable
 
@@ -172,6 +173,42 @@ def test_a_link_that_has_changed_changes_the_limit():
     table.hello("a", "b", uplink=50.0)
     again = invited(table.hello("a", uplink=20.0))
     assert again["a"].update.limit == 200
+
+
+UNEVEN = {"a": 20, "b": 40, "c": 140}
+
+
+def test_over_a_cohort_each_client_is_told_its_step_the_same_again_after_a_restart():
+    sections = {"codec": {"target": "cohort", "value": 2.0}, "round": {"cohort": 3, "minimum": 2}}
+    table = desk(Paper(pace=0.003), **sections)
+    first: dict[str, m.Invitation] = {}
+    for client, samples in UNEVEN.items():
+        first |= invited(table.hello(client, samples=samples))
+    assert {one.update for one in first.values()} == {m.UpdatePlan("quantized", "nmse", 0.1)}
+    asked: dict[str, m.Invitation] = {}
+    for client in UNEVEN:
+        asked |= invited(table.upload(client))
+    assert {one.update.target for one in asked.values()} == {"absolute"}
+    steps = {client: one.update.value for client, one in asked.items()}
+    assert steps == {client: pytest.approx(0.006 * 200 / (w * math.sqrt(3))) for client, w in UNEVEN.items()}
+    # A server that knows of one client only, and of the pace from the ledger.
+    table = desk(table.paper, **sections)
+    again = invited(table.hello("b", version=1, samples=40))
+    assert {client: one.update.value for client, one in again.items()} == {"b": steps["b"]}
+    # The next task follows what the ledger says of aggregates.
+    for client in ("a", "c"):
+        table.hello(client, version=1, samples=UNEVEN[client])
+    table.paper.pace *= 2
+    for client in UNEVEN:
+        asked |= invited(table.upload(client, identity=table.task))
+    assert asked["b"].update.value == pytest.approx(2 * steps["b"])
+
+
+def test_over_a_cohort_the_noise_is_that_of_the_goal_and_not_of_all_that_are_asked():
+    sections = {"codec": {"target": "cohort", "value": 2.0}, "round": {"cohort": 2, "over_select": 1.5, "clients": 3}}
+    table = desk(Paper(pace=0.003, version=1, kept={0, 1}), **sections)
+    asked = invited(table.hello("a", "b", "c"))
+    assert [one.update.value for one in asked.values()] == [pytest.approx(0.006 * math.sqrt(2))] * 3
 
 
 def test_a_void_is_told_once_the_ledger_has_it():

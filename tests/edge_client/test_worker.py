@@ -126,6 +126,19 @@ def test_a_delta_brings_the_model_to_its_version_and_the_copy_is_kept(worker, tr
     assert worker.copies.load(MOVED.digest(), BUNDLE.layout) is None
 
 
+@pytest.mark.parametrize("feedback", ["residual", "length"])
+def test_an_update_in_which_nothing_is_told_counts_and_is_kept_for_the_next(worker, trainer, feedback):
+    plain = delta_of(worker.perform(invitation(update=m.UpdatePlan("none")), trainer, never).update)
+    silent = m.UpdatePlan(target="absolute", value=1e3, feedback=feedback)
+    answer = worker.perform(invitation(update=silent), trainer, never)
+    assert not delta_of(answer.update).any()
+    assert decode_scalars(answer.update)["samples"] == 40
+    worker.store.settle(1, 1, recorded=True)
+    both = delta_of(worker.perform(invitation(2, update=m.UpdatePlan("none")), trainer, never).update)
+    once = 2 if feedback == "residual" else 1
+    np.testing.assert_allclose(both, once * plain, atol=0.01 * np.abs(plain).max())
+
+
 def test_evaluation_sends_sums_and_no_vector(worker, trainer):
     answer = worker.perform(invitation(kind="evaluate"), trainer, never)
     scalars = decode_scalars(answer.update)
@@ -240,6 +253,7 @@ RATES = {
     "a limit below the bits": (m.UpdatePlan(target="bits", value=8.0, limit=700), 700),
     "a limit below the bytes": (m.UpdatePlan(target="bytes", value=2000.0, limit=500), 500),
     "bytes below the limit": (m.UpdatePlan(target="bytes", value=500.0, limit=2000), 500),
+    "a step in units of parameters": (m.UpdatePlan(target="absolute", value=1e-4, limit=400), 400),
     "a limit above all": (m.UpdatePlan(target="bytes", value=500.0, limit=2**34), 500),
 }
 

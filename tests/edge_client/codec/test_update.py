@@ -195,6 +195,46 @@ def test_rate_control_hits_what_can_be_reached_on_small_vectors(example, target,
     assert spent(encoded, example.vector, target) == pytest.approx(goal, rel=0.05, abs=few)
 
 
+@pytest.mark.parametrize("multiple", [0.05, 1.0, 6.0])
+def test_a_step_in_units_of_parameters_is_the_one_that_is_used(example, multiple):
+    vectors, layouts = one(example)
+    if not example.vector.any():
+        return
+    size = float(np.sqrt(np.mean(example.vector.astype(np.float64) ** 2)))
+    step = multiple * size
+    if step > min(np.abs(example.vector).max(), 1e12):
+        return  # in root mean squares it would be taken into the vector's bounds
+    absolute = encode_update(vectors, layouts, {}, CodecSettings(target="absolute", value=step))
+    relative = encode_update(vectors, layouts, {}, CodecSettings(target="step", value=multiple))
+    assert len(absolute.data) == pytest.approx(len(relative.data), rel=0.02, abs=4)
+    difference = np.abs(absolute.residual - relative.residual)
+    assert difference.max() <= 0.01 * step or np.count_nonzero(difference > 0.01 * step) < 0.001 * difference.size
+
+
+@pytest.mark.parametrize("step", [1.0, 1e12])
+def test_far_below_an_absolute_step_nothing_is_told_and_all_of_it_left(step):
+    for vector in (planted(LARGE, 3, 4) * np.float32(1e-4), np.full(LARGE.size, 1e-40, np.float32)):
+        encoded = encode_update({"delta": vector}, {"delta": LARGE}, {}, CodecSettings(target="absolute", value=step))
+        assert len(encoded.data) < 60
+        assert not decode_update(encoded.data, {"delta": LARGE}).vectors["delta"].any()
+        np.testing.assert_array_equal(encoded.residual, vector)
+
+
+def test_what_is_left_passes_an_absolute_step_in_the_end(conv):
+    """Clients that weigh little say nothing for a while; then all that they have learned."""
+    delta, layouts = conv.vector, {"delta": conv.layout}
+    step = 3.0 * float(np.abs(delta).max())
+    residual, told, sizes = np.zeros_like(delta), np.zeros_like(delta), []
+    for _ in range(20):
+        encoded = encode_update({"delta": delta + residual}, layouts, {}, CodecSettings(target="absolute", value=step))
+        told += decode_update(encoded.data, layouts).vectors["delta"]
+        residual = encoded.residual
+        sizes.append(len(encoded.data))
+    assert min(sizes[1:]) < 60 < max(sizes)
+    np.testing.assert_allclose(told + residual, 20 * delta, atol=1e-4 * np.abs(20 * delta).max())
+    assert np.abs(residual).max() < step
+
+
 def test_vectors_that_travel_raw_take_nothing_from_the_bits(conv):
     """Buffers and control variates are no reason to tell the model's update more coarsely; bytes are of the whole."""
     raw = planted(LARGE, 2)
