@@ -42,7 +42,7 @@ class Conversation(Hearing):
     _task: int = field(init=False)
     _version: int = field(init=False)
     _pace: float = field(init=False)
-    """Standard deviation of an element of aggregates."""
+    """How far an element of the model moves in a round."""
     _digests: dict[int, bytes] = field(init=False, default_factory=dict)
     _round: OpenRound = field(init=False)
     _gather: float | None = field(init=False, default=None)

@@ -126,8 +126,8 @@ class Prepared:
 class Aggregated:
     """A new version of the global model is in the ledger, and its tasks are closed.
 
-    ``clipped`` counts the parameters that would have gone out of all bounds and stay where they were. ``pace`` is the
-    standard deviation of an element of rounds' aggregates, averaged, and 0 where it is not known.
+    ``clipped`` counts the parameters that would have gone out of all bounds and stay where they were. ``pace`` is that
+    of the publication: about the standard deviation of an element of rounds' aggregates, 0 where it is not known.
     """
 
     version: int

@@ -14,6 +14,7 @@ from broker_server.ledger import Ledger, Round, Version
 from edge_client.bundle import Bundle
 from edge_client.codec.layout import Vector
 from edge_client.codec.model import Model, encode_model_delta, pack_model, unpack_model, untrained
+from edge_client.codec.quantize import rms
 from edge_client.codec.versions import CodedState, RawState, State
 from edge_client.errors import CodecError, LedgerError
 
@@ -23,6 +24,8 @@ _RECENT = 10
 """Rounds over which the size of steps is averaged, about: one round's varies by a factor of two."""
 _OUTLIER = 4.0
 """A step counts as at most this many times the average."""
+_EARLY, _FINEST = 0.04, 1 / 3
+"""Share of all that the model has learned, and of the size of rounds' aggregates, in which noise is measured early."""
 _DELTAS = 2**20
 """Bytes of deltas kept, or those of one model in floats: memory is O(model) however many versions are in use."""
 
@@ -67,8 +70,16 @@ class Publication:
 
     @property
     def pace(self) -> float:
-        """Standard deviation of an element of rounds' aggregates, averaged; 0 before the first and without a codec."""
-        return self._head.pace
+        """What the noise of aggregates is measured in: how far an element moves in a round.
+
+        Standard deviation of rounds' aggregates, averaged; in the first rounds less, down to a third, while that is
+        much of all that the model has learned: what noise delays then, everything after it lacks. 0 before the first
+        round and without a codec.
+        """
+        pace, state = self._head.pace, self._head.model.state
+        if not pace or isinstance(state, RawState):
+            return 0.0
+        return min(pace, max(_FINEST * pace, _EARLY * rms(state.offset)))
 
     def digests(self, versions: Collection[int]) -> dict[int, bytes]:
         """Hashes of versions that are kept."""

@@ -7,10 +7,9 @@ the aggregate with its share ``p = w / W`` of the weights, so that the bits of a
 
     step = value * pace * sqrt(m) * w' / w
 
-where ``pace`` is the standard deviation of an element of rounds' aggregates, as `Publication` averages it: the
-aggregate's noise is then that of a step of ``value * pace``, whatever the cohort. All of it but ``value / w`` is the
-same for a whole task. It is in the ledger with the task, so that a server which is started anew asks for the same
-steps.
+where ``pace`` is how far an element of the model moves in a round (`Publication.pace`): the aggregate's noise is then
+that of a step of ``value * pace``, whatever the cohort. All of it but ``value / w`` is the same for a whole task. It is
+in the ledger with the task, so that a server which is started anew asks for the same steps.
 """
 
 import math
@@ -35,7 +34,7 @@ def tolerance(settings: Federation, pace: float, samples: Iterable[int], updates
 
     Args:
         settings: those of the federation.
-        pace: standard deviation of an element of a round's aggregate, 0 where it is not known.
+        pace: how far an element of the model moves in a round, 0 where it is not known.
         samples: what clients have that take part, or may.
         updates: how many of them make an aggregate.
     """

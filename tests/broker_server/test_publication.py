@@ -106,6 +106,29 @@ def test_a_restart_gives_the_same_bits(tmp_path, codec, momentum):
     np.testing.assert_array_equal(again.parameters(), publication.parameters())
 
 
+def test_the_pace_is_that_of_aggregates_less_in_the_first_rounds_and_the_same_after_a_restart(tmp_path):
+    rng = np.random.default_rng(5)
+    paces = []
+    with open_ledger(tmp_path) as ledger:
+        publication = Publication(BUNDLE, ledger, Codec(), sgd())
+        assert publication.pace == 0
+        direction = rng.normal(0, 0.01, SIZE)
+        for _ in range(40):
+            advance(publication, ledger, (direction + rng.normal(0, 0.001, SIZE)).astype(np.float32))
+            paces.append(publication.pace / 0.01)
+    assert paces[0] == pytest.approx(1 / 3, rel=0.2)
+    assert paces[14] == pytest.approx(0.04 * 15, rel=0.2)  # a share of all that was learned in 15 rounds
+    assert paces[-1] == pytest.approx(1, rel=0.2)
+    with open_ledger(tmp_path) as ledger:
+        assert Publication(BUNDLE, ledger, Codec(), sgd()).pace / 0.01 == paces[-1]
+
+
+def test_without_a_codec_there_is_no_pace(ledger):
+    publication = Publication(BUNDLE, ledger, Codec(kind="none"), sgd())
+    advance(publication, ledger, steps(1)[0])
+    assert publication.pace == 0
+
+
 def test_the_optimizer_moves_the_model(ledger):
     publication = Publication(BUNDLE, ledger, Codec(kind="none"), sgd(0.5, 0.9))
     ones = np.ones(SIZE, np.float32)

@@ -216,6 +216,32 @@ async def test_a_slow_link_and_a_client_of_its_own_rate_send_fewer_bytes(tmp_pat
 
 
 @together
+async def test_over_a_cohort_of_uneven_clients_the_same_accuracy_takes_fewer_bytes(tmp_path):
+    few, many = ("c0", "c1", "c2", "c3", "c4"), "c60"  # of 30 to 70 samples, and of 630
+
+    async def run(target: str) -> tuple[dict[str, int], float]:
+        folder = tmp_path / target
+        folder.mkdir()
+        codec, rounds = {"target": target}, {"cohort": 6, "deadline": 30.0}
+        config = settings(folder, codec=codec, round=rounds, train={"batch_size": 16}, stop={"rounds": 6})
+        (folder / "toy.fedge").write_bytes(toy_bundle(hidden=200))
+        seen: list[Round] = []
+        async with Hall(folder) as hall:
+            hall.join(*few, many)
+            await hall.server(config, on_round=seen.append).run()
+        with closing(sqlite3.connect(folder / "state" / "ledger.db")) as ledger:
+            # In the first round nothing is known of aggregates yet.
+            sizes = dict(ledger.execute("SELECT client, sum(size) FROM updates WHERE task > 1 GROUP BY client"))
+        return sizes, seen[-1].metrics["accuracy"]
+
+    each, accuracy = await run("nmse")
+    together_, as_accurate = await run("cohort")
+    assert as_accurate > accuracy - 0.02
+    assert sum(together_.values()) < 0.7 * sum(each.values())
+    assert max(together_[client] for client in few) < 0.5 * together_[many]
+
+
+@together
 async def test_clients_evaluate(tmp_path):
     config = settings(tmp_path, evaluation={"clients": 3, "every": 1, "deadline": 20.0})
     seen = []

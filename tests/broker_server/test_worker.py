@@ -77,6 +77,18 @@ def test_a_round_is_the_weighted_mean(make):
     np.testing.assert_allclose(reached.parameters(BUNDLE.initial()), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_said_of_aggregates_is_said_again_after_a_restart(make):
+    worker = make(codec={})
+    assert worker.start().pace == 0
+    worker.perform(e.OpenTask(task()))
+    worker.perform(e.Record(1, 1, "a", encoded(delta(1))))
+    answer = worker.perform(aggregate())
+    assert isinstance(answer, e.Aggregated)
+    assert 0 < answer.pace < 0.1
+    worker.close()
+    assert make(codec={}).start().pace == answer.pace
+
+
 def test_a_duplicate_adds_nothing(make):
     once, twice = make(), None
     once.start()
