@@ -28,7 +28,7 @@ Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,63}\Z")]
 _SYNCHRONOUS = ("cohort", "over_select", "minimum")
 _BUFFERED = ("concurrency", "buffer", "staleness", "max_staleness")
 """Keys of ``[round]`` that only one of its modes reads."""
-_VALUES = {"nmse": 0.1, "cohort": 3.5}
+_VALUES = {"nmse": 0.1, "cohort": 2.0}
 _HIGHEST = TARGETS | {"cohort": 1000.0}
 
 
@@ -119,10 +119,10 @@ class Codec(_Section, frozen=True):
     kind: Literal["quantized", "none"] = "quantized"
     target: Literal["bits", "nmse", "bytes", "step", "cohort"] = "nmse"
     """What ``value`` says of an update: its bits a parameter, its noise (energy of what is lost over that of the
-    update), its bytes, or its quantization step (in root mean squares of the update). Or, of the aggregate of a
-    cohort, its step in standard deviations of aggregates: those who weigh little tell little (see ``rates``)."""
+    update), its bytes, or its quantization step (in root mean squares of the update). Or, with ``cohort``, what it says
+    of the aggregate: its step in standard deviations of aggregates; clients that weigh little in it tell little."""
     value: Rate | None = None
-    """0.1 unless given with ``nmse``, 3.5 with ``cohort``; the others have no default."""
+    """Unless given 0.1 with ``nmse`` and 2 with ``cohort``; the others have no default."""
     clients: dict[ClientPattern, Rate] = {}
     """Other values for some clients, by id or by pattern (``pi-*``); the first that fits holds."""
     upload_seconds: Duration = 0.0

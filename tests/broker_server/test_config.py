@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from broker_server.config import Federation, Stop, load
+from broker_server.config import Codec, Federation, Stop, load
 from edge_client.errors import ConfigError
 
 LEAST = '[federation]\nname = "demo"\nbundle = "model.fedge"\n'
@@ -279,6 +279,13 @@ def test_what_every_federation_needs(write, text, message):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.toml: cannot be read \(No such file or directory\)"):
         load(tmp_path / "none.toml")
+
+
+def test_targets_with_a_default_have_their_own_and_clients_may_have_others():
+    assert Codec().rate("a") == 0.1
+    assert Codec(target="cohort").rate("a") == 2.0
+    codec = Codec(target="cohort", value=3.0, clients={"pi-*": 5.0})
+    assert (codec.rate("a"), codec.rate("pi-1")) == (3.0, 5.0)
 
 
 def test_which_value_is_better():
