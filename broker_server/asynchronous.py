@@ -79,7 +79,6 @@ class AsynchronousCoordinator(Conversation):
         super().__post_init__()
         self._flights = Flights(self.settings, self.restored.update_limit, self.voice)
         self._buffer = Buffer(self._version)
-        self._digests |= self.restored.digests
         self._unanswered = {(task.epoch, task.task): task for task in self.restored.open_tasks}
 
     @property

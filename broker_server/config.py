@@ -134,8 +134,8 @@ class Codec(_Section, frozen=True):
     model_step: Factor = 30.0
     """Quantization step of the global model's versions, in standard deviations of a round's global update."""
     model_noise: Annotated[float, Meta(gt=0, lt=1)] = 0.07
-    """What a version leaves out, for later ones to tell, has at most this share of the energy of all that the model has
-    learned: the first rounds are told more finely."""
+    """What a version leaves out, for later ones to tell, has at most about this share of the energy of all that the
+    model has learned: the first rounds are told more finely."""
 
     def rate(self, client: str) -> float:
         """The value of ``target`` for one client."""

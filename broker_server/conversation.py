@@ -63,6 +63,7 @@ class Conversation(Hearing):
         finished = [result for result in restored.rounds if result.round != restored.unfinished]
         self._progress = Progress(self.settings.stop, finished)
         self._task, self._version, self._pace = restored.last_task, restored.version, restored.pace
+        self._digests |= restored.digests
         self._digests[restored.version] = restored.digest
         self._round = OpenRound((finished[-1].round if finished else 0) + 1)
         for result in restored.rounds:

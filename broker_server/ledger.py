@@ -304,7 +304,10 @@ class Ledger:
         return [(number, made_in, bool(kept)) for number, made_in, kept in rows]
 
     def prune(self, keep: Collection[int]) -> None:
-        """Drop the bytes of all versions but ``keep``, the latest and the best (note ``BEST``); their rows stay."""
+        """Drop the bytes of all versions but ``keep``, the latest and the best (note ``BEST``); their rows stay.
+
+        What only a next version needs is kept of the latest alone.
+        """
         best = self.get(BEST)
         kept = {*keep, *({int(best)} if best else ())}
         with self.group():
@@ -312,10 +315,9 @@ class Ledger:
                 "SELECT version FROM versions WHERE length(state) > 0 AND version < (SELECT max(version) FROM versions)"
             )
             for (number,) in rows:
+                self._database.write("UPDATE versions SET remainder = x'', optimizer = x'' WHERE version = ?", number)
                 if number not in kept:
-                    self._database.write(
-                        "UPDATE versions SET state = x'', remainder = x'', optimizer = x'' WHERE version = ?", number
-                    )
+                    self._database.write("UPDATE versions SET state = x'' WHERE version = ?", number)
 
     # -- rounds
 

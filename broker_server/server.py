@@ -258,7 +258,7 @@ class Server:
                     await self._release(topics, self._sure())
                 case _:
                     answer = await self._in_worker(lambda action=action: self._worker.perform(action))  # type: ignore[misc]
-                    if isinstance(answer, e.Prepared):
+                    if isinstance(answer, e.Prepared) and answer.ref.inline is None:
                         self._built[answer.ref.sha256] += 1
                     if answer is not None:
                         self._feed(answer)

@@ -104,13 +104,19 @@ class Worker:
             rounds=rounds,
             unfinished=self._ledger.unfinished(),
             open_tasks=open_tasks,
-            digests=self._publication.digests({task.version for task in open_tasks}),
+            digests=self._publication.digests({task.version for task in open_tasks} | self._held()),
             leftovers=tuple(self._ledger.retained()),
             fleet=int(self._ledger.get(_FLEET) or 0),
             voids=self._ledger.voids(),
             uploads=self.spool.restore(open_tasks),
             pace=self._publication.pace,
         )
+
+    def _held(self) -> set[int]:
+        """Versions that clients may hold, and a delta may start from."""
+        if self._settings.codec.kind == "none":
+            return set()  # the whole model leads from anywhere
+        return {version for version, _, kept in self._ledger.versions() if kept}
 
     def replay(self, restored: e.Restored) -> Iterator[e.Event]:
         """Add up again what was recorded for the tasks that were under way."""

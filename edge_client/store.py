@@ -79,7 +79,7 @@ class FileCopies:
         self._folder = folder
 
     def load(self, digest: bytes, layout: Layout) -> Model | None:
-        """Read the copy; one that is damaged counts as none, and is fetched again."""
+        """Read the copy; one that is cut off counts as none, other damage shows when the model is used."""
         try:
             return unpack_model(self._path(digest).read_bytes(), layout)
         except (OSError, CodecError):

@@ -124,13 +124,13 @@ class RawState:
 State = CodedState | RawState
 
 
-def add_codes(codes: Sequence[bytes], layout: Layout, start: Vector | None = None) -> Vector:
-    """``start`` (zeros without it) and what the codes hold, added in their order: ``[layout.size] float32``, new.
+def add_codes(codes: Sequence[bytes], layout: Layout) -> Vector:
+    """What the codes hold, added up in their order from zeros: ``[layout.size] float32``, new.
 
     Raises:
         CodecError: a code is not a quantized vector of this layout, or the sum is not finite.
     """
-    total = np.zeros(layout.size, np.float32) if start is None else start.copy()
+    total = np.zeros(layout.size, np.float32)
     for code in codes:
         if code:
             with np.errstate(over="ignore", invalid="ignore"):

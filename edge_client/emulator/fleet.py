@@ -90,7 +90,6 @@ class SharedCopies:
     """The global model's versions that some phone of this process holds, each once, all but the newest at rest."""
 
     _models: dict[bytes, Model] = field(default_factory=dict)
-    _newest: bytes = b""
     _holders: dict[bytes, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -103,9 +102,8 @@ class SharedCopies:
         """One phone more holds ``model``, one less what it replaces."""
         with self._lock:
             if digest not in self._models:
-                if self._newest in self._models:
-                    self._models[self._newest] = self._models[self._newest].at_rest()
-                self._models[digest], self._newest = model, digest
+                self._models = {known: one.at_rest() for known, one in self._models.items()}
+                self._models[digest] = model
             self._holders[digest] = self._holders.get(digest, 0) + 1
             left = self._holders.get(replaces, 0) - 1
             if left > 0:

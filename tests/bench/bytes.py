@@ -58,6 +58,8 @@ LONGER = 1.2
 SHORT = 3
 """Rounds of a run that shows what a round takes on the wire."""
 NOTHING = transfer.refer(b"", chunk=65536, inline=m.INLINE_LIMIT)
+EPOCH = 1_700_000_000
+"""About what a server's first is: seconds since 1970."""
 AGREES = 0.01
 """How far accuracies in one process and on the wire may be apart: sums are added in another order."""
 
@@ -117,6 +119,7 @@ class Case:
             "bytes_down": down,
             "joining_bytes": sum(joining),
             "bundle_bytes": self.bundle.stat().st_size,
+            "settings": sections,
             "seconds": sum(row["seconds"] for row in out["rounds"]),
         }
 
@@ -124,6 +127,8 @@ class Case:
         """fedge with these settings."""
         label = f"{name}-{seed}"
         found = self.kept(label, lambda: self.wire(seed, self.longer, sections, label))
+        if found["settings"] != sections:
+            raise BenchError(f"{self.name}: {label} ran with {found['settings']}; --fresh forgets that run")
         return found, self._curve(seed, found["accuracy"], found["bytes"])
 
     def fp32(self, seed: int, momentum: float = 0.0) -> Curve:
@@ -218,19 +223,19 @@ def packet_bytes(topic: str, payload: bytes) -> int:
 
 def receipt_bytes() -> int:
     """One receipt."""
-    return packet_bytes(Topics("bench").down("phone-0000"), m.encode(m.Receipt(1, 100, "recorded")))
+    return packet_bytes(Topics("bench").down("phone-0000"), m.encode(m.Receipt(EPOCH, 100, "recorded")))
 
 
 def invitation_bytes() -> int:
     """One invitation, without the model."""
     plan = m.TrainPlan(batch_size=32, hypers={"lr": 0.05})
-    invitation = m.Invitation(1, 100, 100, "train", plan, m.UpdatePlan(), 1, 300.0, 90, 99, bytes(32), NOTHING)
+    invitation = m.Invitation(EPOCH, 100, 100, "train", plan, m.UpdatePlan(), 1, 300.0, 90, 99, bytes(32), NOTHING)
     return packet_bytes(Topics("bench").down("phone-0000"), m.encode(invitation))
 
 
 def control_bytes() -> int:
     """What a phone and the server say to each other about one task, without the model and the update."""
-    upload = m.Upload(1, 100, NOTHING, m.Traffic(10**6, 10**6))
+    upload = m.Upload(EPOCH, 100, NOTHING, m.Traffic(10**6, 10**6))
     told = packet_bytes(Topics("bench").up("phone-0000"), m.encode(upload))
     return invitation_bytes() + told + receipt_bytes()
 

@@ -515,3 +515,14 @@ def test_misconduct_goes_to_the_ledger(make, tmp_path):
         ((fault),) = ledger.misconduct()
     assert (fault.client, fault.kind, fault.reason, fault.seconds) == ("x", "muted", "it floods", 60.0)
     assert fault.time > 1.7e9
+
+
+def test_a_restarted_server_knows_the_versions_that_a_delta_may_start_from(make):
+    worker = make(**WITHOUT_ROUNDS, codec={"kind": "quantized"})
+    worker.start()
+    digests = {}
+    for number in (1, 2, 3):
+        worker.perform(one(number, "a", number - 1))
+        worker.perform(e.Record(1, number, "a", encoded(delta(number))))
+        digests[number] = worker.perform(advance(number, number)).digest
+    assert worker.start().digests == digests

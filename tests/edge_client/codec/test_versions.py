@@ -60,7 +60,7 @@ def test_codes_are_added_in_their_order_each_sum_rounded():
         total += decode_vector(memoryview(one), LAYOUT, "code")
     state = VERSIONS[2]
     np.testing.assert_array_equal(state.offset, total)
-    np.testing.assert_array_equal(add_codes(CODES[2:3], LAYOUT, add_codes(CODES[:2], LAYOUT)), total)
+    np.testing.assert_array_equal(add_codes(CODES[:3], LAYOUT), total)
     base = np.random.default_rng(1).standard_normal(LAYOUT.size).astype(np.float32)
     np.testing.assert_array_equal(state.parameters(base), base + total)
     np.testing.assert_array_equal(ORIGIN.parameters(base), base)
