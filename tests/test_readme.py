@@ -6,12 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from broker_server.authority import REGISTRY
 from broker_server.broker import EmbeddedBroker, find_mosquitto
+from broker_server.registry import Registry
 from tests.datasets import LOADERS, DataSet
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +23,8 @@ BLOCKS = re.findall(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", README, re.MULTILI
 
 # Run by CI itself: a test that runs all tests does not end.
 ELSEWHERE = {"make test", "make lint"}
+# An authority, and a broker that asks for certificates.
+FLEET = re.compile(r"\bfleet\b|fedge (ca|revoke)")
 DATA = Path(os.environ.get("FEDGE_DATA", ROOT.parent / "shared" / "data"))
 SMALL = {
     "make bench-round": ("tests/bench/round.py", ""),
@@ -76,7 +81,7 @@ def kind(language: str, text: str) -> str:
         return "demo"
     if language == "sh" and any(line.startswith("fedge doctor --broker") for line in lines):
         return "doctor"
-    return "walk"
+    return "fleet" if FLEET.search(text) else "walk"
 
 
 def test_every_block_is_of_a_kind_that_is_run():
@@ -87,16 +92,18 @@ def test_every_block_is_of_a_kind_that_is_run():
     assert kinds.count("elsewhere") == 1
     assert kinds.count("doctor") == 1
     assert kinds.count("walk") >= 9
+    assert kinds.count("fleet") == 5
 
 
 @pytest.mark.timeout(240)
 def test_walk_through(tmp_path):
-    """Model, export, training, federation, phones: each block works on what the ones before have left."""
-    port = str(free_port())
+    """Model, export, training, federation, enrolment, phones: each block works on what the ones before have left."""
+    ports = {"1883": str(free_port()), "8883": str(free_port())}
+    kinds = {"walk"} if find_mosquitto() is None else {"walk", "fleet"}
     for language, name, text in BLOCKS:
-        if kind(language, text) != "walk":
+        if kind(language, text) not in kinds:
             continue
-        text = text.replace("1883", port)
+        text = re.sub("|".join(ports), lambda found: ports[found[0]], text)
         if name:
             (tmp_path / name).write_text(text, encoding="utf-8")
             continue
@@ -105,6 +112,13 @@ def test_walk_through(tmp_path):
         run([*program, text], tmp_path, environment(PYTHONPATH=str(tmp_path)), 120)
     assert (tmp_path / "state" / "models" / "best" / "infer.onnx").exists()
     assert (tmp_path / "results.json").exists()
+    if "fleet" in kinds:
+        assert (tmp_path / "fleet-state" / "models" / "best" / "infer.onnx").exists()
+        with Registry.open(tmp_path / "authority" / REGISTRY) as registry:
+            assert registry.standing(time.time()) == (("pi-0", "pi-1"), ("pi-2",))
+        # What joined was asked for its certificate, and said nothing without its signature.
+        assert (tmp_path / "fleet-0" / "witness.msgpack").exists()
+        assert "require_certificate true" in (tmp_path / "broker" / "mosquitto.conf").read_text(encoding="utf-8")
 
 
 def test_the_doctor_is_content_with_our_own_broker(tmp_path):
