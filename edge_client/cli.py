@@ -214,8 +214,9 @@ def doctor(
     """Say whether fedge will work here, and what to set.
 
     Examines this device, and whether it reaches the broker at URL where one is given. With --broker it examines what
-    that broker does instead; name the server's user there, who may read and write fedge/#, or its identity: the folder
-    of the authority. The exit status is 1 where something has to be changed first.
+    that broker does instead; name the server's user there, who may read and write fedge/#, or the federation and the
+    server's identity: mqtts://host/FEDERATION and the authority's folder. The exit status is 1 where something has to
+    be changed first.
     """
     reports, folder = [], state or Path.home() / ".local" / "state" / "fedge"
     tls = _known(identity, folder)

@@ -156,8 +156,8 @@ class _Laboratory:
                         name,
                         "bad",
                         f"what this user publishes on {topic} does not reach it: {why}",
-                        "name the user of fedge's server, who reads and writes fedge/#: "
-                        "--broker mqtt://server:password@host",
+                        "say that you are fedge's server, who reads and writes fedge/#: --broker "
+                        "mqtt://server:password@host, or mqtts://host/FEDERATION --identity AUTHORITY",
                     )
                 times.append(time.monotonic() - began)
         median = statistics.median(times)
