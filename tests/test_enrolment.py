@@ -15,23 +15,20 @@ from broker_server import authority_cli
 from broker_server.authority import Authority
 from broker_server.broker import EmbeddedBroker, find_mosquitto
 from broker_server.broker_config.spec import BrokerSpec
-from broker_server.registry import DeviceRow, Registry
+from broker_server.registry import Registry
 from broker_server.responder import responding
 from edge_client import cli
-from edge_client.enroll_cli import enroll as enroll_command
-from edge_client.errors import ConfigError, FedgeError
+from edge_client.errors import ConfigError
 from edge_client.tls import Tls
 from edge_client.transport import Address, MqttLink
-from edge_client.trust.certificate import make_request
-from edge_client.trust.claim import Claim
 from edge_client.trust.enrol import enroll
-from edge_client.trust.identity import Identity, prepare, store
+from edge_client.trust.identity import Identity
+from tests.federation import ROOT, Serving, claims, enrolled, fedge
 from tests.office import DAY
 from tests.toy import toy_bundle
 
 pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="needs the Debian package mosquitto")
 
-ROOT = Path(__file__).parents[1]
 TOML = """\
 [federation]
 name = "toys"
@@ -41,52 +38,6 @@ authority = "authority"
 [round]
 cohort = 1
 """
-
-
-COMMANDS = {
-    one.name: one
-    for one in (authority_cli.ca, authority_cli.claim, authority_cli.approve, authority_cli.revoke, enroll_command)
-}
-
-
-def fedge(*arguments):
-    """Run a command in this process: what it prints, or the mistake that it names."""
-    name, *rest = map(str, arguments)
-    done = CliRunner().invoke(COMMANDS[name], rest)
-    if isinstance(done.exception, FedgeError):
-        return str(done.exception)
-    assert done.exit_code == 0, done.output
-    return done.output
-
-
-class Serving:
-    """`fedge serve` in a folder, with what it has said so far."""
-
-    def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-m", "edge_client.cli", "serve", str(folder / "federation.toml")]
-        # From the root of this tree, so that it is this one which serves.
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        self.lines: list[str] = []
-
-    def until(self, words: str) -> str:
-        """Read its log until a line has these words."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip())
-            if words in line:
-                return line.rstrip()
-        raise AssertionError(f"the server ended without {words!r}: {self.lines}")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
 
 
 def test_from_nothing_to_an_enrolled_device_and_out_again_with_commands(tmp_path, monkeypatch):
@@ -122,18 +73,6 @@ def test_from_nothing_to_an_enrolled_device_and_out_again_with_commands(tmp_path
             assert registry.keys(0.0) == {"pi-7": Identity.load(tmp_path / "new" / "identity").key.public}
     secret = (identity.folder / "device.key").read_text().split("\n")[1]
     assert all(secret not in line for line in server.lines)
-
-
-def enrolled(authority: Authority, folder: Path, client: str, issued: float) -> Identity:
-    """A device that was enrolled at some time, for 30 days."""
-    certificate = authority.issue(make_request(prepare(folder), client), client, 30.0, now=issued)
-    with Registry.open(authority.folder / "registry.db") as registry:
-        registry.certify(
-            DeviceRow(
-                certificate.serial, client, certificate.public, certificate.der, issued, certificate.expires, None
-            )
-        )
-    return store(folder, certificate, authority.certificate, authority.pins, issued)
 
 
 def join(url: str, *options) -> "subprocess.Popen[str]":
@@ -232,14 +171,6 @@ async def connected(address: Address, tls: Tls, topics=()):
         yield watcher
     await watcher.link.close()
     await asyncio.gather(life, return_exceptions=True)
-
-
-def claims(authority: Authority, url: str, *, count: int = 1, seconds: float = DAY) -> list[Claim]:
-    now = authority_cli.time.time()
-    made = authority.claims(count, seconds, url, now=now)
-    with Registry.open(authority.folder / "registry.db") as registry:
-        registry.add_claims(((one.user, cert.public, cert.serial, one.expires) for one, cert in made), now)
-    return [one for one, _ in made]
 
 
 def test_over_tls_a_claim_opens_enrolment_and_a_certificate_the_rest_until_it_is_revoked(tmp_path):

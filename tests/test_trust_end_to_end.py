@@ -1,89 +1,19 @@
 """A federation that signs, with commands, real mosquitto and a real device; and a man who reaches its broker."""
 
-import contextlib
-import sqlite3
-import subprocess
-import sys
-from pathlib import Path
-
-import numpy as np
 import pytest
 
 from broker_server import authority_cli
-from broker_server.authority import Authority
-from broker_server.broker import EmbeddedBroker, find_mosquitto
-from broker_server.broker_config.spec import BrokerSpec
+from broker_server.broker import find_mosquitto
 from edge_client.doctor.peer import Peer
 from edge_client.tls import Tls
 from edge_client.transport import Address
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
-from tests.test_enrolment import ROOT, Serving, enrolled, fedge
-from tests.toy import toy_bundle, toy_data
+from tests.federation import Joining, Serving, enrolled, federation, fedge, misconduct
 
 pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="needs the Debian package mosquitto")
 
 TOPICS = Topics("toys")
-TOML = """\
-[federation]
-name = "toys"
-bundle = "toy.fedge"
-[trust]
-authority = "authority"
-[broker]
-url = "{url}"
-[round]
-cohort = 1
-[stop]
-rounds = {rounds}
-"""
-
-
-class Joining:
-    """`fedge join` of an enrolled device, with what it says."""
-
-    def __init__(self, folder: Path, url: str, client: str) -> None:
-        np.savez(folder / f"{client}.npz", **toy_data(60, seed=len(client)))
-        command = [sys.executable, "-m", "edge_client.cli", "join", f"{url}/toys", "--id", client]
-        command += ["--data", str(folder / f"{client}.npz"), "--state", str(folder / client)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        self.lines: list[str] = []
-
-    def until(self, words: str) -> str:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip())
-            if words in line:
-                return line.rstrip()
-        raise AssertionError(f"the device ended without {words!r}: {self.lines}")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.process.terminate()
-        try:
-            self.process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
-
-
-@contextlib.contextmanager
-def federation(folder: Path, rounds: int = 3):
-    """An authority, its broker, and a federation file that names both."""
-    authority = Authority.init(folder / "authority", "toys", ["localhost"], now=authority_cli.time.time())
-    (folder / "toy.fedge").write_bytes(toy_bundle())
-    spec = BrokerSpec("toys", authority.folder)
-    with EmbeddedBroker.start(folder / "broker", kind="mosquitto", host="127.0.0.1", spec=spec) as broker:
-        url = broker.url.replace("127.0.0.1", "localhost")
-        (folder / "federation.toml").write_text(TOML.format(url=url, rounds=rounds))
-        yield authority, url
-
-
-def misconduct(folder: Path) -> list[tuple[str, str, str]]:
-    with contextlib.closing(sqlite3.connect(folder / "state" / "ledger.db")) as ledger:
-        return list(ledger.execute("SELECT client, kind, reason FROM misconduct"))
 
 
 def test_rounds_are_signed_from_the_offer_to_the_receipt(tmp_path):
