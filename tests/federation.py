@@ -79,7 +79,15 @@ class Running:
                 self.lines.append(line)
                 if words in line:
                     return line
+            self._coming.put(None)
         return None
+
+    def drain(self) -> None:
+        """Take what was said up to now as read."""
+        with contextlib.suppress(queue.Empty):
+            while (line := self._coming.get_nowait()) is not None:
+                self.lines.append(line)
+            self._coming.put(None)
 
     def until(self, words: str) -> str:
         """Read on until a line has these words."""

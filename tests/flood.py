@@ -21,11 +21,11 @@ _SLICE = 0.02
 
 
 @contextlib.contextmanager
-def connection(identity: Path, port: int, name: str = "flood") -> Iterator[ssl.SSLSocket]:
+def connection(context: ssl.SSLContext, port: int, name: str = "flood") -> Iterator[ssl.SSLSocket]:
     """A device's connection to a broker on loopback, on which MQTT's CONNECT was accepted: for bytes made by hand."""
     with socket.create_connection(("127.0.0.1", port)) as plain:
         plain.settimeout(10)
-        with Tls.of(identity).context().wrap_socket(plain, server_hostname="localhost") as raw:
+        with context.wrap_socket(plain, server_hostname="localhost") as raw:
             body = b"\x00\x04MQTT\x04\x02\x00\x3c" + len(name).to_bytes(2, "big") + name.encode()
             raw.sendall(b"\x10" + encoded(len(body)) + body)
             assert raw.recv(4)[:2] == b"\x20\x02"
@@ -79,7 +79,7 @@ def main() -> None:
     packets = [packet(given.topic, given.payload, number) for number in range(1, 1001)]
     began, lost = time.monotonic(), ""
     sent = 0
-    with connection(given.identity, given.port) as raw:
+    with connection(Tls.of(given.identity).context(), given.port) as raw:
         try:
             sent = flood(raw, packets, given.rate, given.seconds)
         except OSError as error:

@@ -17,6 +17,7 @@ from edge_client.tls import Tls
 from edge_client.transport import Address
 from tests.brokers import FEDERATION, KINDS, secured
 from tests.certificates import Certificates
+from tests.flood import connection, encoded
 
 TOP = f"fedge/{FEDERATION}"
 QUIET = 0.3
@@ -182,25 +183,13 @@ def test_a_revocation_leaves_the_connections_of_the_others_alone(broker):
         assert heard(server, b"mark") == [(f"{TOP}/up/pi-8/msg", b"mark")]
 
 
-def encoded(length):
-    found = bytearray()
-    while length or not found:
-        length, digit = divmod(length, 128)
-        found.append(digit | (128 if length else 0))
-    return bytes(found)
-
-
 @contextlib.contextmanager
 def oversized(broker, length):
     """A connection of pi-7's on which the first bytes of a message of ``length`` have been sent."""
     topic = f"{TOP}/up/pi-7/msg".encode()
-    with socket.create_connection(("127.0.0.1", broker.address.port)) as plain:
-        plain.settimeout(10)
-        with Tls.of(broker.pi7).context().wrap_socket(plain, server_hostname="localhost") as raw:
-            raw.sendall(b"\x10\x11\x00\x04MQTT\x04\x02\x00\x3c\x00\x05flood")
-            assert raw.recv(4)[:2] == b"\x20\x02"
-            raw.sendall(b"\x30" + encoded(length) + len(topic).to_bytes(2, "big") + topic)
-            yield raw
+    with connection(Tls.of(broker.pi7).context(), broker.address.port) as raw:
+        raw.sendall(b"\x30" + encoded(length) + len(topic).to_bytes(2, "big") + topic)
+        yield raw
 
 
 def flood(raw, most):
