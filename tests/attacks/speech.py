@@ -128,15 +128,15 @@ def tampered_chunk(scene: Scene) -> Outcome:
 
 def offers(scene: Scene) -> Iterator[Outcome]:
     """Put a bundle, a changed offer, a forged one and an old one before a device."""
-    with Serving(scene.folder) as server:
+    with Serving(scene.folder):
         old = scene.overheard(TOPICS.offer)
     with Serving(scene.folder) as server, Joining(scene.folder, scene.url, "pi-7"):
         server.until("round ")
         new = scene.overheard(TOPICS.offer)
-    while m.decode(new).epoch == m.decode(old).epoch:
-        new = scene.overheard(TOPICS.offer)
+        while m.decode(new).epoch == m.decode(old).epoch:
+            new = scene.overheard(TOPICS.offer)
     yield _before_a_device(scene, "an old offer that is replayed", old, "an old offer")
-    changed = new.replace(NAME.encode() + b"", b"tOys", 1) if NAME.encode() in new else new
+    changed = new.replace(NAME.encode(), NAME.encode().upper(), 1)
     yield _before_a_device(scene, "a tampered offer", changed, "the signature is not the federation's")
     forged = m.encode(m.Offer(NAME, 2**40, m.BlobRef(bytes(32), 5, CHUNK, b"harm!"), 0.0))
     yield _before_a_device(scene, "a forged offer", forged, "not signed")
