@@ -7,7 +7,7 @@ SECONDS ?= 300
 # Threads are fedge's to place; libraries that each start their own pool take the cores from one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads simulate-faults prove-kills clean
+.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads bench-attacks simulate-faults prove-kills clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-bytes     bytes until as accurate as fp32 FedAvg, beside it and STC; hours, resumed; results in build/bench/bytes.json"
 	@echo "make bench-codec     bits and distortion of updates beside other codecs'; results in build/bench/codec.json"
 	@echo "make bench-uploads   memory of server and broker while 300 clients upload at once; results in build/bench/uploads.json"
+	@echo "make bench-attacks   attacks on real brokers and a real server, and what refused them; results in build/bench/attacks.json"
 	@echo "make bench           every benchmark"
 	@echo "make simulate-faults  whole federations under faults, an hour of them; results in build/bench/faults.json"
 	@echo "make prove-kills     50 rounds in which server, clients and broker are killed; results in build/bench/kills.json"
@@ -59,11 +60,15 @@ bench-bytes: $(VENV)/.dev
 bench-uploads: $(VENV)/.dev
 	$(BIN)/python tests/bench/uploads.py $(ARGS)
 
+# ARGS=--quick for those that take seconds.
+bench-attacks: $(VENV)/.dev
+	$(BIN)/python tests/bench/attacks.py $(ARGS)
+
 # NNCodec is built from its source distribution, in an environment of its own.
 bench-codec: $(VENV)/.dev
 	$(BIN)/python tests/bench/codec.py $(ARGS)
 
-bench: bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads
+bench: bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads bench-attacks
 	for run in fashion-mnist mnist-writers shakespeare; do $(BIN)/python tests/bench/real.py $$run || exit 1; done
 
 # ARGS='--seconds 60' for a taste; ARGS='--first SEED --trace' shows what happens in one run.

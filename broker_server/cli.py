@@ -17,7 +17,7 @@ from rich.table import Table
 
 from broker_server.artifacts import Report, check_folder, read_report, read_tensors, write_artifacts
 from broker_server.config import Federation, load
-from broker_server.connection import broker, keys, server_link
+from broker_server.connection import broker, hush, keys, server_link
 from broker_server.entrance import enter
 from broker_server.ledger import BEST, Ledger, Round, Task
 from broker_server.report import human_bytes, table
@@ -59,7 +59,14 @@ def serve(file: Path, insecure: bool) -> None:
             link = server_link(settings, address, attempts=0 if settings.broker.url else 5, tls=tls)
             fit = partial(enter, address=address, log=log, tls=tls, keyring=keyring)
             server = Server(
-                settings, log, link, on_round=lambda done: log(_line(done)), lock=lock, fit=fit, keyring=keyring
+                settings,
+                log,
+                link,
+                on_round=lambda done: log(_line(done)),
+                lock=lock,
+                fit=fit,
+                keyring=keyring,
+                hush=hush(settings, log),
             )
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):

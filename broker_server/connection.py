@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from broker_server.broker import EmbeddedBroker
 from broker_server.broker_config.spec import BrokerSpec
 from broker_server.config import Federation
+from broker_server.hush import Hush
 from edge_client.errors import ConfigError
 from edge_client.tls import Tls
 from edge_client.transport import Address, MqttLink
@@ -67,6 +68,23 @@ def keys(settings: Federation) -> "Iterator[Keyring | None]":
 
     with authority_keyring(Path(settings.trust.authority), settings.federation.name) as keyring:
         yield keyring
+
+
+def hush(settings: Federation, log: Callable[[str], None]) -> Hush | None:
+    """What tells the federation's brokers who is muted; None where it has not configured them."""
+    if not settings.trust.authority:
+        return None
+    # A federation that does not sign does not load its library.
+    from broker_server.authority import telling_brokers
+    from broker_server.broker_config.reload import mute
+
+    folder = Path(settings.trust.authority)
+
+    def tell(muted: tuple[str, ...]) -> None:
+        with telling_brokers(folder):
+            mute(folder, muted)
+
+    return Hush(tell, log)
 
 
 def server_link(settings: Federation, address: Address, *, attempts: int = 0, tls: Tls | None = None) -> MqttLink:

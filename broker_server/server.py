@@ -16,6 +16,7 @@ from broker_server.config import Federation
 from broker_server.conversation import Conversation
 from broker_server.coordinator import Coordinator
 from broker_server.database import Lock
+from broker_server.hush import Hush
 from broker_server.ledger import Round
 from broker_server.metrics import names
 from broker_server.worker import Worker, ledger_path
@@ -66,6 +67,8 @@ class Server:
     """Finds the settings that fit the broker (`entrance.enter`), before an epoch begins."""
     keyring: "Keyring | None" = None
     """What it signs with, and whom it believes; without one nothing is signed and everybody is believed."""
+    hush: Hush | None = None
+    """Tells the broker who is muted, where it can be told."""
     _pool: ThreadPoolExecutor = field(init=False)
     _worker: Worker = field(init=False)
     _coordinator: Conversation = field(init=False)
@@ -107,6 +110,8 @@ class Server:
             if self.keyring is not None:
                 self._watch(self.keyring)
             tasks = [asyncio.ensure_future(self._work()), asyncio.ensure_future(self.link.run(self))]
+            if self.hush is not None:
+                tasks.append(asyncio.ensure_future(self.hush.run()))
             everything: list[asyncio.Future[Any]] = [*tasks, self._ended]
             await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
@@ -124,7 +129,8 @@ class Server:
                     timer.cancel()
             if tasks:
                 await self.link.close()
-                tasks[0].cancel()
+                for task in (tasks[0], *tasks[2:]):
+                    task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
             if hasattr(self, "_worker"):
                 await self._in_worker(self._worker.close)
@@ -226,6 +232,8 @@ class Server:
                     self.link.publish(topic, b"", retain=True)
                 self._queue.put_nowait(action)
             case _:
+                if isinstance(action, e.Misconduct) and action.kind == "muted" and self.hush is not None:
+                    self.hush.mute(action.client, action.seconds)
                 self._queue.put_nowait(action)
                 if isinstance(action, e.FinishRound):
                     self.on_round(action.result)

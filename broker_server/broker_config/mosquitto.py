@@ -42,6 +42,8 @@ def rules(spec: BrokerSpec) -> str:
     topics = spec.topics
     nothing = "\n".join(f"topic deny {topics}/{part}/#" for part in ("up", "down", "pub"))
     revoked = "".join(f"\nuser {name}\ntopic deny #\n" for name in sorted(spec.revoked))
+    quiet = sorted(set(spec.muted) - set(spec.revoked))
+    muted = "".join(f"\nuser {name}\ntopic deny {topics}/up/{name}/#\n" for name in quiet)
     return f"""\
 # Who reads and writes what. A user is the name in a certificate; a device's is its --id.
 user {SERVER}
@@ -56,7 +58,7 @@ user {CLAIM}
 topic write {topics}/enrol/+/ask
 topic read {topics}/enrol/+/told
 {nothing}
-{revoked}
+{revoked}{muted}
 pattern write {topics}/up/%u/#
 pattern read {topics}/down/%u/#
 pattern read {topics}/pub/#

@@ -43,6 +43,22 @@ def reload_all(authority: Path, *, devices: Iterable[str] = (), revoked: Iterabl
     return [reload(folder, devices=devices, revoked=revoked) for folder in known(authority)]
 
 
+def mute(authority: Path, muted: tuple[str, ...]) -> None:
+    """Have every mosquitto of an authority that runs on this machine take nothing from these devices, and no others.
+
+    Other brokers go on as they are: their rules cannot be changed while they run, or not from here.
+
+    Raises:
+        ConfigError: as `reload`.
+    """
+    for folder in known(authority):
+        kept = recall(folder)
+        if kept.kind == "mosquitto" and kept.spec.muted != muted:
+            spec = dataclasses.replace(kept.spec, muted=muted)
+            place = spec.at(folder)
+            hang_up(place / "mosquitto.pid", place / _write(folder, kept.kind, spec, kept.settings).name)
+
+
 def _write(folder: Path, kind: str, spec: BrokerSpec, settings: dict[str, str | int]) -> Path:
     if kind == "mosquitto":
         dialect: mosquitto.Dialect = "2.1" if settings["dialect"] == "2.1" else "2.0"

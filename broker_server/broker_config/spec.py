@@ -36,6 +36,7 @@ class BrokerSpec:
         user: who the broker runs as where it is started by root, and who owns the files then; empty is who writes them.
         devices: those that have a valid certificate, for brokers that must know everyone by name.
         revoked: those that have none any more.
+        muted: those that may say nothing for a while.
     """
 
     federation: str
@@ -48,6 +49,7 @@ class BrokerSpec:
     user: str = ""
     devices: tuple[str, ...] = ()
     revoked: tuple[str, ...] = ()
+    muted: tuple[str, ...] = ()
 
     @property
     def packet_limit(self) -> int:
