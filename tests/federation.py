@@ -141,6 +141,11 @@ def enrolled(authority: Authority, folder: Path, client: str, issued: float) -> 
     return store(folder, certificate, authority.certificate, authority.pins, issued)
 
 
+def all_enrolled(authority: Authority, folder: Path, *names: str) -> dict[str, Identity]:
+    """Devices that were enrolled just now, each with its identity where `Joining` looks for it."""
+    return {name: enrolled(authority, folder / name / "identity", name, time.time()) for name in names}
+
+
 def claims(authority: Authority, url: str, *, count: int = 1, seconds: float = 86_400.0) -> list[Claim]:
     """Claims that `fedge claim` would have made, valid for so many seconds from now."""
     now = time.time()

@@ -65,7 +65,7 @@ def malformed(authority: Authority, url: str, folder: Path, server: Serving) -> 
             peer.publish(wire.ask_topic(NAME, claim.user), payload)
             line = server.heard("enrolment: ", 30.0) or ""
             refused = bool(line) and "enrolled" not in line
-            found.append(Outcome(f"a malformed certificate request: {what}", refused, WHERE, line or "nothing was said"))
+            found.append(Outcome(f"a malformed certificate request: {what}", refused, WHERE, line or "silence"))
     return found
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from edge_client.wire import transfer
 from edge_client.wire.topics import Topics
 from tests.attacks.outcome import Outcome
 from tests.attacks.puppet import Puppet
-from tests.federation import NAME, ROOT, Joining, Running, Serving, enrolled, federation
+from tests.federation import NAME, ROOT, Joining, Running, Serving, all_enrolled, federation
 
 HONEST = ("pi-1", "pi-2", "pi-3")
 DEADLINE = 60.0
@@ -23,32 +24,34 @@ RATE = 10_000.0
 
 
 def ten_thousand_a_second(folder: Path, seconds: float = 20.0) -> tuple[Outcome, dict[str, Any]]:
-    """Let three devices play rounds while a fourth floods, and for as long again; the second gives what was measured."""
+    """Let three devices play rounds while a fourth floods, and for as long again; and what was measured."""
     more = f"deadline = {DEADLINE}\n"
-    with federation(folder, rounds=100_000, cohort=len(HONEST), more=more) as (authority, url):
-        devices = {name: enrolled(authority, folder / name / "identity", name, time.time()) for name in (*HONEST, "liar")}
+    with ExitStack() as stack:
+        authority, url = stack.enter_context(federation(folder, rounds=100_000, cohort=len(HONEST), more=more))
+        devices = all_enrolled(authority, folder, *HONEST, "liar")
         voice, _ = identity_voice(devices["liar"], folder / "liar", time.time())
         said = voice.say(m.Hello(1, b"boot0000", bytes(32), 0, bytes(32), 10, True), 1)
-        with Serving(folder) as server, Joining(folder, url, "pi-1"), Joining(folder, url, "pi-2"):
-            with Joining(folder, url, "pi-3"):
-                while f"{len(HONEST)} clients" not in server.until("round "):
-                    pass
-                before = _rounds(server, 5.0)
-                flooder = _flooder(devices["liar"].folder, Address.parse(url).port, said, seconds)
-                during = _rounds(server, seconds)
-                sent = json.loads(flooder.communicate()[0])
-                after = _rounds(server, seconds)
-                # One that is under way has to come to its end too.
-                late = server.heard("round ", DEADLINE)
-                muted = next((line for line in server.lines if "liar is not listened to" in line), "nobody was muted")
-    kept = [line for line in (*during, *after, *([late] if late else []))]
+        server = stack.enter_context(Serving(folder))
+        for name in HONEST:
+            stack.enter_context(Joining(folder, url, name))
+        while f"{len(HONEST)} clients" not in server.until("round "):
+            pass
+        before = _rounds(server, 5.0)
+        flooder = _flooder(devices["liar"].folder, Address.parse(url).port, said, seconds)
+        during = _rounds(server, seconds)
+        sent = json.loads(flooder.communicate()[0])
+        after = _rounds(server, seconds)
+        # One that is under way has to come to its end too.
+        late = server.heard("round ", DEADLINE)
+        muted = next((line for line in server.lines if "liar is not listened to" in line), "nobody was muted")
+    kept = [*during, *after] + ([late] if late else [])
     whole = [line for line in kept if f"{len(HONEST)} clients" in line]
     measured = {
         "deadline_s": DEADLINE,
         "flood": sent,
-        "rounds_before": before,
-        "rounds_during": during,
-        "rounds_after": after,
+        "round_seconds_before": [_seconds(line) for line in before],
+        "round_seconds_during": [_seconds(line) for line in during],
+        "round_seconds_after": [_seconds(line) for line in after],
     }
     text = (
         f"{sent['sent'] / sent['seconds']:,.0f} messages a second for {sent['seconds']:.0f} s by a process that took "
@@ -66,7 +69,7 @@ def slow_loris(folder: Path, rounds: int = 3) -> Outcome:
     more = f"deadline = 30.0\nminimum = 1\n[transfer]\ninline = 0\nchunk = {chunk}\nuploads = 1\nwindow = 1\n"
     more += "spread = 0.0\n[limits]\nturn = 2.0\n"
     with federation(folder, rounds=rounds, cohort=2, more=more) as (authority, url):
-        devices = {name: enrolled(authority, folder / name / "identity", name, time.time()) for name in ("pi-1", "loris")}
+        devices = all_enrolled(authority, folder, "pi-1", "loris")
         with Serving(folder) as server:
             loris = Puppet(Address.parse(url), devices["loris"], folder / "loris-state", time.time())
             with loris, Joining(folder, url, "pi-1"):

@@ -21,7 +21,7 @@ from edge_client.wire.topics import Topics
 from edge_client.wire.voice import PlainMember
 from tests.attacks.outcome import Outcome
 from tests.attacks.puppet import Puppet
-from tests.federation import NAME, Joining, Running, Serving, enrolled, federation
+from tests.federation import NAME, Joining, Running, Serving, all_enrolled, enrolled, federation
 
 TOPICS = Topics(NAME)
 CHUNK = 1024
@@ -72,9 +72,7 @@ def scene(folder: Path, *, signed: bool = True) -> Iterator[Scene]:
             text = file.read_text().replace('[trust]\nauthority = "authority"\n', "")
             ours = "".join(line.replace('"authority', f'"{folder}/authority') + "\n" for line in _UNSIGNED.splitlines())
             file.write_text(text.replace("[round]", ours + "[round]"))
-        devices = {
-            name: enrolled(authority, folder / name / "identity", name, time.time()) for name in ("pi-7", "puppet", "liar")
-        }
+        devices = all_enrolled(authority, folder, "pi-7", "puppet", "liar")
         man = stack.enter_context(Peer(Address.parse(url), "man", tls=Tls.of(authority.folder, "server")))
         man.subscribe([f"fedge/{NAME}/#"])
         yield Scene(folder, authority, url, man, devices, signed)
@@ -102,7 +100,9 @@ def in_another_name(scene: Scene) -> Outcome:
     with Serving(scene.folder) as server, scene.puppet("puppet") as puppet:
         invitation = puppet.invited()
         voice = (
-            identity_voice(scene.devices["liar"], scene.folder / "liar", time.time())[0] if scene.signed else PlainMember()
+            identity_voice(scene.devices["liar"], scene.folder / "liar", time.time())[0]
+            if scene.signed
+            else PlainMember()
         )
         forged = m.Upload(invitation.epoch, invitation.task, transfer.refer(bytes(50), chunk=CHUNK))
         scene.man.publish(TOPICS.up("puppet"), voice.say(forged, invitation.epoch))
