@@ -3,10 +3,11 @@
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -31,6 +32,7 @@ KINDS = [
 ]
 
 
+Result = TypeVar("Result")
 _RELOADED = "Reloading config."
 
 
@@ -74,12 +76,17 @@ class Secured:
 
     def reload(self, *devices: str, revoked: tuple[str, ...] = ()) -> str:
         """Let the broker know who is enrolled and who is not; when this returns, it does."""
-        before = self.log.count(_RELOADED)
-        said = reload(self.folder, devices=devices, revoked=revoked)
         if self.kind == "nats":
+            said = reload(self.folder, devices=devices, revoked=revoked)
             self.stop()
             self.start()
             return said
+        return self.rules(lambda: reload(self.folder, devices=devices, revoked=revoked))
+
+    def rules(self, change: Callable[[], Result]) -> Result:
+        """Do what makes mosquitto read its rules again; when this returns, it has."""
+        before = self.log.count(_RELOADED)
+        said = change()
         deadline = time.monotonic() + 10
         while self.log.count(_RELOADED) == before:
             assert time.monotonic() < deadline, self.log[-2000:]

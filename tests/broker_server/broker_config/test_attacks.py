@@ -9,6 +9,7 @@ import msgspec
 import psutil
 import pytest
 
+from broker_server.broker_config.reload import mute
 from broker_server.config import Federation
 from broker_server.connection import server_link
 from edge_client.doctor.peer import Peer
@@ -181,6 +182,26 @@ def test_a_revocation_leaves_the_connections_of_the_others_alone(broker):
         broker.reload("pi-7", "pi-8", revoked=("gone",))
         other.publish(f"{TOP}/up/pi-8/msg", b"mark")
         assert heard(server, b"mark") == [(f"{TOP}/up/pi-8/msg", b"mark")]
+
+
+def test_a_muted_device_says_nothing_and_hears_all_until_it_is_heard_again(broker):
+    if broker.kind == "nats":
+        pytest.skip("NATS cannot be told")
+    with broker.server() as server, broker.peer(broker.pi7) as device, broker.peer(broker.pi8) as other:
+        server.subscribe([f"{TOP}/up/#"])
+        device.subscribe([f"{TOP}/down/pi-7/msg"])
+        broker.rules(lambda: mute(broker.certificates.folder, ("pi-7",)))
+        device.publish(f"{TOP}/up/pi-7/msg", b"flood")
+        other.publish(f"{TOP}/up/pi-8/msg", b"mark")
+        assert heard(server, b"mark") == [(f"{TOP}/up/pi-8/msg", b"mark")]
+        server.publish(f"{TOP}/down/pi-7/msg", b"receipt")
+        assert heard(device, b"receipt")
+        # Who is enrolled and who is revoked changes meanwhile, and changes nothing of it.
+        broker.reload("pi-7", "pi-8")
+        device.publish(f"{TOP}/up/pi-7/msg", b"flood")
+        broker.rules(lambda: mute(broker.certificates.folder, ()))
+        device.publish(f"{TOP}/up/pi-7/msg", b"own")
+        assert heard(server, b"own") == [(f"{TOP}/up/pi-7/msg", b"own")]
 
 
 @contextlib.contextmanager
