@@ -36,7 +36,7 @@ def ten_thousand_a_second(folder: Path, seconds: float = 20.0) -> tuple[Outcome,
             stack.enter_context(Joining(folder, url, name))
         while f"{len(HONEST)} clients" not in server.until("round "):
             pass
-        before = _rounds(server, 5.0)
+        before = _rounds(server, min(seconds, 5.0))
         flooder = _flooder(devices["liar"].folder, Address.parse(url).port, said, seconds)
         during = _rounds(server, seconds)
         sent = json.loads(flooder.communicate()[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from broker_server.broker import find_mosquitto
-from tests.attacks import gate, speech
+from tests.attacks import floods, gate, speech
 from tests.brokers import secured
 
 pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="needs the Debian package mosquitto")
@@ -47,3 +47,11 @@ def test_without_access_rules_what_is_written_for_another_gets_through(tmp_path)
         assert not outcome.refused
         assert "up/pi-8/msg" in outcome.evidence
         broker.path.write_text(configuration)
+
+
+def test_a_flood_keeps_no_round_of_the_others_from_its_end(tmp_path):
+    outcome, measured = floods.ten_thousand_a_second(tmp_path, seconds=3.0)
+    assert outcome.refused, outcome.evidence
+    assert measured["flood"]["sent"] > 10_000
+    acl = (tmp_path / "broker" / "acl").read_text()
+    assert "user liar\ntopic deny fedge/toys/up/liar/#" in acl
