@@ -34,6 +34,7 @@ SMALL = {
     ),
     "make bench-memory": ("tests/bench/memory.py", "digits --seconds 0.05"),
     "make bench-uploads": ("tests/bench/uploads.py", "--clients 10 --size 200000"),
+    "make bench-attacks": ("tests/bench/attacks.py", "--quick"),
 }
 """What benchmarks run, and with what they take seconds."""
 
