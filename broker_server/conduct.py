@@ -73,6 +73,16 @@ class Conduct:
             return True
         return self._strike(client, record, _EXCESS, "it says more than [limits] allows", now) or False
 
+    def afford(self, client: str, most: int, size: int, now: float) -> int:
+        """How many things of ``size`` bytes, of at most ``most``, a client may cause to be sent; they are charged to it.
+
+        A client that has caused nothing for long may cause one, however large.
+        """
+        record = self._record(client, now)
+        many = int(max(0.0, record.size) // size) or int(record.size >= self._most[1])
+        record.size -= min(most, many) * size
+        return min(most, many)
+
     def strike(self, client: str, reason: str, now: float) -> Mute | None:
         """A client did something wrong; it is muted where that was once too often."""
         return self._strike(client, self._record(client, now), 1.0, reason, now)
