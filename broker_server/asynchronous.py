@@ -176,6 +176,9 @@ class AsynchronousCoordinator(Conversation):
             yield from self._flights.end(client, now)
             yield from self._go_on(now)
 
+    def _disowned(self, client: str, now: float) -> Iterator[e.Action]:
+        yield from self._flights.disown(client, now)
+
     def _leaves(self, client: str, now: float) -> Iterator[e.Action]:
         yield from self._flights.leave(client, now)
         yield from self._go_on(now)

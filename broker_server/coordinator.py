@@ -113,6 +113,10 @@ class Coordinator(Conversation):
             task.lose(client)
             yield from self._go_on(now)
 
+    def _disowned(self, client: str, now: float) -> Iterator[e.Action]:
+        if self._open is not None:
+            yield from self._open.disown(client, now)
+
     def _leaves(self, client: str, now: float) -> Iterator[e.Action]:
         if self._open is not None:
             yield from self._open.leave(client, now)

@@ -229,6 +229,13 @@ class Flights:
             flight.state = "away"
         return self._credit(self._uploads.forget(client, now))
 
+    def disown(self, client: str, now: float) -> list[e.Action]:
+        """What a client has announced is not believed any more, nor what is here of it and waits."""
+        flight = self._flights.get(client)
+        if flight is not None and flight.state == "ready":
+            return self.end(client, now)
+        return self._credit(self._uploads.hold(client, now))
+
     def tick(self, now: float) -> list[e.Action]:
         """Ask again for chunks that do not come, and count no more on clients whose time is over."""
         for flight in self._flights.values():
@@ -269,7 +276,7 @@ class Flights:
 
     def _take(self, client: str, data: bytes | None) -> None:
         flight = self._flights.get(client)
-        if flight is not None and flight.state in ("asked", "away"):
+        if flight is not None and flight.state in ("asked", "away") and self.voice.knows(client):
             flight.state = "ready"
             self._ready.append((client, data))
 

@@ -71,6 +71,10 @@ class Hearing(ABC):
         """
 
     @abstractmethod
+    def _disowned(self, client: str, now: float) -> Iterator[e.Action]:
+        """What a client has announced, and is not recorded, is not believed any more."""
+
+    @abstractmethod
     def _leaves(self, client: str, now: float) -> Iterator[e.Action]:
         """A client is gone."""
 
@@ -129,6 +133,8 @@ class Hearing(ABC):
         """A chunk: free where it was asked for and is new."""
         asked, wrong = False, None
         try:
+            if not self.voice.knows(client):
+                raise TrustError(f"{client} is not enrolled, or not any more")
             for action in self._chunk(client, chunk, payload, now):
                 asked = asked or isinstance(action, e.Keep)
                 yield action
@@ -180,6 +186,7 @@ class Hearing(ABC):
         """Nothing that was said with a key that is gone is held for or against its client, but what is recorded."""
         for client in (*given, *gone):
             self._conduct.forgive(client)
+            yield from self._disowned(client, now)
             if self._roster.part(client):
                 yield from self._leaves(client, now)
         for client in gone:

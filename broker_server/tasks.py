@@ -259,6 +259,10 @@ class OpenTask:
         self.lose(client)
         return self._credit(self._uploads.forget(client, now))
 
+    def disown(self, client: str, now: float) -> list[e.Action]:
+        """What a client has announced is not believed any more."""
+        return self._credit(self._uploads.hold(client, now))
+
     def tick(self, now: float) -> list[e.Action]:
         """Ask again for chunks that do not come."""
         return self._credit(self._uploads.tick(now))
@@ -290,7 +294,7 @@ class OpenTask:
         self._counts[state] += 1
 
     def _take(self, client: str, data: bytes | None) -> list[e.Action]:
-        if self._members.get(client) not in ("asked", "gone"):
+        if self._members.get(client) not in ("asked", "gone") or not self.voice.knows(client):
             return []
         self._set(client, "recording")
         return [e.Record(*self.identity, client, data)]

@@ -489,3 +489,94 @@ def test_a_key_that_comes_back_is_not_believed_what_it_said_before():
     assert (table.desk.coordinator.clients, table.dropped) == (0, (1, 1))
     table.hello("a")
     assert table.desk.coordinator.clients == 1
+
+
+# Keys that go while an update is on its way.
+
+LONG = update(10) + b" " * 3000
+
+
+def pieces(table, client, indices=range(3)):
+    ref = transfer.refer(LONG, chunk=1024, inline=0)
+    for index in indices:
+        table.desk.feed(e.Received(TOPICS.uploaded(client, ref.sha256, index), transfer.piece(LONG, ref, index)))
+
+
+@MODES
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_an_update_of_a_device_that_is_revoked_meanwhile_is_not_recorded(rounds, before):
+    table = Federation(rounds)
+    table.hello("a", "b")
+    ref = transfer.refer(LONG, chunk=1024, inline=0)
+    table.say("a", m.Upload(*table.task("a"), ref))
+    pieces(table, "a", range(before))
+    table.revoked.add("a")
+    table.desk.feed(e.Rekeyed((), ("a",)))
+    pieces(table, "a", range(before, 3))
+    table.desk.wait(100.0)
+    pieces(table, "a")
+    assert table.recorded == []
+
+
+@MODES
+def test_an_update_is_not_recorded_either_before_the_server_has_looked_who_is_revoked(rounds):
+    table = Federation(rounds)
+    table.hello("a", "b")
+    ref = transfer.refer(LONG, chunk=1024, inline=0)
+    table.say("a", m.Upload(*table.task("a"), ref))
+    table.revoked.add("a")
+    pieces(table, "a")
+    assert table.recorded == []
+
+
+@MODES
+def test_an_update_of_a_device_that_was_revoked_while_the_server_was_down_is_not_recorded(rounds):
+    first = Federation(rounds)
+    first.hello("a", "b")
+    ref = transfer.refer(LONG, chunk=1024, inline=0)
+    first.say("a", m.Upload(*first.task("a"), ref))
+    pieces(first, "a", range(2))
+    table = Federation(rounds, paper=first.desk.paper, members=first.members, revoked={"a"})
+    pieces(table, "a")
+    assert table.recorded == []
+    # One that was given to somebody else is: its new device has not announced it.
+    other = Federation(rounds, paper=first.desk.paper, members=first.members)
+    pieces(other, "a")
+    assert other.recorded == []
+    other.hello("a")
+    other.say("a", m.Upload(*other.task("a"), ref))
+    pieces(other, "a", [2])
+    assert other.recorded == ["a"]
+
+
+@MODES
+def test_what_had_come_is_of_use_to_a_device_that_announces_it_with_its_new_key(rounds):
+    table = Federation(rounds)
+    table.hello("a", "b")
+    ref = transfer.refer(LONG, chunk=1024, inline=0)
+    announced = m.Upload(*table.task("a"), ref)
+    table.say("a", announced)
+    pieces(table, "a", range(2))
+    table.renewed["a"] = b"another key"
+    table.desk.feed(e.Rekeyed(("a",), ()))
+    pieces(table, "a", [2])
+    assert table.recorded == []
+    voice = signing.member(NAME, "a", 2, key=b"another key")
+    table.hello("a", voice=voice)
+    table.say("a", announced, voice=voice)
+    pieces(table, "a", [2])
+    assert table.recorded == ["a"]
+
+
+def test_an_update_that_waits_for_its_version_is_not_recorded_once_its_device_is_revoked():
+    table = Federation(BUFFERED | {"buffer": 1})
+    table.desk.manual = (e.Record,)
+    table.hello("a", "b")
+    table.say("a", table.upload(a=10))
+    table.say("b", table.upload(b=20))  # while the first one is on its way to the ledger
+    assert [action.client for action in table.desk.waiting] == ["a"]
+    table.revoked.add("b")
+    table.desk.feed(e.Rekeyed((), ("b",)))
+    while table.desk.waiting:
+        table.desk.perform()
+    assert table.recorded == ["a"]
