@@ -17,6 +17,8 @@ _EXCESS = 0.05
 """Strikes for a message more than the rate allows."""
 _FORGIVEN = 1 / 60
 """Strikes a second."""
+_DAMAGE = 0.5
+"""Strikes for an update that came damaged."""
 _DOUBLINGS = 6
 """A client that is muted again and again is muted for twice as long, so often."""
 _CALM = 3600.0
@@ -89,6 +91,11 @@ class Conduct:
     def strike(self, client: str, reason: str, now: float) -> Mute | None:
         """A client did something wrong; it is muted where that was once too often."""
         return self._strike(client, self._record(client, now), 1.0, reason, now)
+
+    def damaged(self, client: str, now: float) -> Mute | None:
+        """What came was not what a client has announced; it counts less, for anybody between may have damaged it."""
+        reason = f"what is sent in the name of {client} comes damaged"
+        return self._strike(client, self._record(client, now), _DAMAGE, reason, now)
 
     def forgive(self, client: str) -> None:
         """Listen to a client again, and know nothing of it: its name belongs to another key now."""

@@ -147,6 +147,9 @@ class Conversation(Hearing):
             case e.Refused(_, _, client, reason):
                 yield from self._answered(event, now)
                 yield from self._struck(self._conduct.strike(client, reason, now), now)
+            case e.Damaged(_, _, client):
+                yield from self._answered(event, now)
+                yield from self._struck(self._conduct.damaged(client, now), now)
             case e.Aggregated(version, digest, clipped, pace):
                 if self.phase == "aggregate":
                     self._version, self._digests[version], self._pace = version, digest, pace

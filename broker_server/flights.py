@@ -194,10 +194,13 @@ class Flights:
         """Chunks of updates that came before the server's last restart, by client."""
         self._uploads.resume({client: checklist for client, checklist in kept.items() if client in self._flights})
 
-    def damaged(self, client: str) -> list[e.Action]:
+    def damaged(self, client: str, now: float) -> list[e.Action]:
         """A client's update is not what it announced; it sends the update again."""
         self._flights[client].state = "asked"
-        return [e.Log(f"the update of {client} came damaged; it is sent again")]
+        try:
+            return [e.Log(self._uploads.damaged(client))]
+        except WireError as error:
+            return self.refuse(client, str(error), now)
 
     def record(self, most: int | None = None) -> list[e.Action]:
         """Hand updates to the ledger: those of evaluations, and at most so many of training; the others wait."""

@@ -13,6 +13,7 @@ from broker_server.conduct import Conduct, Mute
 from broker_server.config import Federation
 from broker_server.roster import Roster
 from edge_client.errors import TrustError, WireError
+from edge_client.terminal import printable
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Chunk, Topics
 from edge_client.wire.voice import Host, PlainHost
@@ -191,8 +192,3 @@ class Hearing(ABC):
                 yield from self._leaves(client, now)
         for client in gone:
             yield e.Log(f"{client} is not enrolled any more: nothing is asked of it, and nothing it says is believed")
-
-
-def printable(text: str) -> str:
-    """What a stranger says, fit for an operator's terminal: on one line and without escape sequences."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)

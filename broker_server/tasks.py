@@ -234,7 +234,10 @@ class OpenTask:
     def damaged(self, client: str) -> list[e.Action]:
         """A member's update is not what it announced: its radio or its disk errs, and it sends the update again."""
         self._set(client, "asked")
-        return [e.Log(f"the update of {client} came damaged; it is sent again")]
+        try:
+            return [e.Log(self._uploads.damaged(client))]
+        except WireError as error:
+            return self.refuse(client, str(error))
 
     def recorded(self, event: e.Recorded) -> None:
         """A member's update is in the ledger."""

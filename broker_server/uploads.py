@@ -5,12 +5,16 @@ its place to the next in the queue. What has come of its update stays; it announ
 asked for the rest. This module counts chunks; their bytes are on the disk (`broker_server.spool`).
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from edge_client.errors import WireError
 from edge_client.wire.messages import BlobRef
 from edge_client.wire.transfer import Checklist, count
+
+_DAMAGES = 4
+"""Damaged updates of one client for one task after which no more is taken: it could send garbage all round."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Uploads:
     """What has come of updates whose clients have no place now."""
     _held: set[str] = field(default_factory=set)
     """Clients of whom nothing more is taken before they announce it anew."""
+    _damages: Counter[str] = field(default_factory=Counter)
+    """By client, how many of its blobs were not what it announced."""
 
     @property
     def wake(self) -> float | None:
@@ -161,11 +167,23 @@ class Uploads:
         self._held.add(client)
         return self.forget(client, now)
 
+    def damaged(self, client: str) -> str:
+        """What a client sent is not what it announced; what there is to say of it.
+
+        Raises:
+            WireError: that was once too often.
+        """
+        self._damages[client] += 1
+        if self._damages[client] >= _DAMAGES:
+            raise WireError(f"the update came damaged {_DAMAGES} times: its radio, its disk or somebody between errs")
+        return f"the update of {client} came damaged; it is sent again"
+
     def drop(self, client: str, now: float) -> list[Grant]:
         """Nothing is wanted of a client any more."""
         grants = self.forget(client, now)
         self._parked.pop(client, None)
         self._held.discard(client)
+        del self._damages[client]
         return grants
 
     def _checklist(self, client: str, sha256: bytes) -> Checklist:

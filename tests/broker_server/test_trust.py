@@ -580,3 +580,40 @@ def test_an_update_that_waits_for_its_version_is_not_recorded_once_its_device_is
     while table.desk.waiting:
         table.desk.perform()
     assert table.recorded == ["a"]
+
+
+# Updates that come damaged.
+
+
+def garbage(table, client, voice=None):
+    """One update of this client that is not what it announced."""
+    ref = transfer.refer(LONG, chunk=1024, inline=0)
+    actions = table.say(client, m.Upload(*table.task(client), ref), voice=voice)
+    for index in range(3):
+        sent = bytes(len(transfer.piece(LONG, ref, index)))
+        actions += table.desk.feed(e.Received(TOPICS.uploaded(client, ref.sha256, index), sent))
+    return actions
+
+
+@MODES
+def test_an_update_that_comes_damaged_again_and_again_is_refused(rounds):
+    table = Federation(rounds)
+    table.hello("a", "b")
+    for _ in range(3):
+        assert told(garbage(table, "a"), "a", m.Receipt) == []
+    (receipt,) = told(garbage(table, "a"), "a", m.Receipt)
+    assert (receipt.status, "damaged 4 times" in receipt.detail) == ("refused", True)
+    assert table.recorded == []
+    table.say("b", table.upload(b=20))
+    assert table.recorded == ["b"]
+
+
+def test_a_device_that_sends_garbage_all_round_is_muted_and_the_ledger_says_in_whose_name():
+    table, found = Federation(BUFFERED), []
+    for _ in range(30):
+        table.hello("a", "b")
+        if found:
+            break
+        found += of(garbage(table, "a"), e.Misconduct)
+    (mute,) = found
+    assert (mute.client, mute.kind, "in the name of a" in mute.reason) == ("a", "muted", True)
