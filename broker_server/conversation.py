@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from broker_server import events as e
 from broker_server.hearing import HEARTBEAT, Hearing
 from broker_server.ledger import Round
@@ -291,7 +293,8 @@ class Conversation(Hearing):
         if hello.epoch < self.restored.epoch:
             yield from self._missed(client)
         if hello.epoch == self.restored.epoch and hello.bundle == self.restored.bundle.sha256:
-            self._roster.hello(client, hello)
+            counted = self.settings.limits.count(hello.samples)
+            self._roster.hello(client, msgspec.structs.replace(hello, samples=counted))
             yield from self._comes(client, hello, now)
 
     def _inquire(self, client: str, upload: m.Upload) -> Iterator[e.Action]:

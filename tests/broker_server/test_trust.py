@@ -617,3 +617,11 @@ def test_a_device_that_sends_garbage_all_round_is_muted_and_the_ledger_says_in_w
         found += of(garbage(table, "a"), e.Misconduct)
     (mute,) = found
     assert (mute.client, mute.kind, "in the name of a" in mute.reason) == ("a", "muted", True)
+
+
+def test_a_client_that_says_it_has_very_many_samples_counts_as_no_more_than_the_limit():
+    for limits, expected in (({"samples": 500}, 500), ({}, 2**29 - 1)):
+        table = Desk(settings(round=ROUND, limits=limits))
+        table.hello("a", samples=2**29 - 1)
+        (candidate,) = table.coordinator._roster.candidates()
+        assert candidate.samples == expected
