@@ -16,11 +16,11 @@ from typing import Literal
 from broker_server import events as e
 from broker_server.conversation import Conversation
 from broker_server.flights import Flight, Flights, Identity
-from broker_server.hearing import printable
 from broker_server.ledger import Task
 from broker_server.rates import tolerance
 from broker_server.selection import Candidate, select
 from broker_server.tally import Tally
+from edge_client.terminal import printable
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Chunk
 
@@ -112,7 +112,10 @@ class AsynchronousCoordinator(Conversation):
                     yield from self._go_on(now)
             case e.Damaged(epoch, task, client):
                 if self._flights.find(epoch, task, client):
-                    yield from self._flights.damaged(client)
+                    yield from self._flights.damaged(client, now)
+                    if client not in self._flights:
+                        self._resting.add(client)
+                    yield from self._go_on(now)
             case e.Answered(epoch, task, client, "void"):
                 detail = _VOID.format(most=self.settings.round.max_staleness)
                 yield self._tell(client, m.Receipt(epoch, task, "refused", detail))
@@ -174,6 +177,9 @@ class AsynchronousCoordinator(Conversation):
             self._resting.add(client)
             yield from self._flights.end(client, now)
             yield from self._go_on(now)
+
+    def _disowned(self, client: str, now: float) -> Iterator[e.Action]:
+        yield from self._flights.disown(client, now)
 
     def _leaves(self, client: str, now: float) -> Iterator[e.Action]:
         yield from self._flights.leave(client, now)

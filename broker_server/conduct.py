@@ -17,8 +17,12 @@ _EXCESS = 0.05
 """Strikes for a message more than the rate allows."""
 _FORGIVEN = 1 / 60
 """Strikes a second."""
-_LONGEST = 64.0
-"""A client that is muted again and again is muted for longer, up to so many times the first time."""
+_DAMAGE = 0.5
+"""Strikes for an update that came damaged."""
+_DOUBLINGS = 6
+"""A client that is muted again and again is muted for twice as long, so often."""
+_CALM = 3600.0
+"""Seconds without a mute after which one of them is forgotten."""
 _RECORDS = 65_536
 """Clients that are remembered: without access rules at the broker anybody can make up names."""
 _TWINS = 3
@@ -71,11 +75,27 @@ class Conduct:
             record.messages -= 1
             record.size -= size
             return True
-        return self._strike(client, record, _EXCESS, "it says more than [limits] allows", now) or False
+        reason = f"what is said in the name of {client} is more than [limits] allows"
+        return self._strike(client, record, _EXCESS, reason, now) or False
+
+    def afford(self, client: str, most: int, size: int, now: float) -> int:
+        """How many things of ``size`` bytes, at most ``most``, a client may cause to be sent; they are charged to it.
+
+        A client that has caused nothing for long may cause one, however large.
+        """
+        record = self._record(client, now)
+        many = int(max(0.0, record.size) // size) or int(record.size >= self._most[1])
+        record.size -= min(most, many) * size
+        return min(most, many)
 
     def strike(self, client: str, reason: str, now: float) -> Mute | None:
         """A client did something wrong; it is muted where that was once too often."""
         return self._strike(client, self._record(client, now), 1.0, reason, now)
+
+    def damaged(self, client: str, now: float) -> Mute | None:
+        """What came was not what a client has announced; it counts less, for anybody between may have damaged it."""
+        reason = f"what is sent in the name of {client} comes damaged"
+        return self._strike(client, self._record(client, now), _DAMAGE, reason, now)
 
     def forgive(self, client: str) -> None:
         """Listen to a client again, and know nothing of it: its name belongs to another key now."""
@@ -106,8 +126,10 @@ class Conduct:
         record.strikes += weight
         if record.strikes < self.limits.strikes:
             return None
-        seconds = self.limits.mute_seconds * min(_LONGEST, 2.0**record.mutes)
-        record.strikes, record.mutes, record.muted = 0.0, record.mutes + 1, now + seconds
+        calm = max(0, int((now - record.muted) // _CALM))
+        record.mutes = max(0, record.mutes - calm)
+        seconds = self.limits.mute_seconds * 2.0**record.mutes
+        record.strikes, record.mutes, record.muted = 0.0, min(_DOUBLINGS, record.mutes + 1), now + seconds
         return Mute(client, reason, seconds)
 
     def _record(self, client: str, now: float) -> _Record:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from broker_server.consistency import VALUES, check_together
 from broker_server.validation import check_keys
-from edge_client.codec.update import TARGETS
 from edge_client.errors import ConfigError
 
 Count = Annotated[int, Meta(ge=0, le=10_000_000)]
@@ -24,12 +24,6 @@ Factor = Annotated[float, Meta(gt=0, le=1000)]
 Bytes = Annotated[int, Meta(ge=0, le=2**62)]
 ClientPattern = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.*?-]{1,64}\Z")]
 Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,63}\Z")]
-
-_SYNCHRONOUS = ("cohort", "over_select", "minimum")
-_BUFFERED = ("concurrency", "buffer", "staleness", "max_staleness")
-"""Keys of ``[round]`` that only one of its modes reads."""
-_VALUES = {"nmse": 0.1, "cohort": 2.0}
-_HIGHEST = TARGETS | {"cohort": 1000.0}
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -140,7 +134,7 @@ class Codec(_Section, frozen=True):
     def rate(self, client: str) -> float:
         """The value of ``target`` for one client."""
         fitting = (value for pattern, value in self.clients.items() if fnmatchcase(client, pattern))
-        return next(fitting, self.value or _VALUES.get(self.target, math.nan))
+        return next(fitting, self.value or VALUES.get(self.target, math.nan))
 
     def limit(self, uplink: float) -> int:
         """Bytes that an update may have over a link of ``uplink`` bytes a second; 0 where nothing bounds them."""
@@ -227,6 +221,9 @@ class Limits(_Section, frozen=True):
 
     norm: Annotated[float, Meta(ge=0, le=1e30)] = 0.0
     """The largest norm (L2) of an update that is taken; 0 is no bound."""
+    samples: Count = 0
+    """As how many samples one client counts at most, whatever it says that it has: what it says cannot be checked, and
+    its update weighs as much. 0 is no bound; set it to about what your largest honest client has."""
     messages: Rate = 50.0
     """Messages a second, beside the chunks that the server asks for; a few seconds' worth may come at once."""
     bytes: Rate = 2_000_000.0
@@ -238,6 +235,10 @@ class Limits(_Section, frozen=True):
     """How long, for the first time; each time doubles it, up to an hour with the default."""
     turn: Seconds = 30.0
     """Seconds after which a client that uploads makes way for one that waits."""
+
+    def count(self, samples: int) -> int:
+        """As how many samples a client counts that says it has so many."""
+        return min(samples, self.samples or samples)
 
 
 class Simulation(_Section, frozen=True):
@@ -319,7 +320,7 @@ def load(path: str | Path, overrides: Mapping[str, object] | None = None) -> Fed
     try:
         check_keys(tree, Federation, "")
         federation = _resolve(msgspec.convert(tree, Federation), path.absolute().parent)
-        _check_together(federation)
+        check_together(federation)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error.__cause__
     return federation
@@ -343,66 +344,3 @@ def _resolve(federation: Federation, folder: Path) -> Federation:
         evaluation=moved(federation.evaluation, "data"),
         simulation=moved(federation.simulation, "data", "identities"),
     )
-
-
-def _check_together(federation: Federation) -> None:
-    """Settings that are fine alone and impossible together."""
-    rounds, stop, simulation = federation.round, federation.stop, federation.simulation
-    for name in ("bundle", "state"):
-        if not getattr(federation.federation, name):
-            raise ConfigError(f"federation.{name} is empty; expected a path")
-    _check_mode(rounds)
-    if federation.broker.password_file and not federation.broker.username:
-        raise ConfigError("broker.password_file is set without broker.username; set both or none")
-    _check_rates(federation.codec)
-    if simulation.speed[0] > simulation.speed[1]:
-        raise ConfigError(f"simulation.speed is {list(simulation.speed)}; expected [slowest, fastest]")
-    if simulation.data:
-        asked = "cohort" if rounds.mode == "synchronous" else "concurrency"
-        for key, wanted in ((asked, getattr(rounds, asked)), ("clients", rounds.clients)):
-            if wanted > simulation.clients:
-                raise ConfigError(
-                    f"round.{key} is {wanted}; expected at most simulation.clients, {simulation.clients}: "
-                    "there are no more phones to ask"
-                )
-        if simulation.split == "natural" and not simulation.key:
-            raise ConfigError('simulation.key is empty; expected the npz key of the user for split = "natural"')
-    evaluation = federation.evaluation
-    measured = evaluation.every and (evaluation.data or evaluation.clients or simulation.test_fraction)
-    if (stop.target is not None or stop.patience) and not measured:
-        raise ConfigError(
-            "stop.target and stop.patience need an evaluation and there is none; "
-            "set evaluation.data or evaluation.clients, and evaluation.every above 0"
-        )
-
-
-def _check_mode(rounds: Round) -> None:
-    others = _BUFFERED if rounds.mode == "synchronous" else _SYNCHRONOUS
-    defaults = Round()
-    for key in others:
-        if (found := getattr(rounds, key)) != getattr(defaults, key):
-            right = "buffered" if rounds.mode == "synchronous" else "synchronous"
-            raise ConfigError(
-                f'round.{key} is {found} and means nothing with round.mode = "{rounds.mode}"; '
-                f'remove it, or set round.mode = "{right}"'
-            )
-    if rounds.mode == "buffered":
-        return
-    if rounds.minimum > rounds.cohort:
-        raise ConfigError(f"round.minimum is {rounds.minimum}; expected at most round.cohort, {rounds.cohort}")
-    if rounds.quorum < rounds.minimum:
-        raise ConfigError(f"round.clients is {rounds.clients}; expected at least round.minimum, {rounds.minimum}")
-
-
-def _check_rates(codec: Codec) -> None:
-    most = _HIGHEST[codec.target]
-    if codec.value is None and codec.target not in _VALUES:
-        raise ConfigError(
-            f'codec.value is missing; expected a number of {codec.target} with codec.target = "{codec.target}"'
-        )
-    for key, value in {
-        "value": codec.value,
-        **{f"clients.{name}": rate for name, rate in codec.clients.items()},
-    }.items():
-        if value is not None and value > most:
-            raise ConfigError(f'codec.{key} is {value}; expected at most {most:g} with codec.target = "{codec.target}"')

@@ -11,14 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from broker_server import events as e
 from broker_server.hearing import HEARTBEAT, Hearing
 from broker_server.ledger import Round
+from broker_server.repetition import Repetition
 from broker_server.rounds import OpenRound
 from broker_server.stopping import Progress
 from edge_client.errors import WireError
 from edge_client.wire import messages as m
-from edge_client.wire import transfer
 
 Phase = Literal["waiting", "train", "aggregate", "measure", "gather", "evaluate", "stopped"]
 _MEMORY = 32
@@ -53,12 +55,14 @@ class Conversation(Hearing):
     """The offer as it stands, and as it is retained."""
     _again: float | None = field(init=False, default=None)
     """When it is put back in its place once more."""
+    _repetition: Repetition = field(init=False)
     _defended: float = field(init=False, default=-math.inf)
     """When it was put back last where somebody else had put another one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         restored = self.restored
+        self._repetition = Repetition(self.settings.transfer.window)
         # A round whose evaluation goes on has its result in the ledger already, and is counted when it is finished.
         finished = [result for result in restored.rounds if result.round != restored.unfinished]
         self._progress = Progress(self.settings.stop, finished)
@@ -146,6 +150,9 @@ class Conversation(Hearing):
             case e.Refused(_, _, client, reason):
                 yield from self._answered(event, now)
                 yield from self._struck(self._conduct.strike(client, reason, now), now)
+            case e.Damaged(_, _, client):
+                yield from self._answered(event, now)
+                yield from self._struck(self._conduct.damaged(client, now), now)
             case e.Aggregated(version, digest, clipped, pace):
                 if self.phase == "aggregate":
                     self._version, self._digests[version], self._pace = version, digest, pace
@@ -175,6 +182,7 @@ class Conversation(Hearing):
             self._gather = now + self._spread + _GATHER if self.restored.rounds else 0.0
             if self.restored.leftovers:
                 yield e.Clear(self.restored.leftovers)
+        self._repetition.forget()
         yield e.Subscribe((self._topics.every_up, self._topics.offer))
         if self.restored.bundle.inline is None:
             yield e.Spread(self.restored.bundle)
@@ -269,15 +277,25 @@ class Conversation(Hearing):
             case m.Missing(sha256, indices):
                 for ref in (self.restored.bundle, *self._blobs()):
                     if ref.sha256 == sha256 and ref.inline is None:
-                        yield e.Spread(ref, tuple(index for index in indices if index < transfer.count(ref)))
+                        yield from self._again_for(client, ref, indices, now)
+                        break
             case _:
                 raise WireError(f"{type(message).__name__} is not for the server")
+
+    def _again_for(self, client: str, ref: m.BlobRef, indices: tuple[int, ...], now: float) -> Iterator[e.Action]:
+        """Publish again what a client misses, as far as it may cause that many bytes."""
+        wanted = self._repetition.wanted(ref, indices, now)
+        granted = wanted[: self._conduct.afford(client, len(wanted), ref.chunk, now)]
+        if granted:
+            self._repetition.publish(ref, granted, now)
+            yield e.Spread(ref, granted)
 
     def _greeted(self, client: str, hello: m.Hello, now: float) -> Iterator[e.Action]:
         if hello.epoch < self.restored.epoch:
             yield from self._missed(client)
         if hello.epoch == self.restored.epoch and hello.bundle == self.restored.bundle.sha256:
-            self._roster.hello(client, hello)
+            counted = self.settings.limits.count(hello.samples)
+            self._roster.hello(client, msgspec.structs.replace(hello, samples=counted))
             yield from self._comes(client, hello, now)
 
     def _inquire(self, client: str, upload: m.Upload) -> Iterator[e.Action]:

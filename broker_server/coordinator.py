@@ -7,12 +7,12 @@ from typing import Literal
 
 from broker_server import events as e
 from broker_server.conversation import Conversation
-from broker_server.hearing import printable
 from broker_server.ledger import Task
 from broker_server.rates import tolerance
 from broker_server.selection import select
 from broker_server.tasks import OpenTask
 from edge_client.errors import WireError
+from edge_client.terminal import printable
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Chunk
 
@@ -65,6 +65,7 @@ class Coordinator(Conversation):
             case e.Damaged(epoch, task, client):
                 if open_ := self._task_of(epoch, task, client):
                     yield from open_.damaged(client)
+                    yield from self._go_on(now)
             case e.Answered(epoch, task, client, status):
                 yield self._tell(client, m.Receipt(epoch, task, status))
             case e.Prepared(held, version, ref):
@@ -112,6 +113,10 @@ class Coordinator(Conversation):
             yield e.Log(f"{client} declines task {decline.task}: {printable(decline.reason)}")
             task.lose(client)
             yield from self._go_on(now)
+
+    def _disowned(self, client: str, now: float) -> Iterator[e.Action]:
+        if self._open is not None:
+            yield from self._open.disown(client, now)
 
     def _leaves(self, client: str, now: float) -> Iterator[e.Action]:
         if self._open is not None:

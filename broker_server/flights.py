@@ -194,10 +194,13 @@ class Flights:
         """Chunks of updates that came before the server's last restart, by client."""
         self._uploads.resume({client: checklist for client, checklist in kept.items() if client in self._flights})
 
-    def damaged(self, client: str) -> list[e.Action]:
+    def damaged(self, client: str, now: float) -> list[e.Action]:
         """A client's update is not what it announced; it sends the update again."""
         self._flights[client].state = "asked"
-        return [e.Log(f"the update of {client} came damaged; it is sent again")]
+        try:
+            return [e.Log(self._uploads.damaged(client))]
+        except WireError as error:
+            return self.refuse(client, str(error), now)
 
     def record(self, most: int | None = None) -> list[e.Action]:
         """Hand updates to the ledger: those of evaluations, and at most so many of training; the others wait."""
@@ -228,6 +231,13 @@ class Flights:
         if flight is not None and flight.state == "asked":
             flight.state = "away"
         return self._credit(self._uploads.forget(client, now))
+
+    def disown(self, client: str, now: float) -> list[e.Action]:
+        """What a client has announced is not believed any more, nor what is here of it and waits."""
+        flight = self._flights.get(client)
+        if flight is not None and flight.state == "ready":
+            return self.end(client, now)
+        return self._credit(self._uploads.hold(client, now))
 
     def tick(self, now: float) -> list[e.Action]:
         """Ask again for chunks that do not come, and count no more on clients whose time is over."""
@@ -269,7 +279,7 @@ class Flights:
 
     def _take(self, client: str, data: bytes | None) -> None:
         flight = self._flights.get(client)
-        if flight is not None and flight.state in ("asked", "away"):
+        if flight is not None and flight.state in ("asked", "away") and self.voice.knows(client):
             flight.state = "ready"
             self._ready.append((client, data))
 

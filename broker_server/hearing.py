@@ -5,7 +5,7 @@ before its message is decoded, and nothing is done about a message that is not b
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 from broker_server import events as e
@@ -13,6 +13,7 @@ from broker_server.conduct import Conduct, Mute
 from broker_server.config import Federation
 from broker_server.roster import Roster
 from edge_client.errors import TrustError, WireError
+from edge_client.terminal import printable
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Chunk, Topics
 from edge_client.wire.voice import Host, PlainHost
@@ -71,6 +72,10 @@ class Hearing(ABC):
         """
 
     @abstractmethod
+    def _disowned(self, client: str, now: float) -> Iterator[e.Action]:
+        """What a client has announced, and is not recorded, is not believed any more."""
+
+    @abstractmethod
     def _leaves(self, client: str, now: float) -> Iterator[e.Action]:
         """A client is gone."""
 
@@ -78,45 +83,59 @@ class Hearing(ABC):
 
     def ignores(self, topic: str, now: float) -> bool:
         """Whether what comes on a topic is not even looked at: its client is muted."""
-        try:
-            return self._conduct.muted(self._topics.parse_up(topic)[0], now)
-        except WireError:
-            return False
+        client = self._topics.writer(topic)
+        return client is not None and self._conduct.muted(client, now)
 
     def _received(self, topic: str, payload: bytes, now: float) -> Iterator[e.Action]:
         if topic == self._topics.offer:
             yield from self._offered(payload, now)
             return
-        try:
-            client, chunk = self._topics.parse_up(topic)
-        except WireError as error:
-            yield from self._drop(topic, error)
+        client = self._topics.writer(topic)
+        if client is None:
+            yield from self._drop(topic, WireError(f"nobody's topic: {topic[:100]!r}"))
             return
         if self._conduct.muted(client, now):
             self.dropped += 1
             return
+        chunk = None
+        try:
+            # What breaks the grammar is the client's too: nobody else may write there.
+            _, chunk = self._topics.parse_up(topic)
+        except WireError as error:
+            if (yield from self._charged(client, payload, now)):
+                yield from self._wrong(client, topic, error, self.voice.signs, now)
+            return
         try:
             if chunk is not None and payload:
                 yield from self._piece(client, chunk, payload, now)
-            else:
-                allowed = self._conduct.spend(client, len(payload), now)
-                if allowed is not True:
-                    self.dropped += 1
-                    yield from self._struck(allowed or None, now)
-                    return
-                if not payload:
-                    return  # something that was retained here is cleared
+            elif (yield from self._charged(client, payload, now)) and payload:
                 yield from self._spoken(client, payload, now)
-            self._roster.hear(client, now)
         except WireError as error:
-            yield from self._drop(topic, error)
-            if chunk is None:
-                yield from self._struck(self._conduct.strike(client, str(error), now), now)
+            unproven = chunk is not None or isinstance(error, TrustError)
+            yield from self._wrong(client, topic, error, unproven, now)
+
+    def _charged(self, client: str, payload: bytes, now: float) -> Generator[e.Action, None, bool]:
+        """Whether this client may say so much more."""
+        allowed = self._conduct.spend(client, len(payload), now)
+        if allowed is True:
+            return True
+        self.dropped += 1
+        yield from self._struck(allowed or None, now)
+        return False
+
+    def _wrong(self, client: str, topic: str, error: WireError, unproven: bool, now: float) -> Iterator[e.Action]:
+        """Drop what is wrong; a strike against its client, unless nothing but the topic shows that it is its own."""
+        yield from self._drop(topic, error)
+        if not unproven:
+            reason = f"what is said in the name of {client}: {error}"
+            yield from self._struck(self._conduct.strike(client, reason, now), now)
 
     def _piece(self, client: str, chunk: Chunk, payload: bytes, now: float) -> Iterator[e.Action]:
         """A chunk: free where it was asked for and is new."""
         asked, wrong = False, None
         try:
+            if not self.voice.knows(client):
+                raise TrustError(f"{client} is not enrolled, or not any more")
             for action in self._chunk(client, chunk, payload, now):
                 asked = asked or isinstance(action, e.Keep)
                 yield action
@@ -139,8 +158,9 @@ class Hearing(ABC):
         if mute is None:
             return
         client, reason, seconds = mute
-        yield e.Log(f"{client} is not listened to for {seconds:.0f} s: {printable(reason)[:300]}")
-        yield e.Misconduct(client, "muted", printable(reason)[:300], seconds)
+        reason = printable(reason)[:300]
+        yield e.Log(f"{client} is not listened to for {seconds:.0f} s: {reason}")
+        yield e.Misconduct(client, "muted", reason, seconds)
         if self._roster.part(client):
             yield from self._leaves(client, now)
 
@@ -152,6 +172,9 @@ class Hearing(ABC):
             yield from self._missed(client)
         else:
             yield from self._said_by(client, heard.message, now)
+            # A goodbye may be said again by anybody, and who is gone is not there.
+            if not isinstance(heard.message, m.Goodbye):
+                self._roster.hear(client, now)
 
     def _doubled(self, client: str, certain: bool) -> Iterator[e.Action]:
         """Two devices speak as one client, as far as can be told."""
@@ -163,14 +186,9 @@ class Hearing(ABC):
     def _rekeyed(self, given: tuple[str, ...], gone: tuple[str, ...], now: float) -> Iterator[e.Action]:
         """Nothing that was said with a key that is gone is held for or against its client, but what is recorded."""
         for client in (*given, *gone):
-            self.voice.forget(client)
             self._conduct.forgive(client)
+            yield from self._disowned(client, now)
             if self._roster.part(client):
                 yield from self._leaves(client, now)
         for client in gone:
             yield e.Log(f"{client} is not enrolled any more: nothing is asked of it, and nothing it says is believed")
-
-
-def printable(text: str) -> str:
-    """What a stranger says, fit for an operator's terminal: on one line and without escape sequences."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from broker_server.authority import CA_KEY, REGISTRY, Authority, telling_brokers
 from broker_server.broker_config.reload import reload_all
+from broker_server.quota import Quota
 from broker_server.registrar import Answer, Registrar, Rule
 from broker_server.registry import Registry
 from edge_client.errors import ConfigError, FedgeError, WireError
@@ -45,6 +46,7 @@ class Responder:
     """Told, in that thread, which devices are enrolled and which were, when that has changed; returns lines to log."""
     _queue: "asyncio.Queue[tuple[str, bytes]]" = field(init=False)
     _heard: "OrderedDict[bytes, float]" = field(init=False, default_factory=OrderedDict)
+    _quota: Quota = field(init=False, default_factory=Quota)
     _pending: "OrderedDict[str, bytes]" = field(init=False, default_factory=OrderedDict)
     """The last Asks of users that wait for a person."""
     _issued: int = field(init=False, default=0)
@@ -88,13 +90,16 @@ class Responder:
 
     def message(self, topic: str, payload: bytes) -> None:
         """A message has arrived."""
+        if len(payload) > wire.LIMIT:
+            return
         now = asyncio.get_running_loop().time()
         try:
             user = wire.parse_ask(self.federation, topic)
         except WireError as error:
-            self._tell(f"enrolment: {error}")
+            if self._quota.takes(wire.CLAIMS, now):
+                self._tell(f"enrolment: {error}")
             return
-        if len(payload) > wire.LIMIT:
+        if not self._quota.takes(user, now):
             return
         # Not by user: claims may write on one another's topics, and one that floods would keep others from being heard.
         mark = hashlib.sha256(topic.encode() + payload).digest()

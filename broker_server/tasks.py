@@ -234,7 +234,10 @@ class OpenTask:
     def damaged(self, client: str) -> list[e.Action]:
         """A member's update is not what it announced: its radio or its disk errs, and it sends the update again."""
         self._set(client, "asked")
-        return [e.Log(f"the update of {client} came damaged; it is sent again")]
+        try:
+            return [e.Log(self._uploads.damaged(client))]
+        except WireError as error:
+            return self.refuse(client, str(error))
 
     def recorded(self, event: e.Recorded) -> None:
         """A member's update is in the ledger."""
@@ -258,6 +261,10 @@ class OpenTask:
         self.spares.discard(client)
         self.lose(client)
         return self._credit(self._uploads.forget(client, now))
+
+    def disown(self, client: str, now: float) -> list[e.Action]:
+        """What a client has announced is not believed any more."""
+        return self._credit(self._uploads.hold(client, now))
 
     def tick(self, now: float) -> list[e.Action]:
         """Ask again for chunks that do not come."""
@@ -290,7 +297,7 @@ class OpenTask:
         self._counts[state] += 1
 
     def _take(self, client: str, data: bytes | None) -> list[e.Action]:
-        if self._members.get(client) not in ("asked", "gone"):
+        if self._members.get(client) not in ("asked", "gone") or not self.voice.knows(client):
             return []
         self._set(client, "recording")
         return [e.Record(*self.identity, client, data)]

@@ -5,12 +5,16 @@ its place to the next in the queue. What has come of its update stays; it announ
 asked for the rest. This module counts chunks; their bytes are on the disk (`broker_server.spool`).
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from edge_client.errors import WireError
 from edge_client.wire.messages import BlobRef
 from edge_client.wire.transfer import Checklist, count
+
+_DAMAGES = 4
+"""Damaged updates of one client for one task after which no more is taken: it could send garbage all round."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class Uploads:
     _queue: dict[str, BlobRef] = field(default_factory=dict)
     _parked: dict[str, Checklist] = field(default_factory=dict)
     """What has come of updates whose clients have no place now."""
+    _held: set[str] = field(default_factory=set)
+    """Clients of whom nothing more is taken before they announce it anew."""
+    _damages: Counter[str] = field(default_factory=Counter)
+    """By client, how many of its blobs were not what it announced."""
 
     @property
     def wake(self) -> float | None:
@@ -64,8 +72,9 @@ class Uploads:
         return min(times, default=None)
 
     def resume(self, kept: Mapping[str, Checklist]) -> None:
-        """What had come before a restart, by client."""
+        """What had come before a restart, by client; more is taken once it is announced anew."""
         self._parked.update(kept)
+        self._held.update(kept)
 
     def here(self, client: str, ref: BlobRef) -> bool:
         """Whether all of this blob has come in an earlier life of the server; it is forgotten then."""
@@ -73,6 +82,7 @@ class Uploads:
         if checklist is None or checklist.ref != ref or not checklist.complete:
             return False
         del self._parked[client]
+        self._held.discard(client)
         return True
 
     def announce(self, client: str, ref: BlobRef, now: float) -> list[Grant]:
@@ -87,6 +97,7 @@ class Uploads:
         if current is not None and current.checklist.ref == ref:
             return self._grant(client, current, now, again=True)
         self._park(client)
+        self._held.discard(client)
         self._queue[client] = ref
         return self._admit(now)
 
@@ -151,16 +162,34 @@ class Uploads:
         self._park(client)
         return self._admit(now)
 
+    def hold(self, client: str, now: float) -> list[Grant]:
+        """What a client has announced is not believed any more: what has come is of use if it announces it anew."""
+        self._held.add(client)
+        return self.forget(client, now)
+
+    def damaged(self, client: str) -> str:
+        """What a client sent is not what it announced; what there is to say of it.
+
+        Raises:
+            WireError: that was once too often.
+        """
+        self._damages[client] += 1
+        if self._damages[client] >= _DAMAGES:
+            raise WireError(f"the update came damaged {_DAMAGES} times: its radio, its disk or somebody between errs")
+        return f"the update of {client} came damaged; it is sent again"
+
     def drop(self, client: str, now: float) -> list[Grant]:
         """Nothing is wanted of a client any more."""
         grants = self.forget(client, now)
         self._parked.pop(client, None)
+        self._held.discard(client)
+        del self._damages[client]
         return grants
 
     def _checklist(self, client: str, sha256: bytes) -> Checklist:
         incoming = self._open.get(client)
         checklist = self._parked.get(client) if incoming is None else incoming.checklist
-        if checklist is None or checklist.ref.sha256 != sha256:
+        if checklist is None or client in self._held or checklist.ref.sha256 != sha256:
             raise WireError(f"chunk of an upload by {client} that is not under way")
         return checklist
 

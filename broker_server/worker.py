@@ -276,7 +276,7 @@ class Worker:
                 found = f"values up to {highest:.1e}" if math.isfinite(highest) else "NaN or infinite values"
                 raise CodecError(f"update holds {found}: training diverged; a lower learning rate may help")
         finite = {name: value for name, value in update.scalars.items() if math.isfinite(value)}
-        return int(samples), finite, update.vectors
+        return self._settings.limits.count(int(samples)), finite, update.vectors
 
     def _bound(self, vectors: Mapping[str, Vector]) -> None:
         """Refuse an update that would pull the model of all too far.

@@ -10,6 +10,9 @@ from edge_client.errors import WireError
 from edge_client.wire.messages import BlobRef
 from edge_client.wire.transfer import Assembly, unwrap
 
+_LONGEST_REST = 600.0
+"""Seconds to wait at most before what came damaged is pulled again."""
+
 
 @dataclass(frozen=True)
 class Pull:
@@ -42,6 +45,8 @@ class Download:
     _open: dict[int, None] = field(init=False, default_factory=dict)
     _arrived: list[int] = field(init=False, default_factory=list)
     _stalls: int = field(init=False, default=0)
+    _damages: int = field(init=False, default=0)
+    _resting: bool = field(init=False, default=False)
 
     def __post_init__(self, partial: Assembly | None) -> None:
         known = partial is not None and partial.ref == self.ref
@@ -59,14 +64,16 @@ class Download:
 
     def start(self, now: float) -> Pull:
         """Begin, or begin again after the connection was lost: nothing is subscribed to any more."""
+        if self._resting:
+            return Pull()
         self._open.clear()
         self._arrived.clear()
         self.wake = now + self.patience
-        return Pull(take=self._fill())
+        return self._more(())
 
     def chunk(self, index: int, data: bytes, now: float) -> Pull:
         """Take one chunk; the window moves on when half of it has arrived."""
-        if not self._assembly.add(index, data):
+        if self._resting or not self._assembly.add(index, data):
             return Pull()
         self._stalls = 0
         self.wake = now + self.patience
@@ -80,6 +87,9 @@ class Download:
         """Where nothing has come for too long, subscribe again; from the second time on, ask for the chunks too."""
         if self.wake is None or now < self.wake:
             return Pull()
+        if self._resting:
+            self._resting = False
+            return self.start(now)
         self._stalls = min(self._stalls + 1, 16)
         self.wake = now + min(60.0, self.patience * 2**self._stalls)
         again = tuple(self._open)
@@ -101,12 +111,27 @@ class Download:
         """
         try:
             return self._assembly.take()
+        except WireError:
+            self._damages += 1
+            raise
         finally:
             self._assembly.restart()
 
+    def rest(self, now: float) -> Pull:
+        """What came was damaged: begin anew after a while, that is twice as long each time."""
+        pull = self.stop()
+        self._resting = True
+        self.wake = now + min(_LONGEST_REST, self.patience * 2.0 ** min(self._damages - 1, 16))
+        return pull
+
     def _move(self) -> Pull:
         arrived, self._arrived = tuple(self._arrived), []
-        return Pull(drop=arrived, take=self._fill())
+        return self._more(arrived)
+
+    def _more(self, drop: tuple[int, ...]) -> Pull:
+        take = self._fill()
+        # What is retained is damaged, by whomever: only the server can put it right, and which chunk is not known.
+        return Pull(drop, take, ask=take if self._damages else ())
 
     def _fill(self) -> tuple[int, ...]:
         room = self.window - len(self._open)

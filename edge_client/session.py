@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from edge_client import events as e
-from edge_client.download import Download, Pull, check_blob
+from edge_client.download import check_blob
 from edge_client.errors import TrustError, WireError
+from edge_client.fetching import Fetched, Fetching
 from edge_client.held import NO_HASH, Held, SessionSettings
+from edge_client.terminal import printable
 from edge_client.upload import Outbox, Patience, Pending
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
@@ -20,8 +22,6 @@ from edge_client.wire.envelope import Stamp
 from edge_client.wire.topics import Topics
 from edge_client.wire.voice import Member, PlainMember
 
-_ASKED = 4096
-"""Chunks that a message may ask for."""
 _CLOCK_ERROR = 3600.0
 """Seconds that clocks may differ by and be taken for right."""
 
@@ -58,10 +58,7 @@ class ClientSession:
     _hello_at: float | None = None
     _install_at: float | None = None
     _installing: bool = False
-    _download: Download | None = None
-    _partial: transfer.Assembly | None = None
-    _kept: bool = False
-    """Whether chunks of a download are on the disk."""
+    _fetching: Fetching = field(init=False)
     _task: m.Invitation | None = None
     _deadline: float | None = None
     _working: bool = False
@@ -80,7 +77,7 @@ class ClientSession:
         self._outbox = Outbox(self.settings.inline, self.settings.chunk, self._patience)
         self._bundle, self._version, self._digest = self.held.bundle, self.held.version, self.held.digest
         self._samples = self.held.samples
-        self._partial, self._kept = self.held.partial, self.held.partial is not None
+        self._fetching = Fetching(self.settings, self._topics, self._say, self.held.partial)
         if self.held.pending is not None:
             self._outbox.put(self.held.pending)
 
@@ -96,8 +93,7 @@ class ClientSession:
             times.append(self._hello_at)
         if not self._busy:
             times.append(self._install_at)
-        if self._download is not None:
-            times.append(self._download.wake)
+        times.append(self._fetching.wake)
         return min((time for time in times if time is not None), default=None)
 
     @property
@@ -133,8 +129,7 @@ class ClientSession:
                 self._connected = True
                 self._ask_at, self._asked = now + self.settings.patience, 0
                 yield e.Subscribe((self._topics.offer, self._topics.down(self.settings.client)))
-                if self._download is not None:
-                    yield from self._pull(self._download.start(now), self._download)
+                yield from self._fetching.again(now)
             case e.Disconnected():
                 self._connected, self._hello_at, self._ask_at = False, None, None
                 self._outbox.interrupt()
@@ -150,7 +145,7 @@ class ClientSession:
                 self._rejected, self._installing = bundle, False
                 self._install_at = self._install_at if self._wanted else None
                 yield e.Log(f"bundle {bundle.hex()[:12]} cannot be used here: {reason}")
-                yield from self._discard()
+                yield from self._fetching.discard()
                 yield from self._tick(now)
             case e.Finished():
                 yield from self._finished(event, now)
@@ -173,20 +168,14 @@ class ClientSession:
             chunk = self._topics.parse_pub(topic)
             if chunk is None:
                 yield from self._told(self.voice.hear(payload), now)
-            elif self._download is not None and chunk.sha256 == self._download.ref.sha256:
-                download = self._download
-                left, pull = download.left, download.chunk(chunk.index, payload, now)
-                if download.left < left and download.ref.size >= self.settings.keep:
-                    self._kept = True
-                    yield e.Keep(download.ref, chunk.index, payload)
-                yield from self._pull(pull, download)
-                if download.complete:
-                    yield from self._downloaded(download, now)
+            else:
+                yield from self._fetched((yield from self._fetching.chunk(chunk, payload, now)), now)
         except WireError as error:
             self.dropped += 1
             self.distrusted += isinstance(error, TrustError)
             if self.dropped == 1 or (self.distrusted == 1 and isinstance(error, TrustError)):
-                yield e.Log(f"dropped a message on {topic[:100]}: {error} (further ones are only counted)")
+                why = printable(f"{topic[:100]}: {error}")
+                yield e.Log(f"dropped a message on {why} (further ones are only counted)")
 
     def _told(self, message: m.Message, now: float) -> Iterator[e.Action]:
         match message:
@@ -219,12 +208,12 @@ class ClientSession:
         if not self._wanted:
             self._install_at = None
             if self._task is None:
-                yield from self._stop_download()
+                yield from self._fetching.stop()
         if self._ready:
             if not greeted:
                 self._hello_at = now + self.rng.uniform(0, offer.spread)
                 self._outbox.schedule(self._hello_at)
-        elif self._wanted and (self._download is None or self._download.ref.sha256 != offer.bundle.sha256):
+        elif self._wanted and not self._fetching.pulls(offer.bundle.sha256):
             if self._install_at is None:
                 self._install_at = now + self.rng.uniform(0, offer.spread)
             if self._working:
@@ -300,7 +289,7 @@ class ClientSession:
             yield from self._work(invitation, data)
             return
         self._deadline = now + invitation.deadline
-        yield from self._fetch(invitation.delta, now)
+        yield from self._fetched((yield from self._fetching.begin(invitation.delta, now)), now)
 
     def _work(self, invitation: m.Invitation, delta: bytes | None) -> Iterator[e.Action]:
         self._working, self._deadline = True, None
@@ -309,7 +298,7 @@ class ClientSession:
     def _finished(self, event: e.Finished, now: float) -> Iterator[e.Action]:
         self._working, self._task, self._failures = False, None, 0
         self._version, self._digest = event.version, event.digest
-        yield from self._discard()
+        yield from self._fetching.discard()
         self._outbox.put(Pending(event.epoch, event.task, event.update))
         if self._connected:
             self._outbox.schedule(now)
@@ -318,7 +307,7 @@ class ClientSession:
     def _failed(self, event: e.Failed, now: float) -> Iterator[e.Action]:
         self._working, self._task = False, None
         self._version, self._digest = event.version, event.digest
-        yield from self._discard()
+        yield from self._fetching.discard()
         if self._waiting is None:
             yield e.Log(f"task {event.task} failed: {event.reason}")
             yield self._say(m.Decline(event.epoch, event.task, event.reason[:500]))
@@ -339,7 +328,7 @@ class ClientSession:
         """Let go of a task whose delta is still on its way."""
         if self._task is not None and not self._working:
             self._task, self._deadline = None, None
-            yield from self._stop_download()
+            yield from self._fetching.stop()
 
     # The bundle.
 
@@ -350,56 +339,18 @@ class ClientSession:
         self._waiting, self._installing = None, False
         self._install_at = self._install_at if self._wanted else None
         self._hello_at = now if self._connected else None
-        yield from self._discard()
+        yield from self._fetching.discard()
         yield from self._tick(now)
 
-    def _downloaded(self, download: Download, now: float) -> Iterator[e.Action]:
-        self._download = None
-        try:
-            data = download.take()
-        except WireError as error:
-            yield e.Log(f"{error}; downloading again")
-            yield from self._discard()
-            # What is retained is damaged, by whomever: only the server can put it right, and which chunk is not known.
-            yield self._say(m.Missing(download.ref.sha256, tuple(range(min(transfer.count(download.ref), _ASKED)))))
-            self._download = download
-            yield from self._pull(download.start(now), download)
+    def _fetched(self, fetched: Fetched | None, now: float) -> Iterator[e.Action]:
+        if fetched is None:
             return
+        ref, data = fetched
         if self._task is not None:
             yield from self._work(self._task, data)
-        elif self._offer is not None and download.ref.sha256 == self._offer.bundle.sha256:
+        elif self._offer is not None and ref.sha256 == self._offer.bundle.sha256:
             self._installing = True
-            yield e.Install(download.ref.sha256, data)
-
-    def _stop_download(self) -> Iterator[e.Action]:
-        download, self._download = self._download, None
-        if download is not None:
-            yield from self._pull(download.stop(), download)
-            yield from self._discard()
-
-    def _fetch(self, ref: m.BlobRef, now: float) -> Iterator[e.Action]:
-        settings, (partial, self._partial) = self.settings, (self._partial, None)
-        self._download = Download(ref, settings.blob_limit, settings.window, settings.patience, partial)
-        if self._download.complete:
-            yield from self._downloaded(self._download, now)
-            return
-        yield from self._pull(self._download.start(now), self._download)
-
-    def _discard(self) -> Iterator[e.Action]:
-        """Nothing is on its way that a later life could go on with."""
-        self._partial = None
-        if self._kept:
-            self._kept = False
-            yield e.Discard()
-
-    def _pull(self, pull: Pull, download: Download) -> Iterator[e.Action]:
-        sha256 = download.ref.sha256
-        if pull.drop:
-            yield e.Unsubscribe(tuple(self._topics.published(sha256, index) for index in pull.drop))
-        if pull.take:
-            yield e.Subscribe(tuple(self._topics.published(sha256, index) for index in pull.take))
-        if pull.ask:
-            yield self._say(m.Missing(sha256, pull.ask))
+            yield e.Install(ref.sha256, data)
 
     # What is said, and when.
 
@@ -414,17 +365,16 @@ class ClientSession:
         if self._install_at is not None and now >= self._install_at and not self._busy:
             self._install_at = None
             yield from self._give_up()
-            yield from self._stop_download()
+            yield from self._fetching.stop()
             data = transfer.unwrap(self._offer.bundle)
             if data is not None:
                 self._installing = True
                 yield e.Install(self._offer.bundle.sha256, data)
             else:
-                yield from self._fetch(self._offer.bundle, now)
+                yield from self._fetched((yield from self._fetching.begin(self._offer.bundle, now)), now)
         if self._deadline is not None and now >= self._deadline:
             yield from self._give_up()
-        if self._download is not None:
-            yield from self._pull(self._download.tick(now), self._download)
+        yield from self._fetching.tick(now)
         if self._hello_at is not None and now >= self._hello_at and self._ready:
             self._hello_at = now + self._offer.heartbeat * self.rng.uniform(0.75, 1.25)
             held = self._bundle, self._version, self._digest, self._samples

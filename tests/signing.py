@@ -36,13 +36,21 @@ def member(
     )
 
 
-def host(federation: str, epoch: int, *, key: bytes = FEDERATION, revoked: frozenset[str] | set[str] = frozenset()):
-    """The voice of a server, for which every name is enrolled that is not ``revoked``."""
+def host(
+    federation: str,
+    epoch: int,
+    *,
+    key: bytes = FEDERATION,
+    revoked: frozenset[str] | set[str] = frozenset(),
+    keys: dict[str, bytes] | None = None,
+):
+    """The voice of a server, for which every name is enrolled that is not ``revoked``; ``keys`` are other ones."""
+    others = {} if keys is None else keys
     return SignedHost(
         federation,
         epoch,
         lambda data: mac(key, data),
-        lambda client: None if client in revoked else key_of(client),
+        lambda client: None if client in revoked else others.get(client, key_of(client)),
         lambda public, data, signature: mac(public, data) == signature,
         lambda data, signature: mac(FEDERATION, data) == signature,
     )

@@ -22,6 +22,7 @@ NAME = r"[A-Za-z0-9_-]{1,64}"
 CLIENT = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}"
 """What a client may be called, as a pattern."""
 _UP = re.compile(rf"^fedge/({NAME})/up/({CLIENT})/(?:msg|([0-9a-f]{{64}})/([0-9]{{1,9}}))\Z")
+_WRITER = re.compile(rf"^fedge/({NAME})/up/({CLIENT})/")
 _PUB = re.compile(rf"^fedge/({NAME})/pub/(?:offer|([0-9a-f]{{64}})/([0-9]{{1,9}}))\Z")
 
 
@@ -64,6 +65,11 @@ class Topics:
     def uploaded(self, client: str, sha256: bytes, index: int) -> str:
         """Where ``client`` sends a chunk of its blob."""
         return f"fedge/{self.federation}/up/{client}/{sha256.hex()}/{index}"
+
+    def writer(self, topic: str) -> str | None:
+        """The client that alone may write to ``topic``, whatever else the topic says; None where it is nobody's."""
+        found = _WRITER.match(topic)
+        return found[2] if found is not None and found[1] == self.federation else None
 
     def parse_up(self, topic: str) -> tuple[str, Chunk | None]:
         """The client that wrote to ``topic``, and the chunk it carries (None for a message).

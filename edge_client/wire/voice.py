@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from edge_client.errors import TrustError
+from edge_client.errors import TrustError, WireError
 from edge_client.wire import messages as m
 from edge_client.wire.envelope import EVERYONE, SERVER, Envelope, Stamp, covered, unwrap, wrap
 
@@ -54,6 +54,13 @@ class Member(Protocol):
 class Host(Protocol):
     """The server's side."""
 
+    @property
+    def signs(self) -> bool:
+        """Whether what clients say is signed: a topic alone then shows nothing."""
+
+    def knows(self, client: str) -> bool:
+        """Whether a client may say anything at all: it has a key, where one is needed."""
+
     def tell(self, client: str, message: m.Message) -> bytes:
         """A message to one client."""
 
@@ -66,9 +73,6 @@ class Host(Protocol):
         Raises:
             WireError: it is no message, or (TrustError) is not believed.
         """
-
-    def forget(self, client: str) -> None:
-        """A client has another key, or none: nothing is known of it."""
 
     def overhear(self, payload: bytes) -> tuple[m.Message, Stamp]:
         """A message to all, by this server or another one of the federation, with when it was said.
@@ -96,6 +100,13 @@ class PlainMember:
 class PlainHost:
     """A server that neither signs nor asks for signatures."""
 
+    signs = False
+
+    def knows(self, client: str) -> bool:
+        """Everybody is believed."""
+        del client
+        return True
+
     def tell(self, client: str, message: m.Message) -> bytes:
         """The message, not signed."""
         del client
@@ -109,9 +120,6 @@ class PlainHost:
         """Whatever is said."""
         del client
         return Heard(m.decode(payload))
-
-    def forget(self, client: str) -> None:
-        """Nothing is known of anybody."""
 
     def overhear(self, payload: bytes) -> tuple[m.Message, Stamp]:
         """Whatever is said."""
@@ -210,8 +218,8 @@ class _Known:
             return True
         return False
 
-    def take(self, message: m.Message, stamp: Stamp) -> None:
-        """The device has said this."""
+    def take(self, message: m.Message | None, stamp: Stamp) -> None:
+        """The device has said this; None is something that is no message."""
         if stamp.life > self.stamp.life:
             self.before, self.boot = self.stamp, b""
         self.stamp = stamp
@@ -235,7 +243,13 @@ class SignedHost:
     verify_own: Callable[[bytes, bytes], bool]
     _said: int = 0
     _offers: int = 0
-    _known: dict[str, _Known] = field(default_factory=dict)
+    _known: dict[tuple[str, bytes], _Known] = field(default_factory=dict)
+    """By client and key: what was said with a key that comes back is not believed once more."""
+    signs = True
+
+    def knows(self, client: str) -> bool:
+        """Whether there is such a device."""
+        return self.keys(client) is not None
 
     def tell(self, client: str, message: m.Message) -> bytes:
         """The message, signed, for the life of the device that was heard last.
@@ -243,7 +257,8 @@ class SignedHost:
         One that was not heard in this epoch does not believe it; it speaks first.
         """
         self._said += 1
-        known = self._known.get(client)
+        key = self.keys(client)
+        known = None if key is None else self._known.get((client, key))
         stamp = Stamp(self.epoch, 0 if known is None else known.stamp.life, self._said)
         return _signed(self.federation, SERVER, client, message, stamp, self.sign)
 
@@ -256,10 +271,14 @@ class SignedHost:
         """What a device says, once.
 
         Raises:
-            WireError: it is no message; or (TrustError) of no device that is enrolled, signed by somebody else,
-                changed, or said again.
+            TrustError: it is no envelope, of no device that is enrolled, signed by somebody else, changed, or said
+                again: nothing shows that the device says it now.
+            WireError: the device has signed it, and it is no message.
         """
-        envelope = unwrap(payload)
+        try:
+            envelope = unwrap(payload)
+        except WireError as error:
+            raise TrustError(f"not signed: {error}") from error
         stamp = _stamp(envelope)
         key = self.keys(client)
         if key is None:
@@ -268,23 +287,28 @@ class SignedHost:
             raise TrustError(f"said in epoch {stamp.epoch}, and this server has {self.epoch}")
         if envelope.number == _GOODBYE or stamp.epoch < self.epoch:
             # An end that a broker invents or repeats costs time, as one does that it keeps silent about.
-            message = self._verified(client, key, envelope, stamp)
+            try:
+                message = self._verified(client, key, envelope, stamp)
+            except WireError as error:
+                raise TrustError(f"of another epoch: {error}") from error
             return Heard(message, stale=envelope.number != _GOODBYE)
-        known = self._known.get(client)
+        known = self._known.get((client, key))
         again = known is not None and stamp <= known.stamp
         if known is not None and again and not known.odd(envelope.number, stamp):
             raise TrustError(f"said before: {_shown(stamp)} is not after {_shown(known.stamp)}")
-        message = self._verified(client, key, envelope, stamp)
+        try:
+            message = self._verified(client, key, envelope, stamp)
+        except WireError as error:
+            if again or isinstance(error, TrustError):
+                raise TrustError(str(error)) from error
+            self._known.setdefault((client, key), _Known(stamp, Stamp(self.epoch, 0, 0))).take(None, stamp)
+            raise
         if known is not None and known.is_twin(message, stamp):
             return Heard(message, twin=True)
         if known is not None and again:
             raise TrustError(f"said before: {_shown(stamp)} is not after {_shown(known.stamp)}")
-        self._known.setdefault(client, _Known(stamp, Stamp(self.epoch, 0, 0))).take(message, stamp)
+        self._known.setdefault((client, key), _Known(stamp, Stamp(self.epoch, 0, 0))).take(message, stamp)
         return Heard(message)
-
-    def forget(self, client: str) -> None:
-        """A client has another key, or none: what its devices said before counts for nothing."""
-        self._known.pop(client, None)
 
     def overhear(self, payload: bytes) -> tuple[m.Message, Stamp]:
         """What a server of this federation says to all.

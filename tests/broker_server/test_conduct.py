@@ -85,3 +85,13 @@ def test_names_that_are_made_up_do_not_fill_the_memory(monkeypatch):
     for number in range(1000):
         conduct.spend(f"x{number}", 1, 0.0)
     assert len(conduct._records) == 100
+
+
+def test_mutes_are_forgotten_with_time_too():
+    conduct, now, seconds = Conduct(LIMITS), 0.0, []
+    for pause in (0.0, 0.0, 7300.0, 0.0, 400_000.0):
+        now += pause
+        mute = next(filter(None, (conduct.strike("a", "x", now) for _ in range(9))))
+        seconds.append(mute.seconds)
+        now += mute.seconds
+    assert seconds == [60.0, 120.0, 60.0, 120.0, 60.0]

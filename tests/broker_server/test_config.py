@@ -110,6 +110,7 @@ approve = ["pi-*", "lab-?"]
 certificate_days = 90
 [limits]
 norm = 5
+samples = 500
 messages = 10
 bytes = 1e5
 strikes = 3

@@ -219,3 +219,20 @@ def test_a_registry_that_cannot_be_used_ends_enrolment_with_a_word_and_not_the_s
             assert "enrolment has ended" in await lines.get()
 
     asyncio.run(play())
+
+
+def test_a_flood_on_one_topic_is_dropped_before_anything_is_made_of_it(tmp_path):
+    office = Office(tmp_path)
+
+    async def play():
+        responder = Counter(office).responder
+        for number in range(1000):
+            responder.message(wire.ask_topic("toys", "@claim-00000000"), b"%d" % number + bytes(10_000))
+            responder.message(wire.ask_topic("toys", "@claim-00000001"), bytes(wire.LIMIT + 1))
+        flooded = responder._queue.qsize()
+        responder.message(wire.ask_topic("toys", "pi-7"), b"somebody else")
+        return flooded, responder._queue.qsize()
+
+    flooded, after = asyncio.run(play())
+    assert 1 <= flooded <= 30
+    assert after == flooded + 1

@@ -27,13 +27,14 @@ class Federation:
     sections: dict = field(default_factory=dict)
     paper: Paper | None = None
     revoked: set = field(default_factory=set)
+    renewed: dict[str, bytes] = field(default_factory=dict)
     members: dict[str, SignedMember] = field(default_factory=dict)
 
     def __post_init__(self):
         config = settings(**({"round": self.rounds, "transfer": {"inline": 0, "chunk": 1024}} | self.sections))
 
         def voice(epoch):
-            return signing.host(NAME, epoch, revoked=self.revoked)
+            return signing.host(NAME, epoch, revoked=self.revoked, keys=self.renewed)
 
         self.desk = Desk(config, self.paper, voice=voice, wall=WALL)
 
@@ -261,11 +262,12 @@ def test_a_revoked_device_is_not_asked_and_not_believed_from_now_on(rounds):
 
 
 def test_a_device_that_is_enrolled_anew_is_believed_whatever_its_life_and_its_past():
-    table = Federation()
-    table.hello("a", voice=signing.member(NAME, "a", 1000))
-    for _ in range(12):
+    table = Federation(renewed={"a": b"the first key"})
+    table.hello("a", voice=signing.member(NAME, "a", 1000, key=b"the first key"))
+    for _ in range(1000):
         table.raw("a", b"rubbish")
     assert table.desk.coordinator.clients == 0
+    table.renewed.clear()
     table.desk.feed(e.Rekeyed(("a",), ()))
     table.hello("a", voice=signing.member(NAME, "a", 1))
     assert table.desk.coordinator.clients == 1
@@ -372,3 +374,254 @@ def test_a_message_that_clears_is_not_held_against_its_client():
     for topic in (TOPICS.up("a"), TOPICS.uploaded("a", bytes(32), 0)):
         assert table.desk.feed(e.Received(topic, b"")) == []
     assert table.dropped == (0, 0)
+
+
+# In whose name things are said.
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_topics_outside_the_grammar_are_charged_to_the_client_whose_they_are(size):
+    table = Desk(settings(round=ROUND))
+    table.hello("a", "b")
+    found = []
+    for _ in range(1000):
+        found += faults(table.feed(e.Received(f"fedge/{NAME}/up/a/junk", bytes(size))))
+    assert found == [("a", "muted")]
+    assert table.coordinator.ignores(f"fedge/{NAME}/up/a/else/where", table.now)
+    assert not table.coordinator.ignores(TOPICS.up("b"), table.now)
+    assert table.coordinator.clients == 1
+
+
+def test_topics_outside_the_grammar_are_charged_where_all_is_signed_too():
+    table, found = Federation(), []
+    table.hello("a", "b")
+    for _ in range(5000):
+        found += faults(table.desk.feed(e.Received(f"fedge/{NAME}/up/a/junk", bytes(100_000))))
+    assert found == [("a", "muted")]
+
+
+def test_topics_of_nobody_are_dropped():
+    table = Desk(settings(round=ROUND))
+    for topic in (f"fedge/{NAME}/up", "fedge/others/up/a/msg", f"fedge/{NAME}/up/-!/msg", f"fedge/{NAME}/up/a"):
+        table.feed(e.Received(topic, b"x"))
+        assert not table.coordinator.ignores(topic, table.now)
+    assert table.coordinator.dropped == 4
+
+
+@pytest.mark.parametrize("kind", ["replayed", "rubbish", "unsigned", "forged", "no message", "junk"])
+def test_what_a_client_has_not_signed_is_no_strike_against_it(kind):
+    table = Federation()
+    table.hello("b")
+    hello = m.Hello(1, b"boot0000", BUNDLE.sha256, 0, digest(0), 10, True)
+    payload = table.member("a").say(hello, 1)
+    table.raw("a", payload)
+    other = {
+        "replayed": payload,
+        "rubbish": b"rubbish",
+        "unsigned": m.encode(hello),
+        "forged": signing.member(NAME, "a", 9, key=b"mallory").say(hello, 1),
+        "no message": table.member("a").say(m.Decline(1, 1, ""), 1)[:-3],
+        "junk": b"",
+    }[kind]
+    topic = TOPICS.up("a") if kind != "junk" else f"fedge/{NAME}/up/a/junk"
+    found = []
+    for _ in range(100):
+        found += faults(table.desk.feed(e.Received(topic, other)))
+    assert found == []
+    assert not table.desk.coordinator.ignores(TOPICS.up("a"), table.desk.now)
+    assert table.desk.coordinator.clients == 2
+
+
+def test_what_a_client_has_signed_and_is_wrong_is_a_strike_and_is_one_once():
+    table, found = Federation(), []
+    table.hello("a", "b")
+    wrong = m.Receipt(1, 1, "recorded")
+    payload = table.member("a").say(wrong, 1)
+    for _ in range(30):
+        found += faults(table.raw("a", payload))
+    assert found == []
+    for _ in range(9):
+        found += of(table.say("a", wrong), e.Misconduct)
+    ((client, kind, reason, _),) = ((one.client, one.kind, one.reason, one.seconds) for one in found)
+    assert (client, kind) == ("a", "muted")
+    assert "in the name of a" in reason
+
+
+@MODES
+def test_a_flood_in_a_clients_name_says_in_whose_name_it_was(rounds):
+    table, found = Federation(rounds), []
+    table.hello("a", "b")
+    for _ in range(1000):
+        found += of(table.raw("a", b"rubbish"), e.Misconduct)
+    (mute,) = found
+    assert "in the name of a" in mute.reason
+
+
+# Who is there.
+
+
+@pytest.mark.parametrize("kind", ["older epoch", "said again", "goodbye"])
+def test_what_is_not_believed_keeps_nobody_there(kind):
+    table = Federation()
+    older = table.member("a").say(m.Hello(0, b"boot0000", BUNDLE.sha256, 0, digest(0), 10, True), 0)
+    hello = table.member("a").say(m.Hello(1, b"boot0000", BUNDLE.sha256, 0, digest(0), 10, True), 1)
+    table.raw("a", hello)
+    goodbye = table.member("a").say(m.Goodbye(b"another0"), 1)
+    said = {"older epoch": older, "said again": hello, "goodbye": goodbye}[kind]
+    assert table.desk.coordinator.clients == 1
+    for _ in range(5):
+        table.desk.wait(300.0)
+        table.raw("a", said)
+    assert table.desk.coordinator.clients == 0
+    table.hello("a")
+    assert table.desk.coordinator.clients == 1
+
+
+def test_a_key_that_comes_back_is_not_believed_what_it_said_before():
+    table = Federation()
+    payload = table.member("a").say(m.Hello(1, b"boot0000", BUNDLE.sha256, 0, digest(0), 10, True), 1)
+    table.raw("a", payload)
+    table.revoked.add("a")
+    table.desk.feed(e.Rekeyed((), ("a",)))
+    table.revoked.discard("a")
+    table.desk.feed(e.Rekeyed(("a",), ()))
+    table.raw("a", payload)
+    assert (table.desk.coordinator.clients, table.dropped) == (0, (1, 1))
+    table.hello("a")
+    assert table.desk.coordinator.clients == 1
+
+
+# Keys that go while an update is on its way.
+
+LONG = update(10) + b" " * 3000
+
+
+def pieces(table, client, indices=range(3)):
+    ref = transfer.refer(LONG, chunk=1024, inline=0)
+    for index in indices:
+        table.desk.feed(e.Received(TOPICS.uploaded(client, ref.sha256, index), transfer.piece(LONG, ref, index)))
+
+
+@MODES
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_an_update_of_a_device_that_is_revoked_meanwhile_is_not_recorded(rounds, before):
+    table = Federation(rounds)
+    table.hello("a", "b")
+    ref = transfer.refer(LONG, chunk=1024, inline=0)
+    table.say("a", m.Upload(*table.task("a"), ref))
+    pieces(table, "a", range(before))
+    table.revoked.add("a")
+    table.desk.feed(e.Rekeyed((), ("a",)))
+    pieces(table, "a", range(before, 3))
+    table.desk.wait(100.0)
+    pieces(table, "a")
+    assert table.recorded == []
+
+
+@MODES
+def test_an_update_is_not_recorded_either_before_the_server_has_looked_who_is_revoked(rounds):
+    table = Federation(rounds)
+    table.hello("a", "b")
+    ref = transfer.refer(LONG, chunk=1024, inline=0)
+    table.say("a", m.Upload(*table.task("a"), ref))
+    table.revoked.add("a")
+    pieces(table, "a")
+    assert table.recorded == []
+
+
+@MODES
+def test_an_update_of_a_device_that_was_revoked_while_the_server_was_down_is_not_recorded(rounds):
+    first = Federation(rounds)
+    first.hello("a", "b")
+    ref = transfer.refer(LONG, chunk=1024, inline=0)
+    first.say("a", m.Upload(*first.task("a"), ref))
+    pieces(first, "a", range(2))
+    table = Federation(rounds, paper=first.desk.paper, members=first.members, revoked={"a"})
+    pieces(table, "a")
+    assert table.recorded == []
+    # One that was given to somebody else is: its new device has not announced it.
+    other = Federation(rounds, paper=first.desk.paper, members=first.members)
+    pieces(other, "a")
+    assert other.recorded == []
+    other.hello("a")
+    other.say("a", m.Upload(*other.task("a"), ref))
+    pieces(other, "a", [2])
+    assert other.recorded == ["a"]
+
+
+@MODES
+def test_what_had_come_is_of_use_to_a_device_that_announces_it_with_its_new_key(rounds):
+    table = Federation(rounds)
+    table.hello("a", "b")
+    ref = transfer.refer(LONG, chunk=1024, inline=0)
+    announced = m.Upload(*table.task("a"), ref)
+    table.say("a", announced)
+    pieces(table, "a", range(2))
+    table.renewed["a"] = b"another key"
+    table.desk.feed(e.Rekeyed(("a",), ()))
+    pieces(table, "a", [2])
+    assert table.recorded == []
+    voice = signing.member(NAME, "a", 2, key=b"another key")
+    table.hello("a", voice=voice)
+    table.say("a", announced, voice=voice)
+    pieces(table, "a", [2])
+    assert table.recorded == ["a"]
+
+
+def test_an_update_that_waits_for_its_version_is_not_recorded_once_its_device_is_revoked():
+    table = Federation(BUFFERED | {"buffer": 1})
+    table.desk.manual = (e.Record,)
+    table.hello("a", "b")
+    table.say("a", table.upload(a=10))
+    table.say("b", table.upload(b=20))  # while the first one is on its way to the ledger
+    assert [action.client for action in table.desk.waiting] == ["a"]
+    table.revoked.add("b")
+    table.desk.feed(e.Rekeyed((), ("b",)))
+    while table.desk.waiting:
+        table.desk.perform()
+    assert table.recorded == ["a"]
+
+
+# Updates that come damaged.
+
+
+def garbage(table, client, voice=None):
+    """One update of this client that is not what it announced."""
+    ref = transfer.refer(LONG, chunk=1024, inline=0)
+    actions = table.say(client, m.Upload(*table.task(client), ref), voice=voice)
+    for index in range(3):
+        sent = bytes(len(transfer.piece(LONG, ref, index)))
+        actions += table.desk.feed(e.Received(TOPICS.uploaded(client, ref.sha256, index), sent))
+    return actions
+
+
+@MODES
+def test_an_update_that_comes_damaged_again_and_again_is_refused(rounds):
+    table = Federation(rounds)
+    table.hello("a", "b")
+    for _ in range(3):
+        assert told(garbage(table, "a"), "a", m.Receipt) == []
+    (receipt,) = told(garbage(table, "a"), "a", m.Receipt)
+    assert (receipt.status, "damaged 4 times" in receipt.detail) == ("refused", True)
+    assert table.recorded == []
+    table.say("b", table.upload(b=20))
+    assert table.recorded == ["b"]
+
+
+def test_a_device_that_sends_garbage_all_round_is_muted_and_the_ledger_says_in_whose_name():
+    table, found = Federation(BUFFERED), []
+    for _ in range(30):
+        table.hello("a", "b")
+        if found:
+            break
+        found += of(garbage(table, "a"), e.Misconduct)
+    (mute,) = found
+    assert (mute.client, mute.kind, "in the name of a" in mute.reason) == ("a", "muted", True)
+
+
+def test_a_client_that_says_it_has_very_many_samples_counts_as_no_more_than_the_limit():
+    for limits, expected in (({"samples": 500}, 500), ({}, 2**29 - 1)):
+        table = Desk(settings(round=ROUND, limits=limits))
+        table.hello("a", samples=2**29 - 1)
+        (candidate,) = table.coordinator._roster.candidates()
+        assert candidate.samples == expected

@@ -497,6 +497,26 @@ def test_an_update_beyond_the_norm_is_refused_and_one_within_it_is_not(make):
     assert isinstance(worker.perform(e.Record(1, 1, "b", encoded(vector))), e.Recorded)
 
 
+def test_a_client_counts_as_no_more_samples_than_the_limit_and_a_replay_agrees(tmp_path):
+    vectors, models = (delta(1), delta(2)), []
+    for number, (limits, claimed) in enumerate([({"samples": 30}, 2**29 - 1), ({}, 30)]):
+        name = str(tmp_path / str(number))
+        for _ in range(2):  # the second time it is added up again
+            worker = Worker(settings(name, limits=limits), DATA)
+            restored = worker.start()
+            for answer in worker.replay(restored):
+                assert answer.samples in (30, 10)
+            if not restored.open_tasks:
+                worker.perform(e.OpenTask(task()))
+                for client, vector, samples in (("a", vectors[0], claimed), ("b", vectors[1], 10)):
+                    answer = worker.perform(e.Record(1, 1, client, encoded(vector, samples=samples)))
+                    assert answer.samples == {"a": 30, "b": 10}[client]
+                worker.close()
+        models.append(worker.perform(aggregate()).digest)
+        worker.close()
+    assert models[0] == models[1]
+
+
 def test_a_smaller_norm_does_not_undo_what_is_recorded(tmp_path):
     worker = Worker(settings(tmp_path), DATA)
     worker.start()

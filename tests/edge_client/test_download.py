@@ -86,7 +86,24 @@ def test_damaged_bytes_are_forgotten():
         pull.chunk(index, bytes(1024), 0.0)
     with pytest.raises(WireError, match="SHA-256"):
         pull.take()
-    assert pull.start(1.0) == Pull(take=tuple(range(10)))
+    # Which of what is retained is damaged is not known: the server is asked for all, as they are pulled.
+    assert pull.start(1.0) == Pull(take=tuple(range(10)), ask=tuple(range(10)))
+
+
+def test_what_came_damaged_is_left_alone_for_a_while_and_longer_each_time():
+    pull, now, waits = download(window=16), 0.0, []
+    pull.start(now)
+    for _ in range(9):
+        for index in range(10):
+            pull.chunk(index, bytes(1024), now)
+        with pytest.raises(WireError, match="SHA-256"):
+            pull.take()
+        assert pull.rest(now) == Pull()  # nothing is subscribed to any more
+        assert pull.start(now) == pull.tick(now) == pull.chunk(0, bytes(1024), now) == Pull()
+        waits.append(pull.wake - now)
+        now = pull.wake
+        assert len(pull.tick(now).take) == 10
+    assert waits == [min(600.0, 5.0 * 2**n) for n in range(9)]
 
 
 def test_too_large_a_blob_is_refused():

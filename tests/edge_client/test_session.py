@@ -265,11 +265,48 @@ def test_a_damaged_download_starts_again():
     machine.offered(ref)
     machine.chunk(ref, 0, bytes(2048))
     actions = machine.chunk(ref, 1, bytes(2048))
-    (log,), (again,) = only(actions, e.Log), only(actions, e.Subscribe)
+    (log,) = only(actions, e.Log)
     assert "downloading again" in log.text
+    assert only(actions, e.Subscribe) == []
+    actions = [action for _, action in machine.wait(5.0)]
+    (again,) = only(actions, e.Subscribe)
     assert said(actions, m.Missing) == [m.Missing(ref.sha256, (0, 1))]  # what is retained may be damaged
     actions, _ = serve(machine, [again], ref, BUNDLE[:2048])
     assert only(actions, e.Install) == [e.Install(ref.sha256, BUNDLE[:2048])]
+
+
+def test_a_download_that_is_damaged_again_and_again_starts_less_and_less_often():
+    machine = Machine()
+    machine.feed(e.Connected())
+    machine.offered(CHUNKED)
+    times = []
+    for _ in range(9):
+        for index in range(20):
+            machine.chunk(CHUNKED, index, bytes(len(BUNDLE)))
+        assert machine.chunk(CHUNKED, 0, BUNDLE) == []  # still on its way when it was given up
+        began = machine.now
+        when = min(when for when, action in machine.wait(700.0) if isinstance(action, e.Subscribe))
+        times.append(when - began)
+    assert times == [5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0, 600.0]
+
+
+def test_a_connection_that_is_lost_does_not_hurry_a_damaged_download():
+    machine = Machine()
+    machine.feed(e.Connected())
+    ref = refer(BUNDLE[:2048], chunk=1024, inline=0)
+    machine.offered(ref)
+    for index in range(2):
+        machine.chunk(ref, index, bytes(2048))
+    machine.feed(e.Disconnected())
+    assert len(only(machine.feed(e.Connected()), e.Subscribe)) == 1
+    assert any(len(one.topics) == 2 for one in only([action for _, action in machine.wait(6.0)], e.Subscribe))
+
+
+def test_a_topic_is_fit_for_a_terminal_when_it_is_logged():
+    machine = Machine()
+    machine.feed(e.Connected())
+    (log,) = only(machine.feed(e.Received("x\x1b[2J\x1b]0;owned\x07\nok", b"junk")), e.Log)
+    assert log.text.isprintable()
 
 
 def test_a_rejected_bundle_is_said_once_and_then_there_is_silence():
@@ -783,6 +820,7 @@ def test_damaged_chunks_that_were_kept_are_discarded_and_fetched_anew():
     partial = Assembly(CHUNKED, limit=LIMIT)
     for index in range(20):
         partial.add(index, bytes(1024))
-    _, actions = fetching(partial)
+    machine, actions = fetching(partial)
     assert e.Discard() in actions
+    actions = [action for _, action in machine.wait(5.0)]
     assert len(only(actions, e.Subscribe)[-1].topics) == 4
