@@ -153,8 +153,8 @@ def approve(name: str | None, folder: Path, refuse: bool) -> None:
 def revoke(name: str, folder: Path) -> None:
     """Shut a device out, at once and for good.
 
-    NAME is a device's, or that of a claim that was lost. The key is never certified again; with a new key and a
-    new claim the device may come back.
+    NAME is a device's, or that of a claim that was lost. The key is never certified again, nor the name before what was
+    revoked has expired; with a new key, a new claim and another name the device may come back.
     """
     from broker_server.authority import CA_KEY, telling_brokers
     from broker_server.broker_config.reload import reload_all

@@ -181,6 +181,18 @@ class Registry:
                 > 0
             )
 
+    def barred(self, client: str, now: float) -> float | None:
+        """Until when, in seconds since 1970, something that was revoked carries this name; None where nothing does.
+
+        Brokers that know names only (NATS, EMQX) would let it in again if the name was enrolled anew before that.
+        """
+        row = self._database.one(
+            "SELECT max(expires) FROM certificates WHERE client = ? AND revoked IS NOT NULL AND expires > ?",
+            client,
+            now,
+        )
+        return None if row is None or row[0] is None else float(row[0])
+
     def revoked(self, now: float) -> list[tuple[str, float]]:
         """Serial and time of revocation of certificates that would be valid at ``now``."""
         rows = self._database.all("SELECT serial, at FROM revoked WHERE expires > ? ORDER BY at, serial", now)
