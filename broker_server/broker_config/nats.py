@@ -57,7 +57,7 @@ def configuration(spec: BrokerSpec, place: Path, client_port: int) -> str:
 # nats-server for federation {spec.federation}, written by `fedge broker config`. Start it with
 #   nats-server -c {place}/nats.conf
 server_name: fedge
-pid_file: {at("nats.pid")}
+pid_file: {at("store/nats.pid")}
 # NATS's own protocol: on this machine only, with a certificate, and for none of these users.
 listen: "127.0.0.1:{client_port}"
 tls {{ {tls} }}
@@ -80,7 +80,7 @@ def write(folder: Path, spec: BrokerSpec, client_port: int = CLIENT_PORT) -> Pat
         ConfigError: a file of the authority is missing, or the disk refuses.
     """
     texts = {"nats.conf": configuration(spec, spec.at(folder), client_port), "users.conf": rules(spec)}
-    fill(folder, spec, texts)
+    fill(folder, spec, texts, ("store",))
     remember(folder, "nats", spec, client_port=client_port)
     return folder / "nats.conf"
 
