@@ -158,8 +158,8 @@ def recall(folder: Path) -> Kept:
         # It says which files are copied to where: to be believed only where nobody else can have put it there.
         if others := {folder.stat().st_uid, path.lstat().st_uid} - {os.geteuid()}:
             raise ConfigError(
-                f"{path} can be changed by user {min(others)}, and user {os.geteuid()} would do what it says; write the "
-                "folder anew with `fedge broker config`, or say this as that user"
+                f"{path} can be changed by user {min(others)}, and user {os.geteuid()} would do what it says; write "
+                "the folder anew with `fedge broker config`, or say this as that user"
             )
         return msgspec.json.decode(path.read_bytes(), type=Kept, dec_hook=lambda kind, value: kind(value))
     except (OSError, msgspec.DecodeError) as error:

@@ -3,14 +3,12 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from edge_client.store import WITNESS
 from edge_client.trust.identity import PINS, Identity
 from edge_client.trust.keys import SigningKey, verify
 from edge_client.trust.witness import Witness
 from edge_client.wire.envelope import Stamp
 from edge_client.wire.voice import SignedMember
-
-WITNESS = "witness.msgpack"
-"""The file in a device's state folder that holds what it remembers."""
 
 
 def signed_member(
