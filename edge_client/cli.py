@@ -286,10 +286,10 @@ def _check_unsigned(address: Address, state: Path, *, insecure: bool) -> None:
         )
 
 
-def _voice(identity: "Identity | None", state: Path) -> "tuple[Member, Callable[[Stamp], None]]":
+def _voice(identity: "Identity | None", state: Path) -> "tuple[Member, Callable[[Stamp, float], None]]":
     """How a device speaks, and what remembers what it has believed; who is not enrolled does not sign."""
     if identity is None:
-        return PlainMember(), lambda _: None
+        return PlainMember(), lambda _stamp, _issued: None
     from edge_client.trust.speech import identity_voice
 
     return identity_voice(identity, state, time.time())
