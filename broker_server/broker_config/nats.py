@@ -16,6 +16,8 @@ from pathlib import Path
 from broker_server.broker_config.spec import CLAIM, ENROLMENT, SERVER, BrokerSpec, fill, remember
 
 CLIENT_PORT = 4222
+_MEMORY, _FILES = 256 * 2**20, 8 * 2**30
+"""Bytes that JetStream may hold in memory and on the disk: without a limit it takes most of both."""
 
 
 def subjects(topics: Iterable[str]) -> Iterator[str]:
@@ -62,7 +64,8 @@ pid_file: {at("store/nats.pid")}
 listen: "127.0.0.1:{client_port}"
 tls {{ {tls} }}
 max_payload: {spec.packet_limit}
-jetstream {{ store_dir: {at("store")} }}
+# What MQTT retains and queues; devices can fill that, and no more.
+jetstream {{ store_dir: {at("store")}, max_memory_store: {_MEMORY}, max_file_store: {_FILES} }}
 authorization {{ include "users.conf" }}
 mqtt {{
   listen: "{host}:{spec.port}"

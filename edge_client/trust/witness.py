@@ -22,8 +22,8 @@ class Witness:
     """The memory in one file; ``life`` counts the starts of the device, of which opening this is one.
 
     ``wall`` is the time in seconds since 1970, as far as the device knows: with a clock, a device whose memory is lost
-    still counts on from there, and the server believes it. ``issued`` is a time that certainly has passed: that at which
-    an offer was issued, 0 where none was.
+    still counts on from there, and the server believes it. ``issued`` is when the newest offer was, 0 where there is none:
+    a time that certainly has passed.
 
     Raises:
         StoreError: the file cannot be read or written, or is damaged.

@@ -68,7 +68,8 @@ def test_a_folder_that_is_no_authority_is_named(tmp_path, kind):
 
 # All that we use of mosquitto.conf(5) of 2.1.2, and nothing that it calls deprecated.
 KNOWN_IN_2_1 = """
-user pid_file max_packet_size max_queued_messages max_inflight_messages persistent_client_expiration persistence
+user pid_file max_packet_size max_queued_messages max_queued_bytes memory_limit max_inflight_messages
+persistent_client_expiration persistence
 set_tcp_nodelay sys_interval log_dest log_type connection_messages plugin_load plugin_opt_acl_file listener
 cafile certfile keyfile crlfile require_certificate use_identity_as_username tls_version
 listener_allow_anonymous plugin_use
