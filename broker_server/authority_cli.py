@@ -153,8 +153,8 @@ def approve(name: str | None, folder: Path, refuse: bool) -> None:
 def revoke(name: str, folder: Path) -> None:
     """Shut a device out, at once and for good.
 
-    NAME is a device's, or that of a claim that was lost. The key is never certified again; with a new key and a
-    new claim the device may come back.
+    NAME is a device's, or that of a claim that was lost. The key is never certified again, nor the name before what was
+    revoked has expired; with a new key, a new claim and another name the device may come back.
     """
     from broker_server.authority import CA_KEY, telling_brokers
     from broker_server.broker_config.reload import reload_all
@@ -162,25 +162,29 @@ def revoke(name: str, folder: Path) -> None:
 
     authority, now = _load(folder), time.time()
     with Registry.open(_registry(folder)) as registry:
+        claim = None
         if re.fullmatch(r"@?claim-[0-9a-f]{8}", name) and registry.device(name) is None:
-            gone = registry.withdraw(f"@{name.removeprefix('@')}", now)
+            claim = registry.claim(f"@{name.removeprefix('@')}")
+            gone = claim is not None and registry.withdraw(claim.user, now)
         else:
             gone = registry.revoke(name, now)
         if not gone and not _listed(registry, name):
-            raise ConfigError(f"{name!r} is no device that is enrolled, and no claim that is open; see `fedge ca show`")
-        if authority.key is None:
-            raise ConfigError(
-                f"{name} is revoked at the server; the broker lets it in until {folder / CA_KEY} is put back and "
-                "this is said again: its list is signed with that key"
-            )
+            raise ConfigError(f"{name!r} is no device that is enrolled, and no claim; see `fedge ca show`")
+        click.echo(f"{name} is revoked, and the server knows it")
+        if claim is not None and claim.state == "issued":
+            click.echo(f"{claim.client} was enrolled with it, and stays: fedge revoke {claim.client} shuts that out")
         # Also where it is revoked already: the list may have been lost after that.
         with telling_brokers(folder):
-            authority.write_crl(registry.revoked(now), now=now)
+            if authority.key is not None:
+                authority.write_crl(registry.revoked(now), now=now)
             valid, revoked = registry.standing(now)
-            lines = reload_all(folder, devices=valid, revoked=revoked)
-    click.echo(f"{name} is revoked, and the server knows it")
-    for line in lines:
-        click.echo(line)
+            for line in reload_all(folder, devices=valid, revoked=revoked):
+                click.echo(line)
+    if authority.key is None:
+        raise ConfigError(
+            f"{name} is revoked at the server and in the brokers' rules, and may still connect: put {folder / CA_KEY} "
+            "back and say this again, the list of revoked certificates is signed with that key"
+        )
 
 
 def _listed(registry: "Registry", name: str) -> bool:

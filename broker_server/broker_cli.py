@@ -86,12 +86,9 @@ def _authority(settings: Federation, file: Path) -> Path:
 def _standing(authority: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of devices that are enrolled, and of those that were; none where the registry is elsewhere."""
     from broker_server.authority import REGISTRY
-    from broker_server.registry import Registry
+    from broker_server.registry import standing
 
-    if not (authority / REGISTRY).exists():
-        return (), ()
-    with Registry.open(authority / REGISTRY) as registry:
-        return registry.standing(time.time())
+    return standing(authority / REGISTRY, time.time())
 
 
 def _service(kind: Kind) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,7 +41,7 @@ def broker(settings: Federation, log: Callable[[str], None], *, insecure: bool =
     if not wanted.url:
         folder, spec = Path(settings.federation.state) / "broker", None
         if settings.trust.authority:
-            spec = BrokerSpec(settings.federation.name, Path(settings.trust.authority))
+            spec = _spec(settings.federation.name, Path(settings.trust.authority))
         with EmbeddedBroker.start(folder, kind=wanted.kind, host=wanted.host, port=wanted.port, spec=spec) as embedded:
             log(f"broker: {embedded.kind} on {embedded.url}")
             yield Connection(Address.parse(embedded.url), tls)
@@ -93,6 +94,16 @@ def server_link(settings: Federation, address: Address, *, attempts: int = 0, tl
     # A device may retain what it says, and every server to come would hear it.
     clears = Topics(name).every_up.removesuffix("#")
     return MqttLink(address, f"fedge-{name}-server", attempts=attempts, clears=clears, tls=tls)
+
+
+def _spec(federation: str, authority: Path) -> BrokerSpec:
+    """What an embedded broker needs to know of a federation; also who was revoked, be it on the list or not."""
+    # A federation that does not sign does not load what certifies.
+    from broker_server.authority import REGISTRY
+    from broker_server.registry import standing
+
+    enrolled, revoked = standing(authority / REGISTRY, time.time())
+    return BrokerSpec(federation, authority, devices=enrolled, revoked=revoked)
 
 
 def _tls(settings: Federation) -> Tls | None:

@@ -4,6 +4,7 @@ What follows from an Ask depends on the claim, the names and the keys alone, nev
 Ask whose answer was lost gets the same certificate again, and a claim is one device's for good.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -58,11 +59,15 @@ Verdict = Ignore | Refuse | Wait | Again | Issue
 
 
 class Standing(NamedTuple):
-    """What the registry says of an Ask: of the claim, of who has the name, and of whose the key is or was last."""
+    """What the registry says of an Ask: of the claim, of who has the name, and of whose the key is or was last.
+
+    ``barred`` is until when something revoked carries the name, in seconds since 1970.
+    """
 
     claim: ClaimRow | None
     named: DeviceRow | None
     owner: DeviceRow | None
+    barred: float | None = None
 
 
 def judge(
@@ -110,11 +115,14 @@ def judge(
 def _taken(client: str, public: bytes, standing: Standing, now: float) -> str | None:
     named, owner = standing.named, standing.owner
     if owner is not None and owner.revoked is not None:
-        return f"this key was revoked as {owner.client!r}; remove it from the device to have a new one made"
+        return f"this key was revoked as {owner.client!r}; remove it from the device and enrol with another --id"
     if owner is not None and owner.client != client:
         return f"this key belongs to {owner.client!r}; each device needs one of its own"
     if named is not None and named.valid(now) and named.public != public:
-        return f"{client!r} is another device; take another name, or first `fedge revoke {client}`"
+        return f"{client!r} is another device; take another --id"
+    if standing.barred is not None:
+        until = time.strftime("%Y-%m-%d", time.gmtime(standing.barred))
+        return f"{client!r} was revoked, and what was revoked expires on {until}; take another --id, or wait until then"
     return None
 
 
@@ -194,7 +202,7 @@ class Registrar:
             return Refuse(str(error)) if known is not None and signed(known.public) else Ignore(str(error))
         if (problem := wire.check_name(ask.client)) is not None:
             return Refuse(f"{ask.client!r}: {problem}") if claim and signed(claim.public) else Ignore(problem)
-        standing = Standing(claim, named, self.registry.owner(public))
+        standing = Standing(claim, named, self.registry.owner(public), self.registry.barred(ask.client, now))
         return judge(user, ask.client, public, signed, standing, self.rule, now)
 
     def _carry_out(self, user: str, ask: wire.Ask, verdict: Verdict, now: float) -> Answer:

@@ -181,6 +181,18 @@ class Registry:
                 > 0
             )
 
+    def barred(self, client: str, now: float) -> float | None:
+        """Until when, in seconds since 1970, something that was revoked carries this name; None where nothing does.
+
+        Brokers that know names only (NATS, EMQX) would let it in again if the name was enrolled anew before that.
+        """
+        row = self._database.one(
+            "SELECT max(expires) FROM certificates WHERE client = ? AND revoked IS NOT NULL AND expires > ?",
+            client,
+            now,
+        )
+        return None if row is None or row[0] is None else float(row[0])
+
     def revoked(self, now: float) -> list[tuple[str, float]]:
         """Serial and time of revocation of certificates that would be valid at ``now``."""
         rows = self._database.all("SELECT serial, at FROM revoked WHERE expires > ? ORDER BY at, serial", now)
@@ -231,15 +243,28 @@ class Registry:
         )
 
     def withdraw(self, user: str, now: float) -> bool:
-        """A claim is good for nothing any more, what was issued with it stays; false where there is no such claim."""
+        """A claim and its certificate are good for nothing any more; false where there is no such claim.
+
+        What was issued with it stays, and so does that it was.
+        """
         with self.group():
             self._database.write(
                 "INSERT OR IGNORE INTO revoked SELECT serial, ?, expires FROM claims WHERE user = ?", now, user
             )
             detail = "the claim was withdrawn"
-            return (
-                self._database.write(
-                    "UPDATE claims SET state = 'refused', detail = ? WHERE user = ? AND state != 'issued'", detail, user
-                )
-                > 0
+            self._database.write(
+                "UPDATE claims SET state = 'refused', detail = ? WHERE user = ? AND state != 'issued'", detail, user
             )
+            return self.claim(user) is not None
+
+
+def standing(path: Path, now: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """As `Registry.standing`, of the registry in a file; nobody where there is none, for it may be elsewhere.
+
+    Raises:
+        LedgerError: the file is damaged.
+    """
+    if not path.exists():
+        return (), ()
+    with Registry.open(path) as registry:
+        return registry.standing(now)

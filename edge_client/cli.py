@@ -17,7 +17,7 @@ from edge_client.data import ArraySource, DataSource, open_data, split
 from edge_client.doctor import broker, device, finding
 from edge_client.errors import ConfigError, FedgeError
 from edge_client.manifest import Manifest
-from edge_client.store import FileCopies, Store, claimed
+from edge_client.store import WITNESS, FileCopies, Store, claimed
 from edge_client.tls import Tls
 from edge_client.transport import Address, Link, MqttLink
 from edge_client.wire.envelope import Stamp
@@ -105,7 +105,7 @@ IDENTITY = click.option(
     default=None,
     help="Folder that says who this is, for mqtts://.  [default: identity in the state's folder, where there is one]",
 )
-INSECURE = click.option("--insecure", is_flag=True, help="Go to another machine's broker without TLS.")
+INSECURE = click.option("--insecure", is_flag=True, help="Go to another machine's broker without TLS or without keys.")
 
 
 @click.command()
@@ -159,6 +159,8 @@ def join(
         raise ConfigError(f"--uplink {uplink}: expected bytes a second, 0 where they are not known")
     folder = state or default_state(name, client)
     member = _identity(identity or folder / "identity", name, client, required=identity is not None)
+    if member is None:
+        _check_unsigned(address, folder, insecure=insecure)
     tls = None if member is None else member.tls
 
     def connect(will: tuple[str, bytes]) -> Link:
@@ -266,10 +268,29 @@ def _identity(folder: Path, federation: str, client: str, *, required: bool) -> 
     return found
 
 
-def _voice(identity: "Identity | None", state: Path) -> "tuple[Member, Callable[[Stamp], None]]":
+def _check_unsigned(address: Address, state: Path, *, insecure: bool) -> None:
+    """Refuse to speak unsigned, and to believe what is unsigned, where that may be less than what was agreed on.
+
+    Raises:
+        ConfigError: the device was enrolled once, or the broker is elsewhere and this not ``insecure``.
+    """
+    left = next((path for path in (state / "identity", state / WITNESS) if path.exists()), None)
+    if left is not None:
+        raise ConfigError(
+            f"{left} is there, so this device was enrolled, and device.crt is not: it would believe anybody; enrol it "
+            "(fedge enroll), name its identity with --identity, or for a federation without keys another --state"
+        )
+    if not (address.loopback or insecure):
+        raise ConfigError(
+            f"{state / 'identity'} is not there, so nothing that comes by {address} would be signed; enrol this device "
+            "(fedge enroll), name its identity with --identity, or say --insecure where you trust the broker"
+        )
+
+
+def _voice(identity: "Identity | None", state: Path) -> "tuple[Member, Callable[[Stamp, float], None]]":
     """How a device speaks, and what remembers what it has believed; who is not enrolled does not sign."""
     if identity is None:
-        return PlainMember(), lambda _: None
+        return PlainMember(), lambda _stamp, _issued: None
     from edge_client.trust.speech import identity_voice
 
     return identity_voice(identity, state, time.time())

@@ -136,7 +136,7 @@ class Device:
     """What tells this life of the client from earlier ones."""
     voice: Member = field(default_factory=PlainMember)
     """How the client speaks to the server, and what it believes (`edge_client.trust.speech` makes one that signs)."""
-    remember: Callable[[Stamp], None] = lambda _: None
+    remember: Callable[[Stamp, float], None] = lambda _stamp, _issued: None
     """Remembers over power cuts which offer was the newest that was believed."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the federation says that it has finished."""
@@ -254,8 +254,8 @@ class Device:
                 self._keep(ref, index, data)
             case Discard():
                 self.store.discard()
-            case Witness(stamp):
-                self.remember(stamp)
+            case Witness(stamp, issued):
+                self.remember(stamp, issued)
             case Log(text):
                 self.log(f"{self.client}: {text}")
             case Done():

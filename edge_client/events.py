@@ -167,9 +167,11 @@ class Discard:
 
 @dataclass(frozen=True)
 class Witness:
-    """Remember this offer over power cuts: no older one is believed from now on."""
+    """Remember this offer, and when it was issued, over power cuts: no older one is believed from now on."""
 
     stamp: Stamp
+    issued: float
+    """Seconds since 1970."""
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,7 @@ class ClientSession:
     # What arrives.
 
     def _received(self, topic: str, payload: bytes, now: float) -> Iterator[e.Action]:
+        yield from self._lapse(now)
         try:
             if topic == self._topics.down(self.settings.client):
                 yield from self._told(self.voice.hear(payload), now)
@@ -224,8 +225,7 @@ class ClientSession:
         """Check an offer's dates, and have it remembered over power cuts."""
         if not offer.issued:
             return
-        if self._wall > offer.expires:
-            late = self._wall - offer.expires
+        if (late := self._time - offer.expires) > 0:
             raise TrustError(f"an offer that expired {late:.0f} s ago: does its server live, and is the clock right?")
         if self._wall < offer.issued - _CLOCK_ERROR and not self._slow:
             self._slow = True
@@ -233,7 +233,21 @@ class ClientSession:
             yield e.Log(f"the clock is {slow:.0f} s behind the server's: whether offers have expired cannot be told")
         if self.voice.newest != self._witnessed:
             self._witnessed = self.voice.newest
-            yield e.Witness(self._witnessed)
+            yield e.Witness(self._witnessed, offer.issued)
+
+    @property
+    def _time(self) -> float:
+        """Seconds since 1970, as far as is known here: a clock may have been set back, or never set."""
+        return max(self._wall, self.voice.passed)
+
+    def _lapse(self, now: float) -> Iterator[e.Action]:
+        """Let go of an offer that has expired since it came: whoever holds newer ones back keeps nobody at it."""
+        if self._offer is None or not self._offer.issued or self._time <= self._offer.expires:
+            return
+        yield e.Log("the offer has expired and no newer one has come; waiting for one")
+        yield from self._give_up()
+        yield from self._fetching.stop()
+        self._offer, self._ask_at, self._asked = None, now, 0
 
     def _invited(self, invitation: m.Invitation, now: float) -> Iterator[e.Action]:
         if invitation.delta is not None:
@@ -355,6 +369,7 @@ class ClientSession:
     # What is said, and when.
 
     def _tick(self, now: float) -> Iterator[e.Action]:
+        yield from self._lapse(now)
         if self._connected and self._ask_at is not None and now >= self._ask_at:
             # A broker may lose a retained message too; where there is no server yet, this costs a packet now and then.
             self._asked += 1

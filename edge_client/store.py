@@ -25,6 +25,8 @@ from edge_client.upload import Pending
 from edge_client.wire.messages import BlobRef
 from edge_client.wire.transfer import Assembly
 
+WITNESS = "witness.msgpack"
+"""What a device that is enrolled remembers of what it has believed; it is not this store's (`trust.witness`)."""
 _INDEX = "index.msgpack"
 _SCHEMA = 1
 _OURS = re.compile(

@@ -161,8 +161,9 @@ class MqttLink:
 
     ``attempts`` bounds how often in a row a connection is tried before `run` raises TransportError; 0 tries for ever,
     with a back-off of up to ``slowest`` seconds (`back_off`), that only a connection which lasts resets. What others
-    have retained on topics that begin with ``clears`` is cleared, and not handed on. ``tls`` is read anew for each
-    connection, so that a renewed certificate is used from the next one on.
+    have retained on topics that begin with ``clears`` is cleared, not handed on, and looked for every ``sweep``
+    seconds.
+    ``tls`` is read anew for each connection, so that a renewed certificate is used from the next one on.
     """
 
     address: Address
@@ -172,6 +173,7 @@ class MqttLink:
     keepalive: int = 30
     slowest: float = 60.0
     clears: str = ""
+    sweep: float = 15.0
     tls: Tls | None = None
     """Who is trusted and who one is; without it, and with ``mqtts://``, the system's authorities and nobody."""
     _client: Client | None = field(init=False, default=None)
@@ -233,10 +235,13 @@ class MqttLink:
             self._lost.clear()
             accepted, began = await self._connect(handler), loop.time()
             if accepted:
-                failures = 0
+                failures, swept = 0, began
                 while not self._lost.is_set():
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._lost.wait(), 1.0)
+                        await asyncio.wait_for(self._lost.wait(), min(1.0, self.sweep))
+                    if self.clears and loop.time() - swept >= self.sweep:
+                        swept = loop.time()
+                        self.subscribe((self.clears + "#",))  # MQTT 3.1.1 tells a subscriber only so
                     if self._client is not None:
                         self._client.loop_misc()
             self._retire()

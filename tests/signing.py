@@ -24,6 +24,7 @@ def member(
     key: bytes | None = None,
     believes: bytes = FEDERATION,
     newest: Stamp | None = None,
+    passed: float = 0.0,
 ) -> SignedMember:
     """The voice of one life of a client."""
     return SignedMember(
@@ -33,6 +34,7 @@ def member(
         lambda data: mac(key or key_of(client), data),
         lambda data, signature: mac(believes, data) == signature,
         newest or Stamp(0, 0, 0),
+        passed,
     )
 
 

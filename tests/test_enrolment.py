@@ -68,9 +68,10 @@ def test_from_nothing_to_an_enrolled_device_and_out_again_with_commands(tmp_path
         twin = fedge("enroll", second, "--id", "pi-7", "--state", tmp_path / "twin")
         assert "is another device" in twin
         assert "pi-7 is revoked" in fedge("revoke", "pi-7")
-        assert "pi-7 is enrolled" in fedge("enroll", second, "--id", "pi-7", "--state", tmp_path / "new")
+        assert "'pi-7' was revoked" in fedge("enroll", second, "--id", "pi-7", "--state", tmp_path / "twin")
+        assert "pi-9 is enrolled" in fedge("enroll", second, "--id", "pi-9", "--state", tmp_path / "new")
         with Registry.open(tmp_path / "authority" / "registry.db") as registry:
-            assert registry.keys(0.0) == {"pi-7": Identity.load(tmp_path / "new" / "identity").key.public}
+            assert registry.keys(0.0) == {"pi-9": Identity.load(tmp_path / "new" / "identity").key.public}
     secret = (identity.folder / "device.key").read_text().split("\n")[1]
     assert all(secret not in line for line in server.lines)
 

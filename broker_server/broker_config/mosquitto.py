@@ -14,6 +14,8 @@ from broker_server.broker_config.spec import CLAIM, ENROLMENT, SERVER, BrokerSpe
 from edge_client.errors import ConfigError
 
 Dialect = Literal["2.0", "2.1"]
+_QUEUED, _MEMORY = 256 * 2**20, 2 * 2**30
+"""Bytes that wait for one slow subscriber, and of all that the broker holds, at most."""
 _PLUGIN = "mosquitto_acl_file.so"
 _LIBRARIES = ("/usr/lib/*-linux-gnu", "/usr/lib", "/usr/local/lib", "/opt/homebrew/lib")
 
@@ -22,13 +24,18 @@ def limits(packet: int, queue: int) -> str:
     """Lines for limits: on what one message may cost, and none that loses messages.
 
     The queue is long because a full one drops messages and acknowledges them all the same (2.0.11: 1,020 of 2,000
-    retained chunks arrived with the default of 1,000). A packet that is too large ends the connection before memory is
-    set aside for it; ``message_size_limit`` would read it whole, and drop it. Sessions are clean: one that stays would
-    only let messages pile up for it. What must survive a restart is in the server's ledger, and is retained again.
+    retained chunks arrived with the default of 1,000). It ends at 256 MiB all the same, and the broker at 2 GiB: what
+    devices send to a server that is slow, or retain until it clears that, would fill any memory. Bundles and versions
+    that are retained count, so a machine for very large ones wants more (``memory_limit``). A packet that is too large
+    ends the connection before memory is set aside for it; ``message_size_limit`` would read it whole, and drop it.
+    Sessions are clean: one that stays would only let messages pile up for it. What must survive a restart is in the
+    server's ledger, and is retained again.
     """
     return f"""\
 max_packet_size {packet}
 max_queued_messages {queue}
+max_queued_bytes {_QUEUED}
+memory_limit {_MEMORY}
 max_inflight_messages 1000
 persistent_client_expiration 1h
 persistence false

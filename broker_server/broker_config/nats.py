@@ -16,6 +16,8 @@ from pathlib import Path
 from broker_server.broker_config.spec import CLAIM, ENROLMENT, SERVER, BrokerSpec, fill, remember
 
 CLIENT_PORT = 4222
+_MEMORY, _FILES = 256 * 2**20, 8 * 2**30
+"""Bytes that JetStream may hold in memory and on the disk: without a limit it takes most of both."""
 
 
 def subjects(topics: Iterable[str]) -> Iterator[str]:
@@ -57,12 +59,13 @@ def configuration(spec: BrokerSpec, place: Path, client_port: int) -> str:
 # nats-server for federation {spec.federation}, written by `fedge broker config`. Start it with
 #   nats-server -c {place}/nats.conf
 server_name: fedge
-pid_file: {at("nats.pid")}
+pid_file: {at("store/nats.pid")}
 # NATS's own protocol: on this machine only, with a certificate, and for none of these users.
 listen: "127.0.0.1:{client_port}"
 tls {{ {tls} }}
 max_payload: {spec.packet_limit}
-jetstream {{ store_dir: {at("store")} }}
+# What MQTT retains and queues; devices can fill that, and no more.
+jetstream {{ store_dir: {at("store")}, max_memory_store: {_MEMORY}, max_file_store: {_FILES} }}
 authorization {{ include "users.conf" }}
 mqtt {{
   listen: "{host}:{spec.port}"
@@ -80,7 +83,7 @@ def write(folder: Path, spec: BrokerSpec, client_port: int = CLIENT_PORT) -> Pat
         ConfigError: a file of the authority is missing, or the disk refuses.
     """
     texts = {"nats.conf": configuration(spec, spec.at(folder), client_port), "users.conf": rules(spec)}
-    fill(folder, spec, texts)
+    fill(folder, spec, texts, ("store",))
     remember(folder, "nats", spec, client_port=client_port)
     return folder / "nats.conf"
 

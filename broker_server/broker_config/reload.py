@@ -7,6 +7,7 @@ from pathlib import Path
 from broker_server.broker_config import emqx, mosquitto, nats
 from broker_server.broker_config.programs import hang_up
 from broker_server.broker_config.spec import BrokerSpec, known, recall
+from edge_client.errors import ConfigError
 
 
 def reload(folder: Path, *, devices: Iterable[str] = (), revoked: Iterable[str] = ()) -> str:
@@ -37,10 +38,18 @@ def reload_all(authority: Path, *, devices: Iterable[str] = (), revoked: Iterabl
     """`reload` for every folder that was written for an authority and is still there.
 
     Raises:
-        ConfigError: as there.
+        ConfigError: as there, once it was tried with all folders.
     """
     devices, revoked = tuple(devices), tuple(revoked)
-    return [reload(folder, devices=devices, revoked=revoked) for folder in known(authority)]
+    lines, failures = [], []
+    for folder in known(authority):
+        try:
+            lines.append(reload(folder, devices=devices, revoked=revoked))
+        except ConfigError as error:
+            failures.append(str(error))
+    if failures:
+        raise ConfigError("; ".join(failures))
+    return lines
 
 
 def mute(authority: Path, muted: tuple[str, ...]) -> None:

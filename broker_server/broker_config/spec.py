@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pwd
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,12 +70,18 @@ class BrokerSpec:
         return f"fedge/{self.federation}"
 
 
-def fill(folder: Path, spec: BrokerSpec, texts: dict[str, str]) -> None:
+def fill(folder: Path, spec: BrokerSpec, texts: dict[str, str], own: tuple[str, ...] = ()) -> None:
     """Write a folder with the authority's files and ``texts``, for its owner alone.
+
+    Where root writes it for another user, the files are that user's, and so are the folders ``own`` in it, in which the
+    broker writes. The folder itself is root's: what its user put there, root would otherwise write and give away later.
 
     Raises:
         ConfigError: a file of the authority is missing, or the disk refuses.
     """
+    user = _other(folder, spec.user)
+    if user is not None:
+        _take(folder, user)
     for name in FILES:
         path = spec.authority / name
         try:
@@ -88,14 +93,39 @@ def fill(folder: Path, spec: BrokerSpec, texts: dict[str, str]) -> None:
         _write(folder / name, data)
     for name, text in texts.items():
         _write(folder / name, text.encode())
-    if spec.user and os.geteuid() == 0:
-        try:
-            for path in (folder, *folder.iterdir()):
-                shutil.chown(path, spec.user, pwd.getpwnam(spec.user).pw_gid)
-        except (OSError, KeyError) as error:
-            raise ConfigError(
-                f"{folder}: cannot be given to user {spec.user!r} ({error}); name one with --user"
-            ) from error
+    try:
+        for name in own:
+            (folder / name).mkdir(mode=0o700, exist_ok=True)
+        if user is not None:
+            for name in (*FILES, *texts, *own):
+                os.chown(folder / name, user.pw_uid, user.pw_gid, follow_symlinks=False)
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename}: cannot be written ({error.strerror}); check disk and permissions"
+        ) from error
+
+
+def _other(folder: Path, name: str) -> pwd.struct_passwd | None:
+    """To whom root gives what it writes; None where files stay who writes them."""
+    if not name or os.geteuid() != 0:
+        return None
+    try:
+        user = pwd.getpwnam(name)
+    except KeyError as error:
+        raise ConfigError(f"{folder}: cannot be given to user {name!r} ({error}); name one with --user") from error
+    return user if user.pw_uid else None
+
+
+def _take(folder: Path, user: pwd.struct_passwd) -> None:
+    """Make a folder root's, which a broker's user can read and not write."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.is_symlink():
+            raise ConfigError(f"{folder} is a symbolic link; name the folder itself")
+        os.chown(folder, 0, user.pw_gid, follow_symlinks=False)
+        folder.chmod(0o750)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); check disk and permissions") from error
 
 
 def remember(folder: Path, kind: str, spec: BrokerSpec, **settings: str | int) -> None:
@@ -124,10 +154,16 @@ def recall(folder: Path) -> Kept:
     """How a folder was written.
 
     Raises:
-        ConfigError: it was not written by ``fedge broker config``.
+        ConfigError: it was not written by ``fedge broker config``, or not by who asks.
     """
     path = folder / _KEPT
     try:
+        # It says which files are copied to where: to be believed only where nobody else can have put it there.
+        if others := {folder.stat().st_uid, path.lstat().st_uid} - {os.geteuid()}:
+            raise ConfigError(
+                f"{path} can be changed by user {min(others)}, and user {os.geteuid()} would do what it says; write "
+                "the folder anew with `fedge broker config`, or say this as that user"
+            )
         return msgspec.json.decode(path.read_bytes(), type=Kept, dec_hook=lambda kind, value: kind(value))
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(f"{path}: {error}; expected a folder that `fedge broker config` wrote") from error

@@ -255,10 +255,10 @@ class Fleet:
         return {feature.name: self._arrays[feature.name] for feature in (*manifest.inputs, *manifest.targets)}
 
 
-def _voice(identity: Path | None, state: Path) -> tuple[Member, Callable[[Stamp], None]]:
+def _voice(identity: Path | None, state: Path) -> tuple[Member, Callable[[Stamp, float], None]]:
     """How a phone speaks: it signs where it was enrolled, and not where it has a certificate alone."""
     if identity is None or not (identity / "federation.pub").exists():
-        return PlainMember(), lambda _: None
+        return PlainMember(), lambda _stamp, _issued: None
     from edge_client.trust.identity import Identity
     from edge_client.trust.speech import identity_voice
 

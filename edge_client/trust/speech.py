@@ -3,14 +3,12 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from edge_client.store import WITNESS
 from edge_client.trust.identity import PINS, Identity
 from edge_client.trust.keys import SigningKey, verify
 from edge_client.trust.witness import Witness
 from edge_client.wire.envelope import Stamp
 from edge_client.wire.voice import SignedMember
-
-WITNESS = "witness.msgpack"
-"""The file in a device's state folder that holds what it remembers."""
 
 
 def signed_member(
@@ -20,11 +18,12 @@ def signed_member(
     pins: Callable[[], Iterable[bytes]],
     state: Path,
     wall: float,
+    issued: float = 0.0,
 ) -> tuple[SignedMember, Witness]:
     """A voice for one life of a device, and its memory of earlier ones in the folder ``state``.
 
     ``pins`` gives the public keys of the federation's servers: others, once a renewed certificate came with them;
-    ``wall`` is the time in seconds since 1970.
+    ``wall`` is the time in seconds since 1970, and ``issued`` one that certainly has passed.
 
     Raises:
         StoreError: the memory cannot be read or written, or is damaged.
@@ -34,10 +33,11 @@ def signed_member(
     def believed(data: bytes, signature: bytes) -> bool:
         return any(verify(pin, data, signature) for pin in pins())
 
-    return SignedMember(federation, client, witness.life, key.sign, believed, witness.newest), witness
+    passed = max(issued, witness.issued)
+    return SignedMember(federation, client, witness.life, key.sign, believed, witness.newest, passed), witness
 
 
-def identity_voice(identity: Identity, state: Path, wall: float) -> tuple[SignedMember, Callable[[Stamp], None]]:
+def identity_voice(identity: Identity, state: Path, wall: float) -> tuple[SignedMember, Callable[[Stamp, float], None]]:
     """The voice of an enrolled device with its state in a folder, and what is to be told of each newest offer.
 
     Raises:
@@ -45,7 +45,8 @@ def identity_voice(identity: Identity, state: Path, wall: float) -> tuple[Signed
         StoreError: the memory cannot be read or written, or is damaged.
     """
     pins = _Pins(identity)
-    voice, witness = signed_member(identity.federation, identity.client, identity.key, pins.now, state, wall)
+    names = identity.federation, identity.client
+    voice, witness = signed_member(*names, identity.key, pins.now, state, wall, identity.issued)
     return voice, witness.remember
 
 

@@ -15,13 +15,15 @@ from edge_client.wire.envelope import Stamp
 class _Remembered(msgspec.Struct, frozen=True):
     life: int = 0
     newest: Stamp = Stamp(0, 0, 0)
+    issued: float = 0.0
 
 
 class Witness:
     """The memory in one file; ``life`` counts the starts of the device, of which opening this is one.
 
     ``wall`` is the time in seconds since 1970, as far as the device knows: with a clock, a device whose memory is lost
-    still counts on from there, and the server believes it.
+    still counts on from there, and the server believes it. ``issued`` is when the newest offer was, 0 where there is
+    none: a time that certainly has passed.
 
     Raises:
         StoreError: the file cannot be read or written, or is damaged.
@@ -31,16 +33,16 @@ class Witness:
         self._path = path
         before = self._read()
         self.life = max(before.life + 1, int(wall))
-        self.newest = before.newest
+        self.newest, self.issued = before.newest, before.issued
         self._write()
 
-    def remember(self, newest: Stamp) -> None:
-        """This offer was believed.
+    def remember(self, newest: Stamp, issued: float) -> None:
+        """This offer was believed, which was issued at a time in seconds since 1970.
 
         Raises:
             StoreError: the disk refuses.
         """
-        self.newest = newest
+        self.newest, self.issued = newest, max(self.issued, issued)
         self._write()
 
     def _read(self) -> _Remembered:
@@ -57,6 +59,6 @@ class Witness:
 
     def _write(self) -> None:
         try:
-            write_secret(self._path, msgspec.msgpack.encode(_Remembered(self.life, self.newest)))
+            write_secret(self._path, msgspec.msgpack.encode(_Remembered(self.life, self.newest, self.issued)))
         except ConfigError as error:
             raise StoreError(str(error)) from error

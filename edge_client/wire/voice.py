@@ -50,6 +50,10 @@ class Member(Protocol):
     def newest(self) -> Stamp:
         """The newest offer that was believed, in whatever life of the device; all zeros where there is none."""
 
+    @property
+    def passed(self) -> float:
+        """A time that certainly has passed, seconds since 1970, whatever a clock shows; 0 where none is known."""
+
 
 class Host(Protocol):
     """The server's side."""
@@ -86,6 +90,7 @@ class PlainMember:
     """A client that neither signs nor asks for signatures."""
 
     newest = Stamp(0, 0, 0)
+    passed = 0.0
 
     def say(self, message: m.Message, epoch: int) -> bytes:
         """The message, not signed."""
@@ -132,7 +137,7 @@ class SignedMember:
     """A client that signs, and believes what is signed with the federation's key.
 
     ``life`` is higher than that of every earlier start of the device; ``newest`` is the newest offer that any of them
-    believed. ``verify`` takes data and signature.
+    believed, ``passed`` a time that certainly has passed. ``verify`` takes data and signature.
     """
 
     federation: str
@@ -141,6 +146,7 @@ class SignedMember:
     sign: Sign
     verify: Callable[[bytes, bytes], bool]
     newest: Stamp = field(default_factory=lambda: Stamp(0, 0, 0))
+    passed: float = 0.0
     _said: int = 0
     _told: Stamp = field(init=False)
 
@@ -180,8 +186,10 @@ class SignedMember:
             raise TrustError(f"an old offer: {_shown(stamp)} is before {_shown(self.newest)}")
         self._check(envelope, stamp, EVERYONE)
         message = m.unpack(envelope)
-        if isinstance(message, m.Offer) and message.epoch != stamp.epoch:
-            raise TrustError(f"an offer of epoch {message.epoch} that was said in epoch {stamp.epoch}")
+        if isinstance(message, m.Offer):
+            if message.epoch != stamp.epoch:
+                raise TrustError(f"an offer of epoch {message.epoch} that was said in epoch {stamp.epoch}")
+            self.passed = max(self.passed, message.issued)
         self.newest = stamp
         # What an older server has said is over, also what it has not been heard to say.
         self._told = max(self._told, Stamp(stamp.epoch, self.life, 0))

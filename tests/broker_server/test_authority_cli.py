@@ -6,6 +6,8 @@ from cryptography import x509
 
 from broker_server import authority_cli
 from broker_server.authority import REGISTRY, Authority
+from broker_server.broker_config import mosquitto
+from broker_server.broker_config.spec import BrokerSpec
 from broker_server.registrar import Registrar
 from broker_server.registry import Registry
 from edge_client.enroll_cli import enroll
@@ -147,16 +149,30 @@ def test_a_lost_claim_is_revoked(fedge, made, tmp_path):
     assert len(x509.load_pem_x509_crl((made / "crl.pem").read_bytes())) == 1
 
 
-def test_without_the_authoritys_key_a_device_is_revoked_at_the_server_alone(fedge, made, tmp_path):
+def test_without_the_authoritys_key_a_device_is_revoked_at_the_server_and_in_the_brokers_rules(fedge, made, tmp_path):
     fedge("claim")
     office = Asking(made)
     Device(office, "pi-7").ask(first(tmp_path), now())
+    mosquitto.write(tmp_path / "broker", BrokerSpec("toys", made), "2.0")
     (made / "ca.key").rename(tmp_path / "safe")
-    with pytest.raises(FedgeError, match="revoked at the server; the broker lets it in until"):
+    with pytest.raises(FedgeError, match=r"may still connect: put .*ca\.key back and say this again"):
         fedge("revoke", "pi-7")
     assert office.registry.keys(now()) == {}
+    # What it may write and read needs no key.
+    assert "user pi-7\ntopic deny #\n" in (tmp_path / "broker" / "acl").read_text()
     (tmp_path / "safe").rename(made / "ca.key")
     assert "pi-7 is revoked" in fedge("revoke", "pi-7")
+
+
+def test_the_certificate_of_a_claim_that_was_used_is_revoked(fedge, made, tmp_path):
+    fedge("claim")
+    claim, office = first(tmp_path), Asking(made)
+    Device(office, "pi-7").ask(claim, now())
+    said = fedge("revoke", claim.user[1:])
+    assert f"{claim.user[1:]} is revoked" in said
+    assert "pi-7 was enrolled with it, and stays" in said
+    assert list(office.registry.keys(now())) == ["pi-7"]
+    assert len(x509.load_pem_x509_crl((made / "crl.pem").read_bytes())) == 1
 
 
 MISTAKES = {
@@ -168,7 +184,7 @@ MISTAKES = {
     "too long": (["claim", "--valid", "600w"], "ten years"),
     "broker": (["claim", "--broker", "http://h"], "mqtt://host:port"),
     "nobody": (["revoke", "pi-9"], "no device that is enrolled"),
-    "no claim": (["revoke", "claim-00000000"], "no claim that is open"),
+    "no claim": (["revoke", "claim-00000000"], "no claim; see"),
     "no file": (["enroll", "none.fedgeclaim", "--id", "pi"], "cannot be read"),
 }
 

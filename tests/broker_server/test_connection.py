@@ -12,6 +12,7 @@ from broker_server.broker_config.reload import reload_all
 from broker_server.broker_config.spec import BrokerSpec
 from broker_server.config import Federation
 from broker_server.connection import broker, server_link
+from broker_server.registry import DeviceRow, Registry
 from edge_client.doctor.broker import examine, reach
 from edge_client.doctor.peer import Peer
 from edge_client.errors import ConfigError, TransportError
@@ -58,6 +59,17 @@ def test_with_an_authority_the_embedded_broker_asks_for_certificates_on_any_addr
             except TransportError as error:
                 refused = str(error)
         assert "it is revoked" in refused
+
+
+@needs_mosquitto
+def test_the_embedded_broker_knows_from_its_start_who_was_revoked(tmp_path):
+    """The list may not have been written: the key that signs it is away."""
+    authority = Certificates(tmp_path / "authority")
+    with Registry.create(authority.folder / "registry.db") as registry:
+        registry.certify(DeviceRow("1", "pi-1", bytes(32), b"", 0.0, 4e9, None))
+        registry.revoke("pi-1", 1.0)
+    with broker(settings(tmp_path, trust={"authority": str(authority.folder)}), lambda _: None):
+        assert "user pi-1\ntopic deny #\n" in (tmp_path / "the state" / "broker" / "acl").read_text()
 
 
 @needs_mosquitto

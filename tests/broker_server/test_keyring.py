@@ -52,9 +52,9 @@ def test_a_device_and_a_server_with_their_keys_believe_each_other(tmp_path):
     assert host.hear("pi", member.say(hello, 7)).message == hello
     receipt = m.Receipt(7, 1, "recorded")
     assert member.hear(host.tell("pi", receipt)) == receipt
-    witness.remember(member.newest)
+    witness.remember(member.newest, 50.0)
     again, _ = signed_member("demo", "pi", PI, lambda: pins, tmp_path, 0.0)
-    assert (again.life, again.newest) == (101, member.newest)
+    assert (again.life, again.newest, again.passed) == (101, member.newest, 50.0)
     with pytest.raises(TrustError, match="an old offer"):
         again.hear(ring.host("demo", 6).proclaim(m.Offer("demo", 6, offer.bundle, 1.0)))
 

@@ -85,10 +85,12 @@ def test_a_claim_is_decided_once(registry):
     assert not registry.withdraw("@claim-3", NOW)
 
 
-def test_a_claim_that_was_used_is_not_withdrawn(registry):
+def test_the_certificate_of_a_claim_that_was_used_is_revoked_and_what_was_issued_with_it_stays(registry):
     registry.add_claims([("@claim-1", KEY, "c1", NOW + WEEK)], NOW)
     registry.bind("@claim-1", "pi", OTHER, "issued", NOW)
-    assert not registry.withdraw("@claim-1", NOW)
+    assert registry.withdraw("@claim-1", NOW)
+    assert registry.revoked(NOW) == [("c1", NOW)]
+    assert registry.claim("@claim-1").state == "issued"
 
 
 def test_claims_are_added_all_or_none(registry):

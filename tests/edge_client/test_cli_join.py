@@ -39,6 +39,9 @@ BAD = {
     "holdout": ([NOWHERE, "--id", "pi", "--holdout", "1"], "--holdout 1"),
     "uplink": ([NOWHERE, "--id", "pi", "--uplink", "-1"], "--uplink -1"),
     "uplink that is no number": ([NOWHERE, "--id", "pi", "--uplink", "nan"], "--uplink nan"),
+    "unsigned over TLS": (["mqtts://broker.example", "--id", "pi"], "say --insecure where you trust the broker"),
+    "once enrolled": ([NOWHERE, "--id", "pi", "--state", "ENROLLED"], "so this device was enrolled"),
+    "enrolled by halves": ([NOWHERE, "--id", "pi", "--state", "HALF"], "identity is there, so this device was"),
     "damaged state": ([NOWHERE, "--id", "pi", "--state", "STATE"], "is damaged"),
 }
 
@@ -47,7 +50,11 @@ BAD = {
 def test_a_mistake_is_one_line_and_status_2(tmp_path, name):
     arguments, expected = BAD[name]
     (tmp_path / "index.msgpack").write_bytes(b"\xc1")
-    arguments = [str(tmp_path) if argument == "STATE" else argument for argument in arguments]
+    states = {"STATE": tmp_path, "ENROLLED": tmp_path / "enrolled", "HALF": tmp_path / "half"}
+    states["ENROLLED"].mkdir()
+    (states["ENROLLED"] / "witness.msgpack").touch()
+    (states["HALF"] / "identity").mkdir(parents=True)
+    arguments = [str(states.get(argument, argument)) for argument in arguments]
     found = subprocess.run(
         command(*arguments, "--data", "x.npz"), capture_output=True, text=True, timeout=30, env=environment(tmp_path)
     )

@@ -20,9 +20,9 @@ def offer(epoch=1, bundle=INLINE, issued=WALL, days=7.0, **more):
 class Device(Machine):
     """A machine with a voice, and the server that it hears."""
 
-    def __init__(self, known=None, newest=None, wall=WALL, life=1, **settings):
+    def __init__(self, known=None, newest=None, wall=WALL, life=1, passed=0.0, **settings):
         super().__init__(known or held(), **settings)
-        voice = signing.member("demo", "pi", life, newest=newest)
+        voice = signing.member("demo", "pi", life, newest=newest, passed=passed)
         self.session = ClientSession(self.session.settings, known or held(), self.session.rng, BOOT, voice)
         self.host = signing.host("demo", 1)
         self.feed(e.Clock(wall))
@@ -118,7 +118,7 @@ def test_an_expired_offer_is_refused():
     device = Device(wall=WALL + 8 * DAY)
     actions = device.offered()
     assert refused(actions, "expired 86400 s ago")
-    assert only(device.wait(60.0), e.Publish) == []
+    assert only([action for _, action in device.wait(60.0)], e.Publish) == []
     assert only(device.offered(offer(issued=WALL + 8 * DAY)), e.Publish)
 
 
@@ -128,6 +128,38 @@ def test_a_device_whose_clock_is_behind_says_so_and_takes_part():
     assert any("the clock is" in text for text in texts(actions))
     assert only(actions, e.Publish)
     assert not texts(device.offered())
+
+
+def test_a_clock_that_was_lost_does_not_make_an_old_offer_fresh():
+    device = Device(wall=0.0, passed=WALL + 8 * DAY)
+    assert refused(device.offered(), "expired 86400 s ago")
+    assert only(device.offered(offer(issued=WALL + 8 * DAY)), e.Publish)
+
+
+def test_an_offer_tells_how_late_it_is_at_least_and_that_is_remembered():
+    device = Device(wall=0.0)
+    (remembered,) = only(device.offered(offer(issued=WALL + 30 * DAY)), e.Witness)
+    assert remembered.issued == WALL + 30 * DAY
+    assert refused(device.offered(offer(issued=WALL)), "expired")
+
+
+def test_an_offer_that_expires_later_is_let_go_and_nothing_is_done_under_it():
+    device = joined()
+    device.feed(e.Clock(WALL + 6 * DAY))
+    assert only([action for _, action in device.wait(2000.0)], e.Publish)
+    device.feed(e.Clock(WALL + 8 * DAY))
+    actions = [action for _, action in device.wait(2000.0)]
+    assert texts(actions) == ["the offer has expired and no newer one has come; waiting for one"]
+    assert only(actions, e.Publish) == []
+    assert TOPICS.offer in [topic for action in only(actions, e.Subscribe) for topic in action.topics]
+    assert not only(device.told(invitation()), e.Work)
+    assert only(device.offered(offer(issued=WALL + 8 * DAY)), e.Publish)
+
+
+def test_an_invitation_under_an_offer_that_has_expired_is_not_carried_out():
+    device = joined()
+    device.feed(e.Clock(WALL + 8 * DAY))
+    assert not only(device.told(invitation()), e.Work)
 
 
 def test_dates_are_taken_from_the_clock_as_it_is_now():

@@ -529,6 +529,30 @@ def test_an_address_is_read_back_from_its_url_and_shows_no_password(url):
     assert "ecret" not in str(address)
 
 
+def test_what_is_retained_while_the_server_listens_is_cleared_too(broker):
+    """It comes as any message does, with nothing that says it was retained."""
+
+    async def play():
+        address, topic = Address.parse(broker.url), "fedge/demo/up/y/junk"
+        server = MqttLink(address, "server", clears="fedge/demo/up/", sweep=0.05)
+        liar, again = MqttLink(address, "liar"), MqttLink(address, "again")
+        heard, first, late = (
+            Recorder(server, ("fedge/demo/up/#",)),
+            Recorder(liar),
+            Recorder(again, ("fedge/demo/up/#",)),
+        )
+        async with running(server, heard), running(liar, first):
+            liar.publish(topic, b"for ever", retain=True)
+            await heard.heard(topic, b"for ever")
+            await heard.until(lambda events: (topic, b"") in events)
+            async with running(again, late):
+                server.publish("fedge/demo/up/mark", b"mark")
+                await late.heard("fedge/demo/up/mark", b"mark")
+                assert not [event for event in late.messages if event[0] == topic]
+
+    asyncio.run(play())
+
+
 def test_what_is_retained_where_nobody_has_to_is_cleared_and_not_handed_on(broker):
     async def play():
         address = Address.parse(broker.url)

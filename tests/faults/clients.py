@@ -155,7 +155,7 @@ class ClientNode(Node):
         self.folder = site.folder / name
         self.device: SimDevice | None = None
         self.lived = 0
-        self.newest = Stamp(0, 0, 0)
+        self.newest, self.passed = Stamp(0, 0, 0), 0.0
         self.done = False
         site.disks.add(self.folder, self.medium)
 
@@ -201,14 +201,15 @@ class ClientNode(Node):
         self.lived += 1
         if not self.site.signed:
             return PlainMember()
-        return signing.member(self.site.settings.federation.name, self.name, self.lived, newest=self.newest)
+        name = self.site.settings.federation.name
+        return signing.member(name, self.name, self.lived, newest=self.newest, passed=self.passed)
 
-    def remember(self, newest: Stamp) -> None:
+    def remember(self, newest: Stamp, issued: float) -> None:
         """What `edge_client.trust.witness` does with a file."""
         self.boundary("witness")
         if newest < self.newest:
             self.world.violated(f"{self.name} goes back from the offer {self.newest} to {newest}")
-        self.newest = newest
+        self.newest, self.passed = newest, max(self.passed, issued)
 
     async def leave(self) -> None:
         """The owner stops the client properly."""

@@ -1,6 +1,7 @@
 """What `fedge broker config` writes: the texts that no broker here reads, and the folders."""
 
 import os
+import pwd
 import re
 import stat
 import subprocess
@@ -43,10 +44,11 @@ def test_a_folder_has_what_the_broker_needs_and_no_key_that_makes_certificates(s
     write, own = WRITERS[kind]
     folder = tmp_path / "broker"
     path = write(folder, spec)
-    names = {entry.name for entry in folder.iterdir()}
+    # In which NATS writes.
+    names = {entry.name for entry in folder.iterdir() if not entry.is_dir()}
     assert names == {*own, "ca.crt", "broker.crt", "broker.key", "crl.pem", "fedge.json"}
     assert path.name in own
-    assert {stat.S_IMODE(entry.stat().st_mode) for entry in folder.iterdir()} == {0o600}
+    assert {stat.S_IMODE((folder / name).stat().st_mode) for name in names} == {0o600}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
@@ -66,7 +68,8 @@ def test_a_folder_that_is_no_authority_is_named(tmp_path, kind):
 
 # All that we use of mosquitto.conf(5) of 2.1.2, and nothing that it calls deprecated.
 KNOWN_IN_2_1 = """
-user pid_file max_packet_size max_queued_messages max_inflight_messages persistent_client_expiration persistence
+user pid_file max_packet_size max_queued_messages max_queued_bytes memory_limit max_inflight_messages
+persistent_client_expiration persistence
 set_tcp_nodelay sys_interval log_dest log_type connection_messages plugin_load plugin_opt_acl_file listener
 cafile certfile keyfile crlfile require_certificate use_identity_as_username tls_version
 listener_allow_anonymous plugin_use
@@ -233,6 +236,54 @@ def test_an_authority_knows_the_folders_that_were_written_for_it(tmp_path):
     assert "start it anew" in said[1]
     assert "user pi-9\ntopic deny #\n" in (folders[0] / "acl").read_text()
     assert '"CN=pi-7"' in (folders[1] / "users.conf").read_text()
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who gives files away")
+
+
+@needs_root
+@pytest.mark.parametrize("kind", WRITERS)
+def test_root_gives_a_brokers_user_the_files_and_not_the_folder(tmp_path, kind):
+    """In a folder of its own the user could have root give it any file."""
+    authority, nobody = Certificates(tmp_path / "authority"), pwd.getpwnam("nobody").pw_uid
+    folder = tmp_path / "broker"
+    write, own = WRITERS[kind]
+    write(folder, BrokerSpec("fleet", authority.folder, user="nobody"))
+    assert (folder.stat().st_uid, stat.S_IMODE(folder.stat().st_mode)) == (0, 0o750)
+    assert {(folder / name).stat().st_uid for name in (*own, "broker.key", "crl.pem")} == {nobody}
+    assert (folder / "fedge.json").stat().st_uid == 0
+
+
+@needs_root
+def test_root_gives_away_nothing_that_a_brokers_user_has_linked_to(tmp_path):
+    authority, folder = Certificates(tmp_path / "authority"), tmp_path / "broker"
+    spec = BrokerSpec("fleet", authority.folder, user="nobody")
+    mosquitto.write(folder, spec, "2.0")
+    secret = authority.folder / "server.key"
+    os.chown(folder, pwd.getpwnam("nobody").pw_uid, 0)  # as it was before
+    for name in ("evil", "broker.key.new"):
+        (folder / name).symlink_to(secret)
+    (folder / "acl").unlink()
+    (folder / "acl").symlink_to(secret)
+    before = secret.read_bytes()
+    mosquitto.write(folder, spec, "2.0")
+    assert (secret.stat().st_uid, secret.read_bytes()) == (0, before)
+    assert folder.stat().st_uid == 0
+    assert not (folder / "acl").is_symlink()
+
+
+@needs_root
+@pytest.mark.parametrize("whose", ["folder", "file"])
+def test_what_another_user_may_have_written_is_not_done_and_other_brokers_are_told(tmp_path, whose):
+    authority = Certificates(tmp_path / "authority")
+    spec = BrokerSpec("fleet", authority.folder)
+    folders = [tmp_path / "theirs", tmp_path / "ours"]
+    for folder in folders:
+        mosquitto.write(folder, spec, "2.0")
+    os.chown(folders[0] / ("fedge.json" if whose == "file" else ""), pwd.getpwnam("nobody").pw_uid, 0)
+    with pytest.raises(ConfigError, match=r"theirs.fedge\.json can be changed by user"):
+        reload_all(authority.folder, revoked=["pi-9"])
+    assert ["user pi-9" in (folder / "acl").read_text() for folder in folders] == [False, True]
 
 
 def test_a_reload_brings_the_new_revocation_list(tmp_path):

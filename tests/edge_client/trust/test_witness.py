@@ -24,8 +24,10 @@ def test_the_newest_offer_is_remembered(tmp_path):
     path = tmp_path / "witness.msgpack"
     first = Witness(path, 0.0)
     assert first.newest == Stamp(0, 0, 0)
-    first.remember(Stamp(7, 0, 3))
-    assert Witness(path, 0.0).newest == Stamp(7, 0, 3)
+    first.remember(Stamp(7, 0, 3), 1e9)
+    first.remember(Stamp(8, 0, 1), 1e9 - 1)
+    after = Witness(path, 0.0)
+    assert (after.newest, after.issued) == (Stamp(8, 0, 1), 1e9)
 
 
 @pytest.mark.parametrize("data", [b"", b"rubbish", b"\x81\xa4life\xa1x"])
