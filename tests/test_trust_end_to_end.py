@@ -39,14 +39,14 @@ def test_who_reaches_the_broker_as_another_deceives_nobody(tmp_path):
                 assert "not signed" in device.until("dropped a message on fedge/toys/pub/offer")
                 with Serving(tmp_path) as server:
                     assert "not signed" in server.until("dropped a message on fedge/toys/pub/offer")
-                    # In another device's name, without its key; and rubbish of its own.
+                    # In another device's name, without its key: that is no strike against who is named.
                     hello = m.Hello(1, b"boot0000", bytes(32), 0, bytes(32), 10**6, True)
                     with Peer(address, "liar", tls=liar.tls) as speaks:
                         for _ in range(20):
                             speaks.publish(TOPICS.up("liar"), m.encode(hello))
-                    server.until("liar is not listened to for 60 s")
                     server.until("ended: 1 rounds are done")
-        assert [row[:2] for row in misconduct(tmp_path)] == [("liar", "muted")]
+                    assert not any("not listened to" in line for line in server.lines)
+        assert misconduct(tmp_path) == []
 
 
 def test_a_revoked_device_is_not_asked_any_more(tmp_path):
