@@ -102,12 +102,27 @@ class Authority:
     @property
     def host(self) -> str:
         """What the broker is called first of all, as its certificate says."""
+        return self.hosts[0]
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """All that the broker is called, as its certificate says.
+
+        Raises:
+            ConfigError: there is none, or it cannot be used.
+        """
         try:
             found = x509.load_pem_x509_certificate((self.folder / "broker.crt").read_bytes())
             names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         except (OSError, ValueError, x509.ExtensionNotFound) as error:
             raise ConfigError(f"{self.folder / 'broker.crt'} cannot be used ({error}); name the broker") from error
-        return str(next(iter(names)).value)
+        return tuple(str(name.value) for name in names)
+
+    def unfit(self, client: str) -> str | None:
+        """Why no device of this federation can have this name; None where one can."""
+        if client.lower() in (host.lower() for host in self.hosts):
+            return "the broker is called so, and a device could pass for it"
+        return check_name(client)
 
     def rename_broker(self, hosts: Sequence[str]) -> None:
         """Certify the broker, with a new key, as what it is called now.
@@ -124,7 +139,7 @@ class Authority:
             ConfigError: no device can have that name, the request is malformed, oversized, for another name or kind of
                 key, or not signed by its key; or the authority's key is not there.
         """
-        if (problem := check_name(client)) is not None:
+        if (problem := self.unfit(client)) is not None:
             raise ConfigError(f"{client!r} cannot be a device's name: {problem}")
         public = Ed25519PublicKey.from_public_bytes(read_request(csr, client))
         return self._certify(_name(client), public, ExtendedKeyUsageOID.CLIENT_AUTH, _later(now, days))

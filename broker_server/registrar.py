@@ -200,7 +200,7 @@ class Registrar:
             # Said to him only who has shown who he is; anybody can send nonsense in another's name.
             known = claim or (named if named is not None and named.client == user else None)
             return Refuse(str(error)) if known is not None and signed(known.public) else Ignore(str(error))
-        if (problem := wire.check_name(ask.client)) is not None:
+        if (problem := self.authority.unfit(ask.client)) is not None:
             return Refuse(f"{ask.client!r}: {problem}") if claim and signed(claim.public) else Ignore(problem)
         standing = Standing(claim, named, self.registry.owner(public), self.registry.barred(ask.client, now))
         return judge(user, ask.client, public, signed, standing, self.rule, now)

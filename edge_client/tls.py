@@ -61,6 +61,8 @@ class Tls:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         # The default from Python 3.13 on (RFC 5280 to the letter): what is refused does not depend on the version.
         context.verify_flags |= ssl.VERIFY_X509_STRICT
+        # A device's name may be a host's; the names of brokers are alternative ones.
+        context.hostname_checks_common_name = False
         if self.certificate is not None:
             _check_dates(self.certificate)
             try:

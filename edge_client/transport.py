@@ -161,8 +161,7 @@ class MqttLink:
 
     ``attempts`` bounds how often in a row a connection is tried before `run` raises TransportError; 0 tries for ever,
     with a back-off of up to ``slowest`` seconds (`back_off`), that only a connection which lasts resets. What others
-    have retained on topics that begin with ``clears`` is cleared, not handed on, and looked for every ``sweep``
-    seconds.
+    have retained on topics that begin with ``clears`` is cleared, not handed on, and looked for each ``sweep`` seconds.
     ``tls`` is read anew for each connection, so that a renewed certificate is used from the next one on.
     """
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from broker_server.authority import REGISTRY
 from broker_server.registrar import Again, Ignore, Issue, Refuse, Standing, Wait, judge
 from broker_server.registry import Registry
+from edge_client.errors import ConfigError
 from edge_client.trust.certificate import make_request
 from edge_client.trust.keys import SigningKey
 from edge_client.wire import enrolment as wire
@@ -169,6 +170,15 @@ def test_a_name_that_is_fedges_own_is_refused(office, client):
     told = Device(office, client).ask(office.claim())
     assert told.status == "refused"
     assert "fedge's own" in told.detail
+
+
+@pytest.mark.parametrize("client", ["broker.example", "Broker.Example", "localhost"])
+def test_a_name_that_the_broker_has_is_refused(office, client):
+    told = Device(office, client).ask(office.claim())
+    assert told.status == "refused"
+    assert "the broker is called so" in told.detail
+    with pytest.raises(ConfigError, match="the broker is called so"):
+        office.authority.issue(make_request(SigningKey.generate(), client), client, 1.0, now=NOW)
 
 
 # Revocation.

@@ -95,6 +95,12 @@ def refusal(tls, host="127.0.0.1", port=None, **how):
     return found
 
 
+def test_a_host_is_not_known_by_the_common_name_of_a_certificate(authority):
+    """In a device's certificate that is its --id, which the device chooses."""
+    assert not Tls.of(authority.device("pi")).context().hostname_checks_common_name
+    assert not Tls(authority.folder / "ca.crt").context().hostname_checks_common_name
+
+
 def test_who_has_a_certificate_is_let_in(authority):
     async def play():
         async with broker(authority) as port:
