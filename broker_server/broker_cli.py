@@ -65,8 +65,9 @@ def config(
         port=port,
         place=place,
         user=_service(kind) if user is None else user,
-        devices=(*enrolled, *devices),
+        devices=enrolled,
         revoked=revoked,
+        expected=devices,
     )
     if kind == "mosquitto":
         written = mosquitto.write(output, spec, dialect, plugin)

@@ -4,6 +4,7 @@ A claim is open until a device asks with it; then it is that device's for good, 
 the request: waiting for approval, approved, issued or refused.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,9 +94,19 @@ class Registry:
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """Make an empty one, or open what is there."""
-        Database.write_to(path, _MIGRATIONS).close()
+        """Make an empty one, or open what is there; for its owner alone.
+
+        Raises:
+            ConfigError: the disk refuses.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Before there is anything in it; SQLite gives its other files the mode of this one.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be created ({error.strerror}); check disk and permissions") from error
         path.chmod(0o600)
+        Database.write_to(path, _MIGRATIONS).close()
         return cls.open(path)
 
     @classmethod

@@ -33,6 +33,8 @@ def configuration(spec: BrokerSpec, place: Path) -> str:
     return f"""\
 # EMQX 5 for federation {spec.federation}, written by `fedge broker config`: add it to emqx.conf, and put acl.conf where
 # it says; read both again with `emqx ctl conf reload`.
+# EMQX's dashboard (port 18083) has the user "admin" with the password "public" until you change it, and whoever enters
+# there changes everything here: `emqx ctl admins passwd admin NEW`, or dashboard.listeners.http.bind = 0 for none.
 listeners.tcp.default.enable = false
 listeners.ws.default.enable = false
 listeners.wss.default.enable = false

@@ -40,7 +40,7 @@ def rules(spec: BrokerSpec) -> str:
         _user(ENROLMENT, [tells], [asks]),
         _user(CLAIM, [asks], [tells]),
     ]
-    for name in sorted(set(spec.devices) - set(spec.revoked)):
+    for name in sorted({*spec.devices, *spec.expected} - set(spec.revoked)):
         writes = [f"{topics}/up/{name}/#", f"{topics}/enrol/{name}/ask"]
         reads = [f"{topics}/down/{name}/#", f"{topics}/pub/#", f"{topics}/enrol/{name}/told"]
         users.append(_user(name, writes, reads))

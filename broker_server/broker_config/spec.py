@@ -36,6 +36,7 @@ class BrokerSpec:
         devices: those that have a valid certificate, for brokers that must know everyone by name.
         revoked: those that have none any more.
         muted: those that may say nothing for a while.
+        expected: those that will enrol, for such brokers too.
     """
 
     federation: str
@@ -49,6 +50,7 @@ class BrokerSpec:
     devices: tuple[str, ...] = ()
     revoked: tuple[str, ...] = ()
     muted: tuple[str, ...] = ()
+    expected: tuple[str, ...] = ()
 
     @property
     def packet_limit(self) -> int:

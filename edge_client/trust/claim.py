@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,10 @@ _LIMIT = 64 * 1024
 _OTHERS = 0o077
 _DOMAIN = "fedge-claim/1"
 _ENCODER = msgspec.json.Encoder(order="deterministic")
+
+
+_PLACE = ".fedge-enrolling-"
+"""How the folders are called in which a claim's key is while a device enrols."""
 
 
 class Claim(Struct, frozen=True, forbid_unknown_fields=True, repr_omit_defaults=True):
@@ -98,12 +103,16 @@ class Claim(Struct, frozen=True, forbid_unknown_fields=True, repr_omit_defaults=
     def tls(self, folder: Path) -> Iterator[Tls]:
         """Its certificate and key as files for a connection, in a folder that is made in ``folder`` and removed again.
 
+        What a start that was killed has left there is removed too.
+
         Raises:
             ConfigError: the disk refuses.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(prefix="claim-", dir=folder) as name:
+            for left in folder.glob(f"{_PLACE}*"):
+                shutil.rmtree(left)
+            with tempfile.TemporaryDirectory(prefix=_PLACE, dir=folder) as name:
                 place = Path(name)
                 for file, text in (
                     ("ca.crt", self.authority),

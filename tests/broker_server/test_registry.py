@@ -2,6 +2,7 @@
 
 import pytest
 
+from broker_server.database import Database
 from broker_server.keyring import Keyring
 from broker_server.registry import DeviceRow, Registry
 from edge_client.errors import ConfigError, LedgerError
@@ -27,6 +28,20 @@ def test_there_has_to_be_one(tmp_path):
     (tmp_path / "registry.db").write_bytes(b"x" * 5000)
     with pytest.raises(LedgerError):
         Registry.open(tmp_path / "registry.db")
+
+
+def test_it_is_its_owners_alone_from_its_first_byte_on(tmp_path, monkeypatch):
+    modes, write_to = [], Database.write_to
+
+    def noting(path, *more):
+        modes.append(path.stat().st_mode & 0o777)
+        return write_to(path, *more)
+
+    monkeypatch.setattr(Database, "write_to", noting)
+    with Registry.create(tmp_path / "registry.db") as registry:
+        registry.certify(device())
+        assert {path.stat().st_mode & 0o077 for path in tmp_path.glob("registry.db*") if path.suffix != ".lock"} == {0}
+    assert modes == [0o600]
 
 
 def test_devices_have_keys_until_they_expire_or_are_revoked(registry):

@@ -357,6 +357,9 @@ def test_nats_is_told_who_is_enrolled_already(fedge, authority, tmp_path):
         registry.revoke("pi-2", 1.0)
     fedge("config", "--for", "nats", "-o", "out", "--device", "pi-3", "federation.toml")
     fedge("config", "--for", "mosquitto", "-o", "acl", "--user", "", "federation.toml")
+    # Also after a device has enrolled or was revoked.
+    reload(tmp_path / "out", devices=["pi-1", "pi-4"], revoked=["pi-2"])
+    assert re.findall(r'"CN=(pi-\d)"', (tmp_path / "out" / "users.conf").read_text()) == ["pi-1", "pi-3", "pi-4"]
     (authority.folder / "registry.db").unlink()
     users = (tmp_path / "out" / "users.conf").read_text()
     assert [f"CN=pi-{number}" in users for number in (1, 2, 3)] == [True, False, True]

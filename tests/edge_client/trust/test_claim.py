@@ -1,6 +1,7 @@
 """A claim's parts fit, and nobody else may read it: one that was changed is refused, whatever was changed."""
 
 import json
+import shutil
 import stat
 
 import msgspec
@@ -99,3 +100,14 @@ def test_its_files_for_tls_are_gone_afterwards(office, tmp_path):
         assert {stat.S_IMODE(path.stat().st_mode) for path in (tls.ca, tls.certificate, tls.key) if path} == {0o600}
         tls.context()
     assert not list(tmp_path.iterdir())
+
+
+def test_its_files_for_tls_that_a_killed_start_has_left_are_gone_after_the_next(office, tmp_path):
+    killed, claim = tmp_path / "identity", office.claim()
+    with claim.tls(killed) as tls:
+        shutil.copytree(tls.key.parent, killed / f"{tls.key.parent.name}x")
+    (killed / "device.key").touch()
+    assert len(list(killed.iterdir())) == 2
+    with claim.tls(killed):
+        pass
+    assert [path.name for path in killed.iterdir()] == ["device.key"]
