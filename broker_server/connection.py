@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from edge_client.wire.topics import Topics
 
 if TYPE_CHECKING:
     from broker_server.keyring import Keyring
+
+
+_SWEEP = 15.0
+"""Seconds between looks for what devices have retained while the server listens."""
 
 
 class Connection(NamedTuple):
@@ -93,7 +98,10 @@ def server_link(settings: Federation, address: Address, *, attempts: int = 0, tl
     name = settings.federation.name
     # A device may retain what it says, and every server to come would hear it.
     clears = Topics(name).every_up.removesuffix("#")
-    return MqttLink(address, f"fedge-{name}-server", attempts=attempts, clears=clears, tls=tls)
+    # What is retained while the server listens shows when it subscribes anew. A NATS cluster that has lost a node hangs
+    # on that (2.9.10), so it is done where the broker is the server's own.
+    sweep = math.inf if settings.broker.url else _SWEEP
+    return MqttLink(address, f"fedge-{name}-server", attempts=attempts, clears=clears, sweep=sweep, tls=tls)
 
 
 def _spec(federation: str, authority: Path) -> BrokerSpec:

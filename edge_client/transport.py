@@ -6,6 +6,7 @@ protocol's. Each connection is a new MQTT session, and what was queued for the o
 
 import asyncio
 import contextlib
+import math
 import ipaddress
 import random
 import re
@@ -172,7 +173,7 @@ class MqttLink:
     keepalive: int = 30
     slowest: float = 60.0
     clears: str = ""
-    sweep: float = 15.0
+    sweep: float = math.inf
     tls: Tls | None = None
     """Who is trusted and who one is; without it, and with ``mqtts://``, the system's authorities and nobody."""
     _client: Client | None = field(init=False, default=None)
