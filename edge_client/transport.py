@@ -6,8 +6,8 @@ protocol's. Each connection is a new MQTT session, and what was queued for the o
 
 import asyncio
 import contextlib
-import math
 import ipaddress
+import math
 import random
 import re
 import secrets
