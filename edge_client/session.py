@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from edge_client import events as e
+from edge_client.dating import Dating
 from edge_client.download import check_blob
 from edge_client.errors import TrustError, WireError
 from edge_client.fetching import Fetched, Fetching
@@ -21,9 +22,6 @@ from edge_client.wire import transfer
 from edge_client.wire.envelope import Stamp
 from edge_client.wire.topics import Topics
 from edge_client.wire.voice import Member, PlainMember
-
-_CLOCK_ERROR = 3600.0
-"""Seconds that clocks may differ by and be taken for right."""
 
 
 @dataclass
@@ -65,14 +63,11 @@ class ClientSession:
     _waiting: m.Invitation | None = None
     _failures: int = 0
     _witnessed: Stamp = field(init=False)
-    _wall: float = 0.0
-    """What the clock shows, seconds since 1970."""
-    _slow: bool = False
-    """Whether the log says that the clock cannot be right."""
+    _dating: Dating = field(init=False)
 
     def __post_init__(self) -> None:
         self._topics = Topics(self.settings.federation)
-        self._witnessed = self.voice.newest
+        self._witnessed, self._dating = self.voice.newest, Dating(self.voice)
         self._patience = Patience(self.settings.patience, self.settings.longest, self.rng)
         self._outbox = Outbox(self.settings.inline, self.settings.chunk, self._patience)
         self._bundle, self._version, self._digest = self.held.bundle, self.held.version, self.held.digest
@@ -138,7 +133,7 @@ class ClientSession:
             case e.Counted(traffic):
                 self._traffic = traffic
             case e.Clock(wall):
-                self._wall = wall
+                self._dating.wall = wall
             case e.Installed():
                 yield from self._installed(event, now)
             case e.Rejected(bundle, reason):
@@ -225,24 +220,14 @@ class ClientSession:
         """Check an offer's dates, and have it remembered over power cuts."""
         if not offer.issued:
             return
-        if (late := self._time - offer.expires) > 0:
-            raise TrustError(f"an offer that expired {late:.0f} s ago: does its server live, and is the clock right?")
-        if self._wall < offer.issued - _CLOCK_ERROR and not self._slow:
-            self._slow = True
-            slow = offer.issued - self._wall
-            yield e.Log(f"the clock is {slow:.0f} s behind the server's: whether offers have expired cannot be told")
+        yield from self._dating.check(offer)
         if self.voice.newest != self._witnessed:
             self._witnessed = self.voice.newest
             yield e.Witness(self._witnessed, offer.issued)
 
-    @property
-    def _time(self) -> float:
-        """Seconds since 1970, as far as is known here: a clock may have been set back, or never set."""
-        return max(self._wall, self.voice.passed)
-
     def _lapse(self, now: float) -> Iterator[e.Action]:
         """Let go of an offer that has expired since it came: whoever holds newer ones back keeps nobody at it."""
-        if self._offer is None or not self._offer.issued or self._time <= self._offer.expires:
+        if self._offer is None or not self._dating.late(self._offer):
             return
         yield e.Log("the offer has expired and no newer one has come; waiting for one")
         yield from self._give_up()
