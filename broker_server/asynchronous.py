@@ -16,8 +16,8 @@ from typing import Literal
 from broker_server import events as e
 from broker_server.conversation import Conversation
 from broker_server.flights import Flight, Flights, Identity
-from broker_server.ledger import Task
 from broker_server.rates import tolerance
+from broker_server.records import Task
 from broker_server.selection import Candidate, select
 from broker_server.tally import Tally
 from edge_client.terminal import printable

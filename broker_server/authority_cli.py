@@ -97,7 +97,7 @@ def claim(folder: Path, count: int, valid: str, url: str | None, output: Path) -
     A claim is a secret until it is used: whoever has it may enrol in the place of a device.
     """
     from broker_server.registry import Registry
-    from edge_client.transport import Address
+    from edge_client.address import Address
     from edge_client.trust.claim import SUFFIX
 
     authority, seconds = _load(folder), _seconds(valid)

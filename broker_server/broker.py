@@ -13,8 +13,8 @@ from typing import IO, Literal, Self
 from broker_server.broker_config import mosquitto
 from broker_server.broker_config.programs import find
 from broker_server.broker_config.spec import OVERHEAD, BrokerSpec
+from edge_client.address import Address
 from edge_client.errors import ConfigError, TransportError
-from edge_client.transport import Address
 
 Kind = Literal["mosquitto", "amqtt"]
 

@@ -19,17 +19,19 @@ from broker_server.artifacts import Report, check_folder, read_report, read_tens
 from broker_server.config import Federation, load
 from broker_server.connection import broker, hush, keys, server_link
 from broker_server.entrance import enter
-from broker_server.ledger import BEST, Ledger, Round, Task
+from broker_server.ledger import BEST, Ledger
+from broker_server.records import Round, Task
 from broker_server.report import human_bytes, table
 from broker_server.server import Outcome, Server, locked
 from broker_server.simulation import Simulated
 from broker_server.simulation import simulate as run_simulation
 from broker_server.worker import ledger_path
+from edge_client.address import Address
 from edge_client.bundle import Bundle
 from edge_client.data import open_data
 from edge_client.errors import ConfigError, LedgerError
 from edge_client.tls import Tls
-from edge_client.transport import Address, Link, MqttLink
+from edge_client.transport import Link, MqttLink
 
 _FAULTS = 10
 """The latest things that clients did wrong, as many as are shown."""

@@ -12,9 +12,10 @@ from broker_server.broker import EmbeddedBroker
 from broker_server.broker_config.spec import BrokerSpec
 from broker_server.config import Federation
 from broker_server.hush import Hush
+from edge_client.address import Address
 from edge_client.errors import ConfigError
 from edge_client.tls import Tls
-from edge_client.transport import Address, MqttLink
+from edge_client.transport import MqttLink
 from edge_client.wire.topics import Topics
 
 if TYPE_CHECKING:

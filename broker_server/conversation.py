@@ -15,7 +15,7 @@ import msgspec
 
 from broker_server import events as e
 from broker_server.hearing import HEARTBEAT, Hearing
-from broker_server.ledger import Round
+from broker_server.records import Round
 from broker_server.repetition import Repetition
 from broker_server.rounds import OpenRound
 from broker_server.stopping import Progress

@@ -7,8 +7,8 @@ from typing import Literal
 
 from broker_server import events as e
 from broker_server.conversation import Conversation
-from broker_server.ledger import Task
 from broker_server.rates import tolerance
+from broker_server.records import Task
 from broker_server.selection import select
 from broker_server.tasks import OpenTask
 from edge_client.errors import WireError

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from broker_server.config import Federation
 from broker_server.packets import fitted
 from broker_server.rival import refuse_rival
+from edge_client.address import Address
 from edge_client.tls import Tls
-from edge_client.transport import Address
 
 if TYPE_CHECKING:
     from broker_server.keyring import Keyring

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from broker_server.ledger import Round, Task
+from broker_server.records import Round, Task
 from edge_client.events import Clock as Clock
 from edge_client.events import Connected as Connected
 from edge_client.events import Disconnected as Disconnected

@@ -15,8 +15,8 @@ from typing import Literal
 
 from broker_server import events as e
 from broker_server.config import Federation
-from broker_server.ledger import Task
 from broker_server.rates import update_plan
+from broker_server.records import Task
 from broker_server.roster import Member
 from broker_server.uploads import Grant, Uploads
 from edge_client.errors import WireError

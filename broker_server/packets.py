@@ -8,10 +8,10 @@ from collections.abc import Callable
 import msgspec
 
 from broker_server.config import Federation, Transfer
+from edge_client.address import Address
 from edge_client.doctor.limits import LEAST, OVERHEAD, fitting, largest_payload
 from edge_client.errors import TransportError
 from edge_client.tls import Tls
-from edge_client.transport import Address
 
 _SHORTEST, _LONGEST = 0.25, 60.0
 

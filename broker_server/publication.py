@@ -10,7 +10,8 @@ import numpy as np
 from broker_server.aggregation.optimizer import ServerOptimizer, pack, unpack
 from broker_server.coding import Coder
 from broker_server.config import Codec
-from broker_server.ledger import Ledger, Round, Version
+from broker_server.ledger import Ledger
+from broker_server.records import Round, Version
 from edge_client.bundle import Bundle
 from edge_client.codec.layout import Vector
 from edge_client.codec.model import Model, encode_model_delta, pack_model, unpack_model, untrained

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from statistics import fmean, median_low
 
 from broker_server.config import Federation
-from broker_server.ledger import Task
+from broker_server.records import Task
 from edge_client.wire import messages as m
 
 _TOLERANCE = struct.Struct("<d")

@@ -12,10 +12,10 @@ import time
 from typing import TYPE_CHECKING
 
 from broker_server.config import Federation
+from edge_client.address import Address
 from edge_client.doctor.peer import Peer
 from edge_client.errors import LedgerError, TransportError, WireError
 from edge_client.tls import Tls
-from edge_client.transport import Address
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
 from edge_client.wire.voice import Member, PlainMember

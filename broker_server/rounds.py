@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from broker_server.ledger import Round
+from broker_server.records import Round
 from broker_server.tally import Tally
 
 

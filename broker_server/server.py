@@ -17,8 +17,8 @@ from broker_server.conversation import Conversation
 from broker_server.coordinator import Coordinator
 from broker_server.database import Lock
 from broker_server.hush import Hush
-from broker_server.ledger import Round
 from broker_server.metrics import names
+from broker_server.records import Round
 from broker_server.worker import Worker, ledger_path
 from edge_client.bundle import Bundle
 from edge_client.errors import BundleError, ConfigError, FedgeError, LedgerError

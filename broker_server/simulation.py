@@ -15,13 +15,13 @@ import numpy as np
 from broker_server.config import Federation, Trust
 from broker_server.connection import broker, keys, server_link
 from broker_server.entrance import enter
-from broker_server.ledger import Round
+from broker_server.records import Round
 from broker_server.server import Outcome, Server, locked, read_bundle
+from edge_client.address import Address
 from edge_client.bundle import Bundle
 from edge_client.data import load_arrays
 from edge_client.emulator.fleet import FleetReport, FleetSpec, peak_rss_mib
 from edge_client.errors import ConfigError, FedgeError, TransportError
-from edge_client.transport import Address
 
 _LAST_WORDS = 30.0
 """Seconds that the fleet gets to end after the federation has."""

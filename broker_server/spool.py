@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from broker_server.ledger import Task
+from broker_server.records import Task
 from edge_client.errors import LedgerError, StoreError
 from edge_client.partial import PartialBlob
 from edge_client.wire.messages import BlobRef

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from broker_server.config import Stop
-from broker_server.ledger import Round
+from broker_server.records import Round
 
 
 class Progress:

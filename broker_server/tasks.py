@@ -12,8 +12,8 @@ from typing import Literal
 
 from broker_server import events as e
 from broker_server.config import Federation
-from broker_server.ledger import Task
 from broker_server.rates import update_plan
+from broker_server.records import Task
 from broker_server.selection import Candidate, select
 from broker_server.tally import Tally
 from broker_server.uploads import Grant, Uploads

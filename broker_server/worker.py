@@ -23,8 +23,9 @@ from broker_server.artifacts import Report, write_artifacts
 from broker_server.config import Federation
 from broker_server.database import Lock
 from broker_server.evaluation import HeldOut
-from broker_server.ledger import BEST, Ledger, Misconduct, Task
+from broker_server.ledger import BEST, Ledger
 from broker_server.publication import Publication
+from broker_server.records import Misconduct, Task
 from broker_server.spool import Spool
 from edge_client.bundle import Bundle
 from edge_client.codec.layout import Vector

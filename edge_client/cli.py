@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edge_client.address import Address
 from edge_client.data import ArraySource, DataSource, open_data, split
 from edge_client.doctor import broker, device, finding
 from edge_client.errors import ConfigError, FedgeError
 from edge_client.manifest import Manifest
 from edge_client.store import WITNESS, FileCopies, Store, claimed
 from edge_client.tls import Tls
-from edge_client.transport import Address, Link, MqttLink
+from edge_client.transport import Link, MqttLink
 from edge_client.wire.envelope import Stamp
 from edge_client.wire.voice import Member, PlainMember
 

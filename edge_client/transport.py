@@ -6,10 +6,8 @@ protocol's. Each connection is a new MQTT session, and what was queued for the o
 
 import asyncio
 import contextlib
-import ipaddress
 import math
 import random
-import re
 import secrets
 import socket
 import ssl
@@ -17,14 +15,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from urllib.parse import quote, unquote, urlsplit
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
+from edge_client.address import Address
 from edge_client.client import Client
-from edge_client.errors import ConfigError, TransportError
+from edge_client.errors import TransportError
 from edge_client.tls import Tls, explain
 from edge_client.wire.messages import Traffic
 
@@ -90,70 +88,6 @@ class Link(Protocol):
 
     async def close(self) -> None:
         """Send what is queued, disconnect and end `run`."""
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a broker listens: ``mqtt://[user:password@]host[:port][/federation]``, ``mqtts://`` for TLS."""
-
-    host: str
-    port: int
-    tls: bool = False
-    username: str | None = None
-    password: str | None = None
-    federation: str | None = None
-
-    @classmethod
-    def parse(cls, url: str) -> "Address":
-        """Read a URL.
-
-        Raises:
-            TransportError: it is not one that fedge can use.
-        """
-        shown = re.sub(r"//[^@/]*@", "//...@", url)  # a log is no place for a password
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as error:
-            raise TransportError(f"broker URL {shown!r}: {error}; expected mqtt://host:port") from error
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname:
-            raise TransportError(f"broker URL {shown!r} is not of the form mqtt://host:port or mqtts://host:port")
-        tls = parts.scheme == "mqtts"
-        name = parts.path.strip("/") or None
-        user = None if parts.username is None else unquote(parts.username)
-        password = None if parts.password is None else unquote(parts.password)
-        return cls(parts.hostname, port or (8883 if tls else 1883), tls, user, password, name)
-
-    @property
-    def loopback(self) -> bool:
-        """Whether the broker is on this machine, where nobody listens in between."""
-        try:
-            return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
-        except ValueError:
-            return self.host.lower().rstrip(".") == "localhost"
-
-    def check(self, *, insecure: bool = False) -> None:
-        """Refuse to go over a network in the open, unless told to.
-
-        Raises:
-            ConfigError: it is neither TLS nor loopback, and not ``insecure``.
-        """
-        if not (self.tls or self.loopback or insecure):
-            raise ConfigError(
-                f"broker {self} is on another machine, and what goes there by mqtt:// is read and changed by anybody "
-                "in between; use mqtts://, or say --insecure where you trust the network"
-            )
-
-    @property
-    def url(self) -> str:
-        """The URL that `parse` reads this address from, password included."""
-        user = "" if self.username is None else quote(self.username, safe="")
-        password = "" if self.password is None else f":{quote(self.password, safe='')}"
-        return str(self).replace("://", f"://{user}{password}@" if user else "://", 1)
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
 
 
 @dataclass

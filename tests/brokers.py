@@ -15,21 +15,20 @@ from broker_server.broker_config import mosquitto, nats
 from broker_server.broker_config.programs import find
 from broker_server.broker_config.reload import reload
 from broker_server.broker_config.spec import BrokerSpec
+from edge_client.address import Address
 from edge_client.doctor.peer import Peer
 from edge_client.errors import TransportError
 from edge_client.tls import Tls
-from edge_client.transport import Address
 from tests.certificates import Certificates
 from tests.nats import PROGRAM as NATS
 from tests.nats import free_ports
 
 FEDERATION = "fleet"
-KINDS = [
-    pytest.param(
-        "mosquitto", marks=pytest.mark.skipif(find("mosquitto") is None, reason="needs the Debian package mosquitto")
-    ),
-    pytest.param("nats", marks=pytest.mark.skipif(NATS is None, reason="needs the Debian package nats-server")),
-]
+ON_MOSQUITTO = pytest.param(
+    "mosquitto", marks=pytest.mark.skipif(find("mosquitto") is None, reason="needs the Debian package mosquitto")
+)
+ON_NATS = pytest.param("nats", marks=pytest.mark.skipif(NATS is None, reason="needs the Debian package nats-server"))
+KINDS = [ON_MOSQUITTO, ON_NATS]
 
 
 Result = TypeVar("Result")

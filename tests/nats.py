@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from edge_client.address import Address
 from edge_client.doctor.peer import Peer
 from edge_client.errors import TransportError
-from edge_client.transport import Address
 
 PROGRAM = shutil.which("nats-server") or shutil.which("nats-server", path="/usr/sbin:/usr/local/sbin")
 needs_nats = pytest.mark.skipif(PROGRAM is None, reason="needs the Debian package nats-server")

@@ -26,6 +26,7 @@ SHARED = {
 SERVER = {
     "broker_server",
     *SHARED,
+    "edge_client.address",
     "edge_client.data",
     "edge_client.doctor",
     "edge_client.events",

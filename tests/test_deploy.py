@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from broker_server.broker import EmbeddedBroker, find_mosquitto
+from edge_client.address import Address
 from edge_client.errors import TransportError
-from edge_client.transport import Address, MqttLink
+from edge_client.transport import MqttLink
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 UNITS = sorted(DEPLOY.glob("systemd/*.service"))

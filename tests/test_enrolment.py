@@ -18,9 +18,10 @@ from broker_server.broker_config.spec import BrokerSpec
 from broker_server.registry import Registry
 from broker_server.responder import responding
 from edge_client import cli
+from edge_client.address import Address
 from edge_client.errors import ConfigError
 from edge_client.tls import Tls
-from edge_client.transport import Address, MqttLink
+from edge_client.transport import MqttLink
 from edge_client.trust.enrol import enroll
 from edge_client.trust.identity import Identity
 from tests.federation import ROOT, Serving, claims, enrolled, fedge

@@ -4,9 +4,9 @@ import pytest
 
 from broker_server import authority_cli
 from broker_server.broker import find_mosquitto
+from edge_client.address import Address
 from edge_client.doctor.peer import Peer
 from edge_client.tls import Tls
-from edge_client.transport import Address
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
 from tests.federation import Joining, Serving, enrolled, federation, fedge, misconduct

@@ -11,12 +11,12 @@ import statistics
 import time
 from collections.abc import Iterator
 
+from edge_client.address import Address
 from edge_client.doctor.finding import Finding, Report, report
 from edge_client.doctor.limits import LEAST, OVERHEAD, fitting, largest_payload
 from edge_client.doctor.peer import Peer
 from edge_client.errors import TransportError
 from edge_client.tls import Tls
-from edge_client.transport import Address
 
 _CHUNK, _LARGEST_CHUNK = 64 * 1024, 1024 * 1024
 _WINDOW = 16

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from edge_client.address import Address
 from edge_client.doctor.broker import reach
 from edge_client.doctor.finding import Finding, Report, report
 from edge_client.errors import ConfigError
 from edge_client.tls import Tls
-from edge_client.transport import Address
 
 _MIB = 2**20
 _MEMORY_BAD, _MEMORY_NOTE = 96 * _MIB, 256 * _MIB

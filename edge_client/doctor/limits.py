@@ -1,9 +1,9 @@
 """How large a message a broker takes: found by sending some, because hardly any broker says."""
 
+from edge_client.address import Address
 from edge_client.doctor.peer import Peer
 from edge_client.errors import TransportError
 from edge_client.tls import Tls
-from edge_client.transport import Address
 
 OVERHEAD = 1024
 """Bytes that a message may need beside the blob that travels inside it."""

@@ -20,10 +20,10 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from edge_client.address import Address
 from edge_client.client import Client
 from edge_client.errors import TransportError
 from edge_client.tls import Tls, explain
-from edge_client.transport import Address
 
 _QOS = 1
 _ANSWER = 10.0

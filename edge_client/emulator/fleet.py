@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from edge_client.address import Address
 from edge_client.codec.layout import Layout
 from edge_client.codec.model import Model
 from edge_client.data import Arrays, ArraySource, DataSource, check, load_arrays, split
@@ -33,7 +34,7 @@ from edge_client.events import Failed, Finished, Work
 from edge_client.manifest import Manifest
 from edge_client.store import Store
 from edge_client.tls import Tls
-from edge_client.transport import Address, Link, MqttLink
+from edge_client.transport import Link, MqttLink
 from edge_client.wire.envelope import Stamp
 from edge_client.wire.voice import Member, PlainMember
 

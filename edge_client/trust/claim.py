@@ -14,9 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from msgspec import Meta, Struct
 
+from edge_client.address import Address
 from edge_client.errors import ConfigError, TransportError
 from edge_client.tls import Tls
-from edge_client.transport import Address
 from edge_client.trust.certificate import Certificate
 from edge_client.trust.keys import SigningKey, verify, write_secret
 from edge_client.wire.enrolment import CLAIM, CLAIMS

@@ -11,10 +11,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from broker_server.authority import Authority
+from edge_client.address import Address
 from edge_client.doctor.peer import Peer
 from edge_client.errors import ConfigError
 from edge_client.tls import explain
-from edge_client.transport import Address
 from edge_client.trust.certificate import make_request
 from edge_client.trust.claim import Claim
 from edge_client.trust.enrol import enroll

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from edge_client.transport import Address
+from edge_client.address import Address
 from edge_client.trust.speech import identity_voice
 from edge_client.wire import messages as m
 from edge_client.wire import transfer

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from edge_client.address import Address
 from edge_client.doctor.peer import Peer
 from edge_client.errors import WireError
-from edge_client.transport import Address
 from edge_client.trust.identity import Identity
 from edge_client.trust.speech import identity_voice
 from edge_client.wire import messages as m

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from broker_server.authority import Authority
+from edge_client.address import Address
 from edge_client.doctor.peer import Peer
 from edge_client.tls import Tls
-from edge_client.transport import Address
 from edge_client.trust.identity import Identity
 from edge_client.trust.speech import identity_voice
 from edge_client.wire import messages as m

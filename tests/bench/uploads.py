@@ -29,12 +29,13 @@ sys.path.insert(0, str(ROOT))
 from broker_server.broker import EmbeddedBroker
 from broker_server.config import load
 from edge_client import events as e
+from edge_client.address import Address
 from edge_client.bundle import Bundle
 from edge_client.codec.update import CodecSettings, encode_update
 from edge_client.held import Held, SessionSettings
 from edge_client.manifest import update_layouts
 from edge_client.session import ClientSession
-from edge_client.transport import Address, MqttLink
+from edge_client.transport import MqttLink
 from edge_client.wire.topics import Topics
 from edge_client.wire.transfer import count
 from tests.toy import toy_bundle

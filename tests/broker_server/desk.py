@@ -12,7 +12,7 @@ import msgspec
 
 from broker_server import events as e
 from broker_server.config import Federation
-from broker_server.ledger import Round, Task
+from broker_server.records import Round, Task
 from broker_server.server import coordinator
 from edge_client.errors import WireError
 from edge_client.wire import messages as m

@@ -16,10 +16,11 @@ import pytest
 from broker_server.config import Federation
 from broker_server.ledger import Ledger
 from broker_server.server import Server
+from edge_client.address import Address
 from edge_client.data import ArraySource
 from edge_client.device import Device, Workshop
 from edge_client.store import FileCopies, Store
-from edge_client.transport import Address, Handler, MqttLink
+from edge_client.transport import Handler, MqttLink
 from edge_client.wire.topics import Topics
 from tests.mosquitto import Mosquitto, needs_mosquitto
 from tests.toy import toy_bundle, toy_data

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from broker_server.database import Lock
-from broker_server.ledger import BEST, Ledger, Misconduct, Round, Task, Version
+from broker_server.ledger import BEST, Ledger
+from broker_server.records import Misconduct, Round, Task, Version
 from edge_client import cli
 from edge_client.bundle import Bundle
 from tests.toy import toy_bundle, toy_data

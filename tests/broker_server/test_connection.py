@@ -13,11 +13,11 @@ from broker_server.broker_config.spec import BrokerSpec
 from broker_server.config import Federation
 from broker_server.connection import broker, server_link
 from broker_server.registry import DeviceRow, Registry
+from edge_client.address import Address
 from edge_client.doctor.broker import examine, reach
 from edge_client.doctor.peer import Peer
 from edge_client.errors import ConfigError, TransportError
 from edge_client.tls import Tls
-from edge_client.transport import Address
 from tests.certificates import Certificates
 
 needs_mosquitto = pytest.mark.skipif(find_mosquitto() is None, reason="needs the Debian package mosquitto")

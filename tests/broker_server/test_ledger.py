@@ -10,8 +10,9 @@ import msgspec
 import pytest
 
 from broker_server.database import APPLICATION, Lock
-from broker_server.ledger import BEST, Ledger, Misconduct, Round, Task, Version
+from broker_server.ledger import BEST, Ledger
 from broker_server.ledger_schema import MIGRATIONS
+from broker_server.records import Misconduct, Round, Task, Version
 from edge_client.errors import LedgerError
 
 
@@ -437,7 +438,8 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 _RECORDER = """
 import sys
-from broker_server.ledger import Ledger, Task
+from broker_server.records import Task
+from broker_server.ledger import Ledger
 ledger = Ledger.open(sys.argv[1], federation="f", bundle="ab" * 32)
 epoch = ledger.new_epoch()
 ledger.open_task(Task(epoch=epoch, task=1, round=1, kind="train", version=0, cohort=(), plan=b"", opened=0.0))

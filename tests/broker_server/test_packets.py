@@ -9,11 +9,12 @@ import pytest
 from broker_server.connection import server_link
 from broker_server.packets import fitted
 from broker_server.server import Server
+from edge_client.address import Address
 from edge_client.data import ArraySource
 from edge_client.device import Device, Workshop
 from edge_client.errors import TransportError
 from edge_client.store import FileCopies, Store
-from edge_client.transport import Address, MqttLink
+from edge_client.transport import MqttLink
 from tests.broker_server.test_server import settings
 from tests.edge_client.doctor.test_broker import PLAIN, mosquitto, needs_mosquitto
 from tests.nats import free_ports

@@ -3,8 +3,9 @@ import pytest
 
 from broker_server.aggregation.optimizer import sgd
 from broker_server.config import Codec
-from broker_server.ledger import BEST, Ledger, Round, Task
+from broker_server.ledger import BEST, Ledger
 from broker_server.publication import Publication
+from broker_server.records import Round, Task
 from edge_client.bundle import Bundle
 from edge_client.codec.model import encode_model_delta
 from edge_client.codec.versions import CodedState, apply_delta

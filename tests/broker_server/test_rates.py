@@ -3,8 +3,8 @@ import math
 import msgspec
 import pytest
 
-from broker_server.ledger import Task
 from broker_server.rates import tolerance, update_plan
+from broker_server.records import Task
 from edge_client.wire import messages as m
 from tests.broker_server.desk import settings
 

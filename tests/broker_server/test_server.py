@@ -15,16 +15,17 @@ import pytest
 from broker_server.config import Federation
 from broker_server.connection import broker, server_link
 from broker_server.evaluation import HeldOut
-from broker_server.ledger import Ledger, Round
+from broker_server.ledger import Ledger
+from broker_server.records import Round
 from broker_server.server import Outcome, Server, check_names
 from broker_server.worker import Worker
+from edge_client.address import Address
 from edge_client.bundle import Bundle
 from edge_client.data import ArraySource
 from edge_client.device import Device, Workshop
 from edge_client.errors import BundleError, ConfigError, LedgerError, TransportError
 from edge_client.memory import MemoryBroker, MemoryLink
 from edge_client.store import FileCopies, Store
-from edge_client.transport import Address
 from edge_client.wire import messages as m
 from edge_client.wire.messages import BlobRef
 from edge_client.wire.topics import Topics

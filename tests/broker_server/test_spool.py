@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from broker_server.ledger import Task
+from broker_server.records import Task
 from broker_server.spool import Spool
 from edge_client.errors import LedgerError, WireError
 from edge_client.wire.transfer import piece, refer

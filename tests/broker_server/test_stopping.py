@@ -3,7 +3,7 @@ import math
 import pytest
 
 from broker_server.config import Stop
-from broker_server.ledger import Round
+from broker_server.records import Round
 from broker_server.stopping import Progress
 
 

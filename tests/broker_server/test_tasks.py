@@ -2,7 +2,7 @@
 
 from broker_server import events as e
 from broker_server.flights import Flights
-from broker_server.ledger import Task
+from broker_server.records import Task
 from broker_server.tasks import OpenTask
 from edge_client.wire import transfer
 from tests.broker_server.desk import settings

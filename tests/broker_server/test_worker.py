@@ -7,7 +7,8 @@ import safetensors.numpy
 
 from broker_server import events as e
 from broker_server.config import Federation
-from broker_server.ledger import Ledger, Round, Task
+from broker_server.ledger import Ledger
+from broker_server.records import Round, Task
 from broker_server.worker import Worker
 from edge_client.bundle import Bundle
 from edge_client.codec.model import apply_model_delta, untrained

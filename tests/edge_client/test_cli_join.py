@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from broker_server.broker import EmbeddedBroker, find_mosquitto
-from edge_client.transport import Address, MqttLink
+from edge_client.address import Address
+from edge_client.transport import MqttLink
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
 from edge_client.wire.transfer import refer

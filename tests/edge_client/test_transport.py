@@ -11,10 +11,11 @@ import pytest
 from broker_server.broker import EmbeddedBroker, find_mosquitto
 from broker_server.config import Federation
 from broker_server.connection import server_link
+from edge_client.address import Address
 from edge_client.doctor.peer import Peer
 from edge_client.errors import TransportError
 from edge_client.memory import MemoryBroker, MemoryLink
-from edge_client.transport import Address, MqttLink
+from edge_client.transport import MqttLink
 
 MOSQUITTO = pytest.param(
     "mosquitto", marks=pytest.mark.skipif(find_mosquitto() is None, reason="needs the Debian package mosquitto")
@@ -458,30 +459,6 @@ def test_a_refused_subscription_ends_the_connection_and_is_tried_again():
     asyncio.run(play())
 
 
-URLS = {
-    "mqtt://host": Address("host", 1883),
-    "mqtts://host": Address("host", 8883, tls=True),
-    "mqtt://host:1/demo": Address("host", 1, federation="demo"),
-    "mqtt://me:p%40ss@host": Address("host", 1883, username="me", password="p@ss"),
-    "mqtt://[::1]:99/": Address("::1", 99),
-}
-
-
-@pytest.mark.parametrize("url", URLS)
-def test_addresses(url):
-    assert Address.parse(url) == URLS[url]
-    again = Address.parse(str(URLS[url]))
-    assert (again.host, again.port, again.tls) == (URLS[url].host, URLS[url].port, URLS[url].tls)
-
-
-@pytest.mark.parametrize(
-    "url", ["", "host", "http://host", "mqtt://", "mqtt://host:x", "mqtt://host:99999", "mqtt://["]
-)
-def test_what_is_no_address_is_refused(url):
-    with pytest.raises(TransportError, match="broker URL"):
-        Address.parse(url)
-
-
 def test_connections_that_end_at_once_name_the_broker_and_the_doubt():
     """A broker ends the older of two connections of one name without saying why."""
     reasons, enough = [], asyncio.Event()
@@ -518,15 +495,6 @@ def test_connections_that_end_at_once_name_the_broker_and_the_doubt():
     address = asyncio.run(play())
     assert [reason for reason in reasons if not reason.startswith(f"broker {address}: ")] == []
     assert [("another client named 'fedge-demo-pi'" in reason) for reason in reasons[:5]] == [False] * 3 + [True] * 2
-
-
-@pytest.mark.parametrize(
-    "url", ["mqtt://h:1883", "mqtts://h:8883", "mqtt://fleet:s%20ecret@127.0.0.1:1883", "mqtt://me@[::1]:7"]
-)
-def test_an_address_is_read_back_from_its_url_and_shows_no_password(url):
-    address = Address.parse(url)
-    assert Address.parse(address.url) == address
-    assert "ecret" not in str(address)
 
 
 def test_what_is_retained_while_the_server_listens_is_cleared_too(broker):

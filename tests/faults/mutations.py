@@ -14,7 +14,8 @@ import msgspec
 from broker_server import events as e
 from broker_server.coordinator import Coordinator
 from broker_server.flights import Flights
-from broker_server.ledger import Ledger, Task
+from broker_server.ledger import Ledger
+from broker_server.records import Task
 from broker_server.spool import Spool
 from broker_server.tasks import OpenTask
 from broker_server.uploads import Uploads

@@ -12,7 +12,7 @@ import msgspec
 from broker_server import events as e
 from broker_server.config import Federation
 from broker_server.database import Lock
-from broker_server.ledger import Task
+from broker_server.records import Task
 from broker_server.server import Outcome, Server, locked
 from broker_server.spool import Identity, Spool
 from broker_server.worker import Worker, ledger_path

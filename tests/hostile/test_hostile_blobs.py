@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from broker_server import events as e
 from broker_server.config import Federation
-from broker_server.ledger import Task
+from broker_server.records import Task
 from broker_server.worker import Worker as ServerWorker
 from edge_client import events as c
 from edge_client.bundle import Bundle

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from broker_server.broker import EmbeddedBroker, find_mosquitto
+from edge_client.address import Address
 from edge_client.doctor.broker import examine, reach
 from edge_client.doctor.limits import fitting, largest_payload
 from edge_client.doctor.peer import Peer
-from edge_client.transport import Address
 from tests.nats import free_ports, nats, needs_nats
 
 DEPLOY = Path(__file__).parents[3] / "deploy" / "mosquitto"

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from broker_server.broker import EmbeddedBroker, find_mosquitto
+from edge_client.address import Address
 from edge_client.bundle import Bundle
 from edge_client.codec.layout import Layout, TensorSpec
 from edge_client.codec.versions import CodedState
 from edge_client.emulator.fleet import Fleet, FleetReport, FleetSpec, SharedCopies
 from edge_client.errors import ConfigError, DataError, TransportError
-from edge_client.transport import Address, MqttLink
+from edge_client.transport import MqttLink
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
 from edge_client.wire.transfer import refer
