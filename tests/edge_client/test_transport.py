@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import socket
-import subprocess
+import ssl
 
 import msgspec
 import pytest
@@ -16,6 +16,7 @@ from edge_client.doctor.peer import Peer
 from edge_client.errors import TransportError
 from edge_client.memory import MemoryBroker, MemoryLink
 from edge_client.transport import MqttLink
+from tests.certificates import Certificates
 
 MOSQUITTO = pytest.param(
     "mosquitto", marks=pytest.mark.skipif(find_mosquitto() is None, reason="needs the Debian package mosquitto")
@@ -396,16 +397,8 @@ def test_small_messages_do_not_wait_for_each_other_on_any_connection(broker):
 
 def test_tls_hands_over_every_message_of_a_record(tmp_path, monkeypatch):
     """Two packets in one TLS record: the second must not wait until the socket is readable again."""
-    ssl = pytest.importorskip("ssl")
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    command += ["-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=DNS:localhost"]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("needs the Debian package openssl")
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    authority = Certificates(tmp_path / "authority").folder
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority / "ca.crt"))
     messages = b"".join(b"\x30\x04\x00\x01t" + str(number).encode() for number in range(10))
 
     async def play():
@@ -416,7 +409,7 @@ def test_tls_hands_over_every_message_of_a_record(tmp_path, monkeypatch):
             writer.close()
 
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
+        context.load_cert_chain(authority / "broker.crt", authority / "broker.key")
         server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
         link = MqttLink(Address("localhost", server.sockets[0].getsockname()[1], tls=True), "a", attempts=1)
         recorder = Recorder()
