@@ -19,6 +19,7 @@ from broker_server.records import Round
 from broker_server.repetition import Repetition
 from broker_server.rounds import OpenRound
 from broker_server.stopping import Progress
+from edge_client.download import WINDOW
 from edge_client.errors import WireError
 from edge_client.wire import messages as m
 
@@ -62,7 +63,7 @@ class Conversation(Hearing):
     def __post_init__(self) -> None:
         super().__post_init__()
         restored = self.restored
-        self._repetition = Repetition(self.settings.transfer.window)
+        self._repetition = Repetition(WINDOW)
         # A round whose evaluation goes on has its result in the ledger already, and is counted when it is finished.
         finished = [result for result in restored.rounds if result.round != restored.unfinished]
         self._progress = Progress(self.settings.stop, finished)

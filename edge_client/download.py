@@ -10,6 +10,8 @@ from edge_client.errors import WireError
 from edge_client.wire.messages import BlobRef
 from edge_client.wire.transfer import Assembly, unwrap
 
+WINDOW = 16
+"""Chunks that a client subscribes to at a time, unless told otherwise, and that it may miss at once."""
 _LONGEST_REST = 600.0
 """Seconds to wait at most before what came damaged is pulled again."""
 
@@ -37,7 +39,7 @@ class Download:
 
     ref: BlobRef
     limit: int
-    window: int = 16
+    window: int = WINDOW
     patience: float = 5.0
     partial: InitVar[Assembly | None] = None
     wake: float | None = None

@@ -9,6 +9,7 @@ from broker_server import events as e
 from broker_server.conduct import Conduct
 from broker_server.config import Limits
 from broker_server.repetition import Repetition
+from edge_client.held import SessionSettings
 from edge_client.wire import messages as m
 from tests.broker_server.desk import TOPICS, Desk, of, settings
 
@@ -52,3 +53,12 @@ def test_a_few_kilobytes_do_not_make_a_server_publish_hundreds_of_megabytes(name
     chunks = [index for one in spread for index in one.indices]
     assert len(set(chunks)) == len(chunks) <= 3 * 16
     assert all(len(one.indices) <= 16 for one in spread)
+
+
+def test_a_client_may_miss_its_whole_window_whatever_the_server_lets_it_upload_at_once():
+    table = Desk(settings(transfer={"window": 1}))
+    table.hello("a")
+    table.coordinator.restored = dataclasses.replace(table.restored, bundle=REF)
+    missed = tuple(range(SessionSettings("a", "b").window))
+    spread = of(table.feed(e.Received(TOPICS.up("a"), m.encode(m.Missing(REF.sha256, missed)))), e.Spread)
+    assert [one.indices for one in spread] == [missed]
