@@ -30,6 +30,8 @@ _GREETINGS = 200
 """Hellos a second that a fleet may answer an offer with."""
 _GATHER = 10.0
 """Seconds, beside the spread, in which a fleet may come back after a restart; then it goes on with who is there."""
+_CLOCK_ERROR = 3600.0
+"""Seconds that a clock may be behind the date of an earlier offer and be taken for right."""
 _RENEWED = 0.25
 """Share of the time that an offer holds after which it is dated anew."""
 _DEFENCE = 1.0
@@ -145,7 +147,7 @@ class Conversation(Hearing):
             case e.Clock(wall):
                 self._wall = wall
                 if self._connected and self._misdated:
-                    yield self._proclaim(now)
+                    yield from self._proclaim()
             case e.Rekeyed(given, gone):
                 yield from self._rekeyed(given, gone, now)
             case e.Refused(_, _, client, reason):
@@ -170,7 +172,7 @@ class Conversation(Hearing):
                 for client in self._roster.lapse(now):
                     yield from self._leaves(client, now)
                 if self._again is not None and self._connected and now >= self._again:
-                    yield self._proclaim(now)
+                    yield from self._proclaim()
                 yield from self._tick(now)
             case _:
                 yield from self._answered(event, now)
@@ -187,7 +189,7 @@ class Conversation(Hearing):
         yield e.Subscribe((self._topics.every_up, self._topics.offer))
         if self.restored.bundle.inline is None:
             yield e.Spread(self.restored.bundle)
-        yield self._proclaim(now)
+        yield from self._proclaim()
         yield from self._repeat()
         if first:
             yield from self._resume(now)
@@ -208,16 +210,26 @@ class Conversation(Hearing):
     @property
     def _misdated(self) -> bool:
         """Whether the offer's date is not that of the clock any more: time has passed, or the clock was set."""
-        return self._said is not None and abs(self._wall - self._said[0].issued) > _RENEWED * self._holds
+        return self._said is not None and self._date - self._said[0].issued > _RENEWED * self._holds
 
     @property
     def _holds(self) -> float:
         """Seconds that an offer holds."""
         return self.settings.trust.offer_days * 86_400
 
-    def _proclaim(self, now: float) -> e.Action:
+    @property
+    def _date(self) -> float:
+        """What an offer is dated with: devices remember the newest date, and take what is far before it for expired.
+
+        So a clock that was wrong by years and is set right does not lock a fleet out.
+        """
+        before = self.restored.issued if self._said is None else self._said[0].issued
+        return max(self._wall, before) if self._wall else 0.0
+
+    def _proclaim(self) -> Iterator[e.Action]:
         """Retain the offer as it stands; with a date, where the federation signs what it says."""
         self._again = None
+        date = self._date
         offer = m.Offer(
             self.settings.federation.name,
             self.restored.epoch,
@@ -225,11 +237,18 @@ class Conversation(Hearing):
             self._spread,
             HEARTBEAT,
             finished=self.phase == "stopped",
-            issued=self._wall,
-            expires=self._wall + self._holds if self._wall else 0.0,
+            issued=date,
+            expires=date + self._holds if date else 0.0,
         )
         self._said = offer, self.voice.proclaim(offer)
-        return e.Retain(self._topics.offer, self._said[1])
+        if date:
+            yield e.Dated(date)
+        if date > self._wall + _CLOCK_ERROR:
+            ahead = date - self._wall
+            yield e.Log(
+                f"the clock is {ahead:.0f} s behind the date of an earlier offer, which offers keep: is it right?"
+            )
+        yield e.Retain(self._topics.offer, self._said[1])
 
     # What clients say.
 
@@ -338,7 +357,7 @@ class Conversation(Hearing):
 
     def _stop(self, reason: str, now: float) -> Iterator[e.Action]:
         self.phase = "stopped"
-        yield self._proclaim(now)
+        yield from self._proclaim()
         yield e.Stop(reason)
 
     # Small things.

@@ -47,6 +47,8 @@ class Restored:
     """By client, the task that its last recorded update was for, where that is void."""
     pace: float = 0.0
     """As in `Aggregated`."""
+    issued: float = 0.0
+    """The date of the newest offer, seconds since 1970; 0 where none had one."""
 
     @property
     def open_task(self) -> Task | None:
@@ -296,6 +298,13 @@ class Clear:
 
 
 @dataclass(frozen=True)
+class Dated:
+    """An offer is dated so, seconds since 1970; no later one may have an earlier date, of this epoch or of another."""
+
+    issued: float
+
+
+@dataclass(frozen=True)
 class FinishRound:
     """Write a round's result to the ledger; ``best`` says whether its version is the best so far.
 
@@ -348,6 +357,7 @@ Action = (
     | Spread
     | Sweep
     | Clear
+    | Dated
     | FinishRound
     | Misconduct
     | Fenced

@@ -41,6 +41,8 @@ _SAMPLES_LIMIT = 2**29
 """More samples than this of one client are refused: their product with an update would not be exact any more."""
 _FLEET = "fleet"
 """The note that holds how many clients there were."""
+_ISSUED = "issued"
+"""The note that holds the date of the newest offer."""
 _VALUE_LIMIT = 1e9
 """An update with a larger value is refused: one that diverged would take the model of all with it."""
 
@@ -111,6 +113,7 @@ class Worker:
             voids=self._ledger.voids(),
             uploads=self.spool.restore(open_tasks),
             pace=self._publication.pace,
+            issued=float(self._ledger.get(_ISSUED) or 0),
         )
 
     def _held(self) -> set[int]:
@@ -174,6 +177,8 @@ class Worker:
                 assert self._held_out is not None
                 vector, buffers = self._publication.parameters(version), self._publication.buffers(version)
                 return e.Evaluated(version, self._held_out.evaluate(vector, buffers=buffers))
+            case e.Dated(issued):
+                self._ledger.put(_ISSUED, repr(issued))
             case e.Misconduct(client, kind, reason, seconds):
                 self._ledger.accuse(Misconduct(time.time(), client, kind, reason, seconds))
             case e.FinishRound(result, best, fleet):

@@ -360,6 +360,9 @@ class ClientSession:
             self._asked += 1
             self._ask_at = now + self._patience.after(self._asked)
             yield e.Subscribe((self._topics.offer, self._topics.down(self.settings.client)))
+            if self._asked > 1:
+                # What is retained may be another's: whom the server hears speak of an older epoch, it tells its offer.
+                yield self._hello()
         if not self._connected or self._offer is None:
             return
         if self._install_at is not None and now >= self._install_at and not self._busy:
@@ -377,13 +380,19 @@ class ClientSession:
         yield from self._fetching.tick(now)
         if self._hello_at is not None and now >= self._hello_at and self._ready:
             self._hello_at = now + self._offer.heartbeat * self.rng.uniform(0.75, 1.25)
-            held = self._bundle, self._version, self._digest, self._samples
-            about = self._available, self._traffic, self.settings.software, self.settings.uplink or self._outbox.speed
-            yield self._say(m.Hello(self._offer.epoch, self.boot, *held, *about))
+            yield self._hello()
         upload = self._outbox.say(self._traffic, now)
         if upload is not None:
             yield self._say(upload)
 
+    @property
+    def _epoch(self) -> int:
+        return 0 if self._offer is None else self._offer.epoch
+
+    def _hello(self) -> e.Publish:
+        held = self._bundle, self._version, self._digest, self._samples
+        about = self._available, self._traffic, self.settings.software, self.settings.uplink or self._outbox.speed
+        return self._say(m.Hello(self._epoch, self.boot, *held, *about))
+
     def _say(self, message: m.Message) -> e.Publish:
-        epoch = 0 if self._offer is None else self._offer.epoch
-        return e.Publish(self._topics.up(self.settings.client), self.voice.say(message, epoch))
+        return e.Publish(self._topics.up(self.settings.client), self.voice.say(message, self._epoch))

@@ -67,7 +67,12 @@ class Command:
 
     def ends(self) -> int:
         """Wait for the end; the exit status."""
-        status = self.process.wait(PATIENCE)
+        try:
+            status = self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            while not self._news.empty():
+                self.lines.append(self._news.get() or "")
+            pytest.fail("it does not end: " + "\n".join(self.lines))
         while (line := self._news.get(timeout=PATIENCE)) is not None:
             self.lines.append(line)
         return status

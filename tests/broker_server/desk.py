@@ -67,6 +67,8 @@ class Paper:
     """By client, the task of its last recorded update."""
     pace: float = 0.0
     """What is said of aggregates, once there is one."""
+    issued: float = 0.0
+    """The date of the newest offer."""
     kept: set[int] = field(default_factory=lambda: {0})
     blobs: dict[bytes, bytes] = field(default_factory=dict)
     uploads: dict[tuple[Identity, str], transfer.Assembly] = field(default_factory=dict, compare=False)
@@ -89,6 +91,7 @@ class Paper:
             fleet=self.fleet,
             voids={client: identity for client, identity in self.last.items() if self.outcomes.get(identity) == "void"},
             pace=self.pace if self.version else 0.0,
+            issued=self.issued,
             uploads={
                 client: copy.deepcopy(blob)
                 for task in opened
@@ -156,6 +159,8 @@ class Paper:
             case e.CloseTask(epoch, number, outcome):
                 self._close(epoch, number, outcome)
                 return e.Closed(epoch, number)
+            case e.Dated(issued):
+                self.issued = issued
             case e.Evaluate(version):
                 return e.Evaluated(version, {"accuracy": version / 10})
             case e.FinishRound(result, best, fleet):

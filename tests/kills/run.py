@@ -92,9 +92,14 @@ class Life:
         """Its exit status.
 
         Raises:
-            subprocess.TimeoutExpired: it does not end.
+            AssertionError: it does not end; with the last that it said.
         """
-        status = self.process.wait(patience)
+        try:
+            status = self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            said = "\n".join(Path(self._log.name).read_text(encoding="utf-8").splitlines()[-15:])
+            raise AssertionError(f"{self._log.name}: it does not end after {patience:g} s:\n{said}") from None
         self._end()
         return status
 
