@@ -125,7 +125,7 @@ def test_an_offer_that_does_not_come_is_subscribed_to_again_then_asked_for_and_l
         asked = [when for when, action in waited if action == e.Subscribe((TOPICS.offer, DOWN))]
         gaps = [after - before for before, after in itertools.pairwise([began, *asked])]
         assert backed_off(gaps[:7], [5, 10, 20, 40, 80, 160, 300])
-        # What is retained may be missing or another's: a server tells its offer to whoever speaks of no or an old epoch.
+        # What is retained may be missing or another's: a server tells its offer to who speaks of no or an old epoch.
         greetings = [(when, *said([action])) for when, action in waited if isinstance(action, e.Publish)]
         assert [(when, message.epoch) for when, message in greetings] == [(when, epoch) for when in asked[1:]]
         machine.offered()
