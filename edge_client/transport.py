@@ -32,6 +32,8 @@ _SETTLED = 10.0
 _FLEET = 3.0
 """Seconds over which a fleet comes back."""
 _LOST = "connection lost"
+_REFUSALS = 3
+"""How often a subscription is asked for once more before the connection is given up."""
 _DOUBTFUL = 4
 """Short connections in a row after which another client of the same name is suspected."""
 
@@ -116,6 +118,10 @@ class MqttLink:
     _over: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _lost: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _reason: str = field(init=False, default="")
+    _asked: dict[int, tuple[str, ...]] = field(init=False, default_factory=dict)
+    """By packet, the topics that were subscribed to and not answered yet."""
+    _refused: dict[str, int] = field(init=False, default_factory=dict)
+    """By topic, how often in a row the broker has refused a subscription to it on this connection."""
     _rng: random.Random = field(init=False, default_factory=random.Random)
     _name: str = field(init=False)
 
@@ -149,13 +155,17 @@ class MqttLink:
         """Subscribe to topics, all in one packet."""
         client = self._up()
         if client is not None and topics:
-            client.subscribe([(topic, QOS) for topic in topics])
+            _, packet = client.subscribe([(topic, QOS) for topic in topics])
+            if packet is not None:
+                self._asked[packet] = topics
 
     def unsubscribe(self, topics: tuple[str, ...]) -> None:
         """Unsubscribe from topics, all in one packet."""
         client = self._up()
         if client is not None and topics:
             client.unsubscribe(list(topics))
+            for topic in topics:
+                self._refused.pop(topic, None)
 
     async def run(self, handler: Handler) -> None:
         """Connect, and connect again whenever the connection is lost, until closed.
@@ -295,11 +305,8 @@ class MqttLink:
             self._reason = f"{_LOST}: {said}"
             on_loop(self._lost.set)
 
-        def granted(_c: mqtt.Client, _u: Any, _mid: int, codes: list[ReasonCode], _p: Any) -> None:
-            # Deaf on one topic is deaf for ever. A cluster that has just lost a member refuses for a while.
-            if any(code.is_failure for code in codes):
-                self._reason = "the broker refuses a subscription; do its access rules allow it?"
-                on_loop(self._lost.set)
+        def granted(_c: mqtt.Client, _u: Any, packet: int, codes: list[ReasonCode], _p: Any) -> None:
+            on_loop(self._granted, client, packet, [not code.is_failure for code in codes])
 
         def arrived(_c: mqtt.Client, _u: Any, message: mqtt.MQTTMessage) -> None:
             if message.retain and self.clears and message.topic.startswith(self.clears):
@@ -317,7 +324,35 @@ class MqttLink:
         client.on_subscribe = granted
         return client
 
+    def _granted(self, client: Client, packet: int, granted: list[bool]) -> None:
+        """A subscription is answered. A cluster that has just lost a member refuses for a while; rules, for ever."""
+        if client is not self._client:
+            return
+        again = []
+        for topic, there in zip(self._asked.pop(packet, ()), granted, strict=False):
+            if there:
+                self._refused.pop(topic, None)
+            else:
+                self._refused[topic] = self._refused.get(topic, 0) + 1
+                again.append(topic)
+        if not again:
+            return
+        often = max(self._refused[topic] for topic in again)
+        if often > _REFUSALS:
+            # Deaf on one topic is deaf for ever.
+            self._reason = "the broker refuses a subscription; do its access rules allow it?"
+            self._lost.set()
+            return
+        pause = back_off(often, self.slowest, self._rng)
+        asyncio.get_running_loop().call_later(pause, self._ask_again, client, tuple(again))
+
+    def _ask_again(self, client: Client, topics: tuple[str, ...]) -> None:
+        if client is self._client:
+            self.subscribe(tuple(topic for topic in topics if topic in self._refused))
+
     def _retire(self) -> None:
+        self._asked.clear()
+        self._refused.clear()
         client, self._client = self._client, None
         if client is None:
             return

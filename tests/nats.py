@@ -38,7 +38,7 @@ class Node:
             server_name: n{number}
             listen: "127.0.0.1:{client}"
             jetstream {{ store_dir: "{folder / "store"}", max_mem: 64MB, max_file: 256MB }}
-            mqtt {{ listen: "127.0.0.1:{self.mqtt}", stream_replicas: {nodes} }}
+            mqtt {{ listen: "127.0.0.1:{self.mqtt}", stream_replicas: {nodes}, consumer_memory_storage: true }}
             {cluster}
             """)
         self.log = folder / "nats.log"

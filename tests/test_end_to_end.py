@@ -65,10 +65,10 @@ class Command:
             if words in line:
                 return line
 
-    def ends(self) -> int:
+    def ends(self, patience: float = PATIENCE) -> int:
         """Wait for the end; the exit status."""
         try:
-            status = self.process.wait(PATIENCE)
+            status = self.process.wait(patience)
         except subprocess.TimeoutExpired:
             while not self._news.empty():
                 self.lines.append(self._news.get() or "")

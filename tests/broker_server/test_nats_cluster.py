@@ -9,7 +9,7 @@ from tests.test_end_to_end import federation, invitation, recorded
 
 
 @needs_nats
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_node_that_is_killed_in_the_middle_of_a_round_costs_nothing(tmp_path):
     with nats(tmp_path / "nats", nodes=3) as nodes:
         # The server and one client are on the node that dies, the others on the two that live.
@@ -29,7 +29,8 @@ def test_a_node_that_is_killed_in_the_middle_of_a_round_costs_nothing(tmp_path):
             nodes[0].kill()
             server.says("trying again")
             run.open_gate()
-            assert server.ends() == 0, server.lines
+            # A cluster of three that has lost one answers requests slowly, some not at all.
+            assert server.ends(180) == 0, server.lines
             for client in clients:
                 assert client.ends() == 0, client.lines
             with run.ledger() as ledger:

@@ -421,8 +421,11 @@ def test_tls_hands_over_every_message_of_a_record(tmp_path, monkeypatch):
     asyncio.run(play())
 
 
-def test_a_refused_subscription_ends_the_connection_and_is_tried_again():
-    """A cluster that has just lost a node refuses for a while; a client that stays would hear nothing for ever."""
+@pytest.mark.parametrize(
+    ("refusals", "lost"), [(1, 0), (3, 0), (4, 1), (9, 2)], ids=["once", "for a while", "too often", "long"]
+)
+def test_a_refused_subscription_is_asked_for_again_and_costs_the_connection_at_last(refusals, lost):
+    """A cluster that has just lost a node refuses for a while; a client that stays deaf would hear nothing for ever."""
 
     async def play():
         packets = []
@@ -430,13 +433,20 @@ def test_a_refused_subscription_ends_the_connection_and_is_tried_again():
         async def serve(reader, writer):
             await reader.readuntil(b"picky")
             writer.write(b"\x20\x02\x00\x00")
-            subscribe = await reader.readuntil(b"two\x01")
-            packets.append(subscribe)
-            granted = b"\x01" if len(packets) == 3 else b"\x80"
-            writer.write(b"\x90\x04\x00\x01\x01" + granted)
-            if len(packets) == 3:
+            first = True
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                while len(packets) <= refusals:
+                    packet = await reader.readuntil(b"two\x01")
+                    packets.append(packet)
+                    # Only what was refused is asked for again.
+                    assert (b"one" in packet) is first
+                    granted = b"\x01" if len(packets) > refusals else b"\x80"
+                    at = packet.rindex(b"\x82") + 2
+                    writer.write(b"\x90" + (b"\x04" if first else b"\x03") + packet[at : at + 2])
+                    writer.write((b"\x01" if first else b"") + granted)
+                    first = False
                 writer.write(b"\x30\x06\x00\x03onex")
-            await reader.read()
+                await reader.read()
             writer.close()
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
@@ -445,8 +455,9 @@ def test_a_refused_subscription_ends_the_connection_and_is_tried_again():
         async with running(link, recorder):
             await recorder.heard("one", b"x")
         kinds = [event[0] for event in recorder.events]
-        assert kinds[:6] == ["connected", "disconnected", "connected", "disconnected", "connected", "one"]
-        assert "refuses a subscription" in recorder.events[1][1]
+        assert kinds == ["connected", "disconnected"] * lost + ["connected", "one"]
+        assert all("refuses a subscription" in event[1] for event in recorder.events if event[0] == "disconnected")
+        assert len(packets) == refusals + 1
         server.close()
 
     asyncio.run(play())
