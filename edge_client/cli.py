@@ -217,9 +217,8 @@ def doctor(
     """Say whether fedge will work here, and what to set.
 
     Examines this device, and whether it reaches the broker at URL where one is given. With --broker it examines what
-    that broker does instead; name the server's user there, who may read and write fedge/#, or the federation and the
-    server's identity: mqtts://host/FEDERATION and the authority's folder. The exit status is 1 where something has to
-    be changed first.
+    that broker does instead; name the server's user there, who may read and write fedge/#, or with --identity the
+    authority's folder, where the server's certificate is. The exit status is 1 where something has to be changed first.
     """
     reports, folder = [], state or Path.home() / ".local" / "state" / "fedge"
     tls = _known(identity, folder)
@@ -227,7 +226,8 @@ def doctor(
     for address in addresses.values():
         address.check(insecure=insecure)
     if probed is not None:
-        reports.append(broker.examine(addresses[probed], tls=tls))
+        address = addresses[probed]
+        reports.append(broker.examine(address, address.federation or _federation(tls), tls))
     if probed is None or url is not None:
         reports.append(device.examine(folder, None if url is None else addresses[url], tls=tls))
     if as_json:
@@ -247,6 +247,19 @@ def _known(identity: Path | None, state: Path) -> Tls | None:
     if found is None and identity is not None:
         raise ConfigError(f"--identity {identity}: there is no device.crt; expected a folder that `fedge enroll` made")
     return found
+
+
+def _federation(tls: Tls | None) -> str | None:
+    """The federation whose authority is trusted; None where that is not one of fedge's."""
+    if tls is None or tls.ca is None:
+        return None
+    # Without an identity the library of certificates is not loaded.
+    from edge_client.trust.certificate import Certificate
+
+    try:
+        return Certificate.parse(tls.ca.read_bytes()).federation
+    except (OSError, ConfigError):
+        return None
 
 
 def _identity(folder: Path, federation: str, client: str, *, required: bool) -> "Identity | None":

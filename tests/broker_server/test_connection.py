@@ -1,11 +1,14 @@
 """The server's connection: an embedded broker that asks for certificates, brokers elsewhere, and who is trusted."""
 
+import json
 import time
 from pathlib import Path
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
+from broker_server.authority import Authority
 from broker_server.broker import EmbeddedBroker, find_mosquitto
 from broker_server.broker_config import programs
 from broker_server.broker_config.reload import reload_all
@@ -14,7 +17,8 @@ from broker_server.config import Federation
 from broker_server.connection import broker, server_link
 from broker_server.registry import DeviceRow, Registry
 from edge_client.address import Address
-from edge_client.doctor.broker import examine, reach
+from edge_client.cli import doctor
+from edge_client.doctor.broker import reach
 from edge_client.doctor.peer import Peer
 from edge_client.errors import ConfigError, TransportError
 from edge_client.tls import Tls
@@ -73,14 +77,22 @@ def test_the_embedded_broker_knows_from_its_start_who_was_revoked(tmp_path):
 
 
 @needs_mosquitto
-def test_the_doctor_examines_a_broker_that_asks_for_certificates(tmp_path, authority):
-    with EmbeddedBroker.start(tmp_path / "broker", spec=BrokerSpec("doctor", authority.folder)) as running:
+def test_the_doctor_examines_a_broker_that_asks_for_certificates_with_the_authoritys_folder(tmp_path, authority):
+    own = Authority.init(tmp_path / "authority", "fleet", ["localhost"], now=time.time())
+    with EmbeddedBroker.start(tmp_path / "own", spec=BrokerSpec("fleet", own.folder)) as running:
+        arguments = ["--broker", running.url, "--identity", str(own.folder), "--json"]
+        done = CliRunner().invoke(doctor, arguments)
+        assert done.exit_code == 0, done.output
+        (report,) = json.loads(done.stdout)
+        found = {one["name"]: one["found"] for one in report["findings"]}
+        assert found["passwords"] == "nobody is let in without a certificate"
+        assert "is acknowledged and dropped" in found["access rules"]
+
+
+@needs_mosquitto
+def test_the_doctor_says_whether_a_broker_lets_a_device_in(tmp_path, authority):
+    with EmbeddedBroker.start(tmp_path / "broker", spec=BrokerSpec("fleet", authority.folder)) as running:
         address = Address.parse(running.url)
-        report = examine(address, tls=Tls.of(authority.folder, "server"))
-        found = {one.name: one for one in report.findings}
-        assert report.works, found
-        assert found["passwords"].found == "nobody is let in without a certificate"
-        assert "is acknowledged and dropped" in found["access rules"].found
         assert reach(address, Tls.of(authority.device("pi"))).level == "good"
         stranger = reach(address, Tls(authority.folder / "ca.crt"))
         assert stranger.level == "bad"
