@@ -14,12 +14,12 @@ from edge_client.dating import Dating
 from edge_client.download import check_blob
 from edge_client.errors import TrustError, WireError
 from edge_client.fetching import Fetched, Fetching
+from edge_client.greeting import Greeting
 from edge_client.held import NO_HASH, Held, SessionSettings
 from edge_client.terminal import printable
 from edge_client.upload import Outbox, Patience, Pending
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
-from edge_client.wire.envelope import Stamp
 from edge_client.wire.topics import Topics
 from edge_client.wire.voice import Member, PlainMember
 
@@ -53,7 +53,7 @@ class ClientSession:
     _ask_at: float | None = None
     """When to subscribe to the offer again: it has not come since the connection was made."""
     _asked: int = 0
-    _hello_at: float | None = None
+    _greeting: Greeting = field(init=False)
     _install_at: float | None = None
     _installing: bool = False
     _fetching: Fetching = field(init=False)
@@ -62,13 +62,13 @@ class ClientSession:
     _working: bool = False
     _waiting: m.Invitation | None = None
     _failures: int = 0
-    _witnessed: Stamp = field(init=False)
     _dating: Dating = field(init=False)
 
     def __post_init__(self) -> None:
         self._topics = Topics(self.settings.federation)
-        self._witnessed, self._dating = self.voice.newest, Dating(self.voice)
+        self._dating = Dating(self.voice)
         self._patience = Patience(self.settings.patience, self.settings.longest, self.rng)
+        self._greeting = Greeting(self._patience, self.rng)
         self._outbox = Outbox(self.settings.inline, self.settings.chunk, self._patience)
         self._bundle, self._version, self._digest = self.held.bundle, self.held.version, self.held.digest
         self._samples = self.held.samples
@@ -85,7 +85,7 @@ class ClientSession:
             return self._ask_at
         times = [self._deadline, self._ask_at, self._outbox.wake]
         if self._ready:
-            times.append(self._hello_at)
+            times.append(self._greeting.at)
         if not self._busy:
             times.append(self._install_at)
         times.append(self._fetching.wake)
@@ -126,7 +126,8 @@ class ClientSession:
                 yield e.Subscribe((self._topics.offer, self._topics.down(self.settings.client)))
                 yield from self._fetching.again(now)
             case e.Disconnected():
-                self._connected, self._hello_at, self._ask_at = False, None, None
+                self._connected, self._ask_at = False, None
+                self._greeting.plan(None)
                 self._outbox.interrupt()
             case e.Received(topic, payload):
                 yield from self._received(topic, payload, now)
@@ -148,7 +149,7 @@ class ClientSession:
                 yield from self._failed(event, now)
             case e.Available(available):
                 self._available = available
-                self._hello_at = now if self._connected and self._ready else None
+                self._greeting.plan(now if self._connected and self._ready else None)
                 yield from self._tick(now)
             case e.Tick():
                 yield from self._tick(now)
@@ -180,9 +181,11 @@ class ClientSession:
             case m.Invitation():
                 yield from self._invited(message, now)
             case m.Credit(sha256, indices):
+                self._greeting.heard()
                 for index, data in self._outbox.grant(sha256, indices, now):
                     yield e.Publish(self._topics.uploaded(self.settings.client, sha256, index), data)
             case m.Receipt():
+                self._greeting.heard()
                 yield from self._settled(message, now)
             case _:
                 raise WireError(f"{type(message).__name__} is not for clients")
@@ -190,13 +193,12 @@ class ClientSession:
     def _offered(self, offer: m.Offer, now: float) -> Iterator[e.Action]:
         if offer.federation != self.settings.federation:
             raise WireError(f"offer of federation {offer.federation!r}")
-        yield from self._date(offer)
+        yield from self._dating.check(offer)
         if self._offer is not None and offer.epoch < self._offer.epoch:
             return
         check_blob(offer.bundle, self.settings.blob_limit)
         self._ask_at = None
-        known = None if self._offer is None or self._hello_at is None else self._offer.epoch
-        greeted = known == offer.epoch
+        greeted = self._offer is not None and self._greeting.at is not None and self._epoch == offer.epoch
         self._offer = offer
         self._outbox.cut(self.settings.inline, min(self.settings.chunk, offer.bundle.chunk))
         if offer.finished:
@@ -207,23 +209,15 @@ class ClientSession:
                 yield from self._fetching.stop()
         if self._ready:
             if not greeted:
-                self._hello_at = now + self.rng.uniform(0, offer.spread)
-                self._outbox.schedule(self._hello_at)
+                at = now + self.rng.uniform(0, offer.spread)
+                self._greeting.plan(at)
+                self._outbox.schedule(at)
         elif self._wanted and not self._fetching.pulls(offer.bundle.sha256):
             if self._install_at is None:
                 self._install_at = now + self.rng.uniform(0, offer.spread)
             if self._working:
                 yield e.Cancel()
         yield from self._tick(now)
-
-    def _date(self, offer: m.Offer) -> Iterator[e.Action]:
-        """Check an offer's dates, and have it remembered over power cuts."""
-        if not offer.issued:
-            return
-        yield from self._dating.check(offer)
-        if self.voice.newest != self._witnessed:
-            self._witnessed = self.voice.newest
-            yield e.Witness(self._witnessed, offer.issued)
 
     def _lapse(self, now: float) -> Iterator[e.Action]:
         """Let go of an offer that has expired since it came: whoever holds newer ones back keeps nobody at it."""
@@ -237,6 +231,7 @@ class ClientSession:
     def _invited(self, invitation: m.Invitation, now: float) -> Iterator[e.Action]:
         if invitation.delta is not None:
             check_blob(invitation.delta, self.settings.blob_limit)
+        self._greeting.heard()
         if invitation.void is not None:
             # The receipt that said so may be lost, and the next update would start from what it has left over.
             yield from self._settled(m.Receipt(*invitation.void, "void"), now)
@@ -276,7 +271,7 @@ class ClientSession:
         current = (self._version, self._digest) == (invitation.version, invitation.digest)
         if not current and invitation.held not in (0, self._version):
             # The server is wrong about what this client holds; it invites again after the next hello.
-            self._hello_at = now
+            self._greeting.plan(now)
             yield from self._tick(now)
             return
         self._task = invitation
@@ -311,7 +306,7 @@ class ClientSession:
             yield e.Log(f"task {event.task} failed: {event.reason}")
             yield self._say(m.Decline(event.epoch, event.task, event.reason[:500]))
             # A hello brings the next invitation: a client that always fails must not train day and night for nothing.
-            self._hello_at = now + self._patience.after(self._failures) if self._connected else None
+            self._greeting.plan(now + self._patience.after(self._failures) if self._connected else None)
             self._failures += 1
         yield from self._next(now)
         yield from self._tick(now)
@@ -337,7 +332,7 @@ class ClientSession:
         self._outbox.drop()
         self._waiting, self._installing = None, False
         self._install_at = self._install_at if self._wanted else None
-        self._hello_at = now if self._connected else None
+        self._greeting.plan(now if self._connected else None)
         yield from self._fetching.discard()
         yield from self._tick(now)
 
@@ -378,8 +373,8 @@ class ClientSession:
         if self._deadline is not None and now >= self._deadline:
             yield from self._give_up()
         yield from self._fetching.tick(now)
-        if self._hello_at is not None and now >= self._hello_at and self._ready:
-            self._hello_at = now + self._offer.heartbeat * self.rng.uniform(0.75, 1.25)
+        if self._greeting.at is not None and now >= self._greeting.at and self._ready:
+            self._greeting.said(now, self._offer.heartbeat, self._offer.spread)
             yield self._hello()
         upload = self._outbox.say(self._traffic, now)
         if upload is not None:

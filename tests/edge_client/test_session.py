@@ -154,8 +154,52 @@ def test_hello_comes_once_for_each_connection_and_epoch_and_then_by_heartbeat():
     assert machine.wait(10_000) == []
     machine.feed(e.Connected())
     assert len(said(machine.offered(epoch=2), m.Hello)) == 1
+    machine.told(m.Receipt(1, 1, "late"))
     beats = [when - machine.now for when, _ in machine.wait(3000)]
     assert 8 <= len(beats) <= 13  # 300 s, give or take a quarter
+
+
+def pauses(machine, seconds):
+    """Between hellos, from the last one on, with nothing said by the server."""
+    times = [machine.now] + [when for when, action in machine.wait(seconds) if said([action], m.Hello)]
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+def test_a_hello_without_a_sign_from_the_server_is_said_again_and_then_left_to_heartbeats():
+    machine = joined()
+    waits = pauses(machine, 3000)
+    assert backed_off(waits[:6], [5, 10, 20, 40, 80, 160])
+    assert all(225 <= wait <= 375 for wait in waits[6:])
+    # Another epoch, and news of its own, are said anew.
+    assert said(machine.offered(epoch=2), m.Hello)
+    assert backed_off(pauses(machine, 40), [5, 10, 20])
+    assert said(machine.feed(e.Available(False)), m.Hello)
+    assert backed_off(pauses(machine, 40), [5, 10, 20])
+
+
+@pytest.mark.parametrize(
+    "sign",
+    [m.Receipt(1, 1, "late"), m.Credit(bytes(32), (0,)), invitation()],
+    ids=lambda sign: type(sign).__name__,
+)
+def test_any_word_of_the_server_shows_that_it_has_heard_the_hello(sign):
+    machine = joined()
+    machine.told(sign)
+    assert pauses(machine, 200) == []
+
+
+def test_an_offer_that_answers_a_hello_of_before_shows_nothing():
+    machine = joined()
+    machine.told(m.Offer("demo", 1, INLINE, 0.0))
+    assert len(pauses(machine, 40)) == 3
+
+
+def test_a_large_fleet_does_not_say_hello_again_sooner_than_its_heartbeats():
+    machine = Machine(held())
+    machine.feed(e.Connected())
+    machine.offered(spread=500.0)
+    first, second = [when for when, action in machine.wait(1000) if said([action], m.Hello)][:2]
+    assert 225 <= second - first <= 375
 
 
 def test_a_lower_epoch_is_ignored():
