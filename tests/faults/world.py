@@ -82,10 +82,12 @@ class World:
     violation: BaseException | None = None
     over: bool = False
     _jobs: set[asyncio.Task[Any]] = field(default_factory=set)
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"{self.seed}/world")
         self.loop.set_exception_handler(self._unexpected)
+        self.loop.set_task_factory(self._kept)
 
     @property
     def now(self) -> float:
@@ -137,6 +139,13 @@ class World:
         task = self.loop.create_task(job)
         self._jobs.add(task)
         task.add_done_callback(self._done)
+        return task
+
+    def _kept(self, loop: asyncio.AbstractEventLoop, job: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task that lives until the run ends: nobody holds those of a dead life, and when they go would be chance."""
+        task = asyncio.Task(job, loop=loop)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return task
 
     def _done(self, task: asyncio.Task[Any]) -> None:
