@@ -1,6 +1,7 @@
 """A federation that asks for certificates, as its operator runs it: commands, real mosquitto, enrolled devices."""
 
 import contextlib
+import os
 import queue
 import signal
 import sqlite3
@@ -63,10 +64,11 @@ def fedge(*arguments: object) -> str:
 class Running:
     """A command that runs, with what it has said so far."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, environment: dict[str, str] | None = None) -> None:
         # From the root of this tree, so that it is this one which runs.
         command = [sys.executable, "-m", "edge_client.cli", *map(str, arguments)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        own = os.environ | (environment or {})
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=own)
         self.lines: list[str] = []
         self._coming: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -121,12 +123,15 @@ class Serving(Running):
 
 
 class Joining(Running):
-    """`fedge join` of an enrolled device, with its state in a folder of its name."""
+    """`fedge join` of an enrolled device, with its state in a folder of its name; a ``gate`` keeps its first batch."""
 
-    def __init__(self, folder: Path, url: str, client: str) -> None:
+    def __init__(self, folder: Path, url: str, client: str, *, gate: Path | None = None) -> None:
         data = folder / f"{client}.npz"
         np.savez(data, **toy_data(60, seed=len(client)))
-        super().__init__("join", f"{url}/{NAME}", "--id", client, "--data", data, "--state", folder / client)
+        more = {} if gate is None else {"FEDGE_GATE": str(gate), "FEDGE_GATE_DATA": str(data)}
+        source = data if gate is None else "tests.gate:gated"
+        who = ("--id", client, "--data", source, "--state", folder / client)
+        super().__init__("join", f"{url}/{NAME}", *who, environment=more)
 
 
 def enrolled(authority: Authority, folder: Path, client: str, issued: float) -> Identity:

@@ -127,14 +127,14 @@ def tampered_chunk(scene: Scene) -> Outcome:
 
 
 def offers(scene: Scene) -> Iterator[Outcome]:
-    """Put a bundle, a changed offer, a forged one and an old one before a device."""
-    with Serving(scene.folder):
-        old = scene.overheard(TOPICS.offer)
-    with Serving(scene.folder) as server, Joining(scene.folder, scene.url, "pi-7"):
-        server.until("round ")
+    """Put a bundle, a changed offer, a forged one and an old one before a device; a server has made offers before."""
+    old = scene.overheard(TOPICS.offer)
+    with Serving(scene.folder), Joining(scene.folder, scene.url, "pi-7"):
         new = scene.overheard(TOPICS.offer)
         while m.decode(new).epoch == m.decode(old).epoch:
             new = scene.overheard(TOPICS.offer)
+        # It says hello once it has believed the offer and installed the bundle.
+        scene.overheard(TOPICS.up("pi-7"))
     yield _before_a_device(scene, "an old offer that is replayed", old, "an old offer")
     changed = new.replace(NAME.encode(), NAME.encode().upper(), 1)
     yield _before_a_device(scene, "a tampered offer", changed, "the signature is not the federation's")

@@ -48,9 +48,8 @@ def slow(folder: Path, measured: dict[str, Any]) -> Iterator[Outcome]:
         yield enrolment.used_twice(authority, url, folder / "enrolment")
         yield enrolment.expired(authority, url, folder / "enrolment")
         yield from enrolment.malformed(authority, url, folder / "enrolment", server)
-    with speech.scene(folder / "chunks") as scene:
+    with speech.scene(folder / "tampering") as scene:
         yield speech.tampered_chunk(scene)
-    with speech.scene(folder / "offers") as scene:
         yield from speech.offers(scene)
     (folder / "loris").mkdir()
     yield floods.slow_loris(folder / "loris")
