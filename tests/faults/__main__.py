@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.mutations import MUTATIONS, caught
-from tests.faults.plans import either
-from tests.faults.run import Result, run
+from tests.faults.plans import Plan, either
+from tests.faults.run import run
 from tests.faults.shrink import shrink
 
 RESULT = Path(__file__).parents[2] / "build" / "bench" / "faults.json"
 SEEDS_OF_A_MUTATION = 150
+SIGNED = 4
+"""Every so many federations sign what they say, over a broker that tampers with it."""
 
 
 def main() -> int:
@@ -39,22 +41,24 @@ def main() -> int:
         return int(result.violation is not None)
     print(f"seeds from {first}, for {arguments.seconds:.0f} s of this processor", flush=True)
     faults: Counter[str] = Counter()
+    signing = 0
     failures: list[dict[str, Any]] = []
     federations = rounds = lost = doubled = 0
     virtual, began = 0.0, time.process_time()
     while time.process_time() - began < arguments.seconds and federations != (arguments.federations or -1):
         seed = first + federations
-        result = run(either(seed, arguments.size))
-        federations += 1
+        signed = federations % SIGNED == SIGNED - 1
+        result = run(either(seed, arguments.size), **lies(signed))
+        federations, signing = federations + 1, signing + signed
         rounds, virtual = rounds + result.rounds, virtual + result.seconds
         lost, doubled = lost + result.lost, doubled + result.doubled
         faults += result.faults
         if result.violation is not None:
             print(f"seed {seed}: {result.violation!r}", flush=True)
-            failures.append({"seed": seed, "violation": repr(result.violation)})
+            failures.append({"seed": seed, "signed": signed, "violation": repr(result.violation)})
     seconds = time.process_time() - began
     if failures:
-        explain(run(either(failures[0]["seed"], arguments.size)))
+        explain(either(failures[0]["seed"], arguments.size), failures[0]["signed"])
     found = {}
     for mutation in MUTATIONS:
         hit = caught(mutation, range(first, first + SEEDS_OF_A_MUTATION))
@@ -62,6 +66,7 @@ def main() -> int:
         print(f"planted: {mutation.name}: {'MISSED' if hit is None else f'caught by seed {hit.plan.seed}'}", flush=True)
     report = {
         "federations": federations,
+        "federations_signed": signing,
         "rounds": rounds,
         "faults": dict(sorted(faults.items())),
         "lost": lost,
@@ -83,12 +88,17 @@ def main() -> int:
     return int(bool(failures) or report["mutations_caught"] < len(MUTATIONS))
 
 
-def explain(result: Result) -> None:
+def lies(signed: bool) -> dict[str, Any]:
+    """How a federation that signs is run: its broker lies."""
+    return {"signed": True, "tampering": 0.15} if signed else {}
+
+
+def explain(plan: Plan, signed: bool) -> None:
     """Print the smallest plan found that fails, and the end of its trace."""
-    small = shrink(result.plan, lambda plan: run(plan).violation is not None)
-    again = run(small, trace=True)
+    small = shrink(plan, lambda plan: run(plan, **lies(signed)).violation is not None)
+    again = run(small, **lies(signed), trace=True)
     print("\n".join(again.trace[-200:]))
-    print(f"{len(small.faults)} of {len(result.plan.faults)} faults are needed:")
+    print(f"{len(small.faults)} of {len(plan.faults)} faults are needed:")
     for fault in small.faults:
         print(f"  {fault}")
     print(f"{again.violation!r}", flush=True)

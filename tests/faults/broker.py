@@ -14,6 +14,8 @@ from edge_client.transport import Handler
 from edge_client.wire.messages import Traffic
 from tests.faults.world import World
 
+_APART = 1e-6
+"""Seconds between two messages on one connection: what is due at one time, the event loop may do in any order."""
 KEEPALIVE = 45.0
 """Seconds of silence after which broker and client give a connection up."""
 
@@ -145,7 +147,7 @@ class SimLink:
             self.world.strike("duplication", self.name)
             copies = 2
         for _ in range(copies):
-            at = max(self._downward, self.air.cut_until, self.world.now + self._delay())
+            at = max(self._downward + _APART, self.air.cut_until, self.world.now + self._delay())
             if air.bandwidth:
                 at += len(payload) / air.bandwidth
             if air.reorder and rng.random() < air.reorder:
@@ -158,7 +160,7 @@ class SimLink:
             self.world.later(late - self.world.now, self.arrive, self.session, topic, payload)
 
     def _send(self, size: int, call: Callable[..., None], *arguments: object) -> None:
-        at = max(self._upward, self.air.cut_until, self.world.now + self._delay())
+        at = max(self._upward + _APART, self.air.cut_until, self.world.now + self._delay())
         if self.air.bandwidth:
             at += size / self.air.bandwidth
         self._upward = at
