@@ -7,6 +7,8 @@ from edge_client.upload import Patience
 
 _AGAIN = 6
 """Times that a hello is said again without a sign; a server that has no use for the client gives none."""
+_SPREADS = 10.0
+"""Times the spread of a fleet's answers before one is said again: such hellos are a tenth of what the answers were."""
 
 
 @dataclass
@@ -35,8 +37,8 @@ class Greeting:
         if self._attempts == _AGAIN:
             self._beat = None
             return
-        # The answers of a large fleet are spread over so long that its heartbeats come as soon.
-        self._beat, again = self.at, now + spread + self.patience.after(self._attempts)
+        # The answers of a very large fleet are spread over so long that its heartbeats come sooner.
+        self._beat, again = self.at, now + _SPREADS * spread + self.patience.after(self._attempts)
         self.at = min(self._beat, again)
         self._attempts += 1
 
