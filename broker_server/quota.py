@@ -1,7 +1,8 @@
-"""How much is asked for certificates, before anything is looked at: token buckets, one a user and one for all claims.
+"""How much is asked for certificates, before anything is looked at: token buckets for each user, and for all of a kind.
 
 All claims share one because any of them may write in the name of any other: whoever has one cannot be told from the
-rest. Devices that renew are not held up by what is done with claims.
+rest. He may write in the names of devices too, and make some up: those that renew share another one, so that neither
+kind holds up the other.
 """
 
 from collections import OrderedDict
@@ -26,14 +27,15 @@ class _Bucket:
 
 @dataclass
 class Quota:
-    """``burst`` asks of one user at once, then ``rate`` a second; ``all_burst`` and ``all_rate`` for all claims."""
+    """``burst`` asks of one user at once, then ``rate`` a second; ``all_burst`` and ``all_rate`` for all of a kind."""
 
     burst: float = 20.0
     rate: float = 2.0
     all_burst: float = 500.0
     all_rate: float = 100.0
     _users: "OrderedDict[str, _Bucket]" = field(init=False, default_factory=OrderedDict)
-    _claims: _Bucket | None = field(init=False, default=None)
+    _kinds: dict[bool, _Bucket] = field(init=False, default_factory=dict)
+    """Of claims, and of all others."""
 
     def takes(self, user: str, now: float) -> bool:
         """Whether one more message of this user is looked at, at monotonic time ``now``; it is counted then."""
@@ -43,10 +45,9 @@ class Quota:
             self._users.popitem(last=False)
         if own.fill(self.burst, self.rate, now) < 1.0:
             return False
-        if user.startswith(wire.CLAIMS):
-            self._claims = self._claims or _Bucket(self.all_burst, now)
-            if self._claims.fill(self.all_burst, self.all_rate, now) < 1.0:
-                return False
-            self._claims.left -= 1.0
+        kind = self._kinds.setdefault(user.startswith(wire.CLAIMS), _Bucket(self.all_burst, now))
+        if kind.fill(self.all_burst, self.all_rate, now) < 1.0:
+            return False
+        kind.left -= 1.0
         own.left -= 1.0
         return True

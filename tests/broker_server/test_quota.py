@@ -17,6 +17,13 @@ def test_claims_share_what_they_may_ask_and_devices_that_renew_do_not_wait_for_t
     assert sum(quota.takes(f"@claim-{number:08x}", 1.0) for number in range(1000)) == 10
 
 
+def test_names_of_devices_that_are_made_up_get_no_more_together_and_claims_do_not_wait_for_them():
+    quota = Quota(burst=5.0, rate=1.0, all_burst=50.0, all_rate=10.0)
+    assert sum(quota.takes(f"pi-{number}", 0.0) for number in range(1000)) == 50
+    assert quota.takes("@claim-00000001", 0.0)
+    assert sum(quota.takes(f"pi-{number}", 1.0) for number in range(1000, 2000)) == 10
+
+
 def test_users_that_are_made_up_do_not_fill_the_memory(monkeypatch):
     monkeypatch.setattr("broker_server.quota._USERS", 100)
     quota = Quota()
