@@ -5,7 +5,7 @@ messages as they arrive is too late for that.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from edge_client.errors import FedgeError
@@ -31,6 +31,12 @@ class Hush:
         if client in self._until or len(self._until) < _MOST:
             self._until[client] = asyncio.get_running_loop().time() + seconds
             self._changed.set()
+
+    def lift(self, clients: Iterable[str]) -> None:
+        """Names that belong to another key now, or to nobody: what was said with the one before is forgiven."""
+        for client in clients:
+            if self._until.pop(client, None) is not None:
+                self._changed.set()
 
     async def run(self) -> None:
         """Tell until cancelled; nobody is muted at first, whatever an earlier server has told."""

@@ -184,6 +184,8 @@ class Server:
                 self._ended.set_exception(error)
             return
         if given or gone:
+            if self.hush is not None:
+                self.hush.lift((*given, *gone))
             self._feed(e.Rekeyed(given, gone))
 
     # What the coordinator decides.

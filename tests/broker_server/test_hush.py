@@ -58,6 +58,20 @@ def test_all_who_are_muted_are_told_together():
     asyncio.run(play())
 
 
+def test_a_name_that_belongs_to_another_key_is_heard_again():
+    async def play():
+        broker = Broker()
+        async with broker.running():
+            await broker.hears(())
+            broker.hush.mute("a", 60.0)
+            broker.hush.mute("b", 60.0)
+            await broker.hears(("a", "b"))
+            broker.hush.lift(("a", "c"))
+            await broker.hears(("b",))
+
+    asyncio.run(play())
+
+
 def test_what_cannot_be_told_is_said_and_the_next_is_told():
     async def play():
         broker = Broker(fail=2)
