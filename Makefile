@@ -15,7 +15,7 @@ help:
 	@echo "make test            run the tests"
 	@echo "make lint            ruff and mypy"
 	@echo "make fuzz            fuzz the decoders of messages and codec for SECONDS=300; what it finds in build/fuzz"
-	@echo "make bench-round     seconds per round beside a plain PyTorch loop, and TLS beside TCP; results in build/bench/round*.json"
+	@echo "make bench-round     seconds per round beside a plain PyTorch loop, and TLS and signatures beside TCP; results in build/bench/round*.json"
 	@echo "make bench-training  a training step, memory, start and size beside PyTorch's; results in build/bench/training.json"
 	@echo "make bench-memory    memory and time of a training step with memory budgets; results in build/bench/memory.json"
 	@echo "make bench-bytes     bytes until as accurate as fp32 FedAvg, beside it and STC; hours, resumed; results in build/bench/bytes.json"

@@ -4,8 +4,8 @@ Each pair runs fedge (broker, server and phones on all cores) and both forms of 
 alternating order; the loop counts with the faster of its two. Nothing is evaluated in either. Results go to
 ``build/bench/round.json``. What is finished is kept in ``round.parts.json``, from where an interrupted run resumes.
 
-With ``--tls``, instead, the same federation over plain TCP and over TLS with a certificate for everybody, on mosquitto
-with the same limits, in alternating order; results go to ``build/bench/round-tls.json``.
+With ``--tls``, instead, the same federation over plain TCP, over TLS with a certificate for everybody, and with signed
+messages besides, on mosquitto with the same limits, in alternating order; results go to ``build/bench/round-tls.json``.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from encrypted import mosquitto
+from encrypted import Way, mosquitto
 from federations import (
     BUILD,
     ROUNDS,
@@ -68,17 +68,17 @@ def fedge(name: str, rounds: int, more: Sections | None = None) -> dict[str, Any
     }
 
 
-def encrypted(name: str, rounds: int, *, tls: bool) -> dict[str, Any]:
-    """Measure a federation on a broker of its own, with or without TLS; processor time is that of all its processes."""
+def encrypted(name: str, rounds: int, way: Way) -> dict[str, Any]:
+    """Measure a federation on a broker of its own, reached in one way; processor time is that of all its processes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with mosquitto(FOLDER / "broker", "bench", RUNS[name].clients, tls=tls) as sections:
+    with mosquitto(FOLDER / "broker", "bench", RUNS[name].clients, way) as sections:
         found = fedge(name, rounds, sections)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return found | {"processor": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
 
 def compare(pairs: int, rounds: int, names: list[str], *, fresh: bool) -> dict[str, Any]:
-    """Plain TCP and TLS in alternating order, and what follows from them."""
+    """Plain TCP, TLS and signatures in alternating order, and what follows from them."""
     here = machine()
     parts = Parts(TLS_PARTS, {"machine": here, "pairs": pairs, "rounds": rounds}, fresh=fresh)
     found: dict[str, Any] = {"machine": here}
@@ -86,11 +86,11 @@ def compare(pairs: int, rounds: int, names: list[str], *, fresh: bool) -> dict[s
         count = SMALL_ROUNDS if name == "logistic" else rounds
         export(RUNS[name], FOLDER / f"{name}.model")
         measured: list[dict[str, dict[str, Any]]] = []
+        ways: list[Way] = ["tcp", "tls", "signed"]
         for pair in range(1, pairs + 1):
-            ways = [("tcp", False), ("tls", True)]
             one = {
-                way: parts.get(f"{name} {pair}: {way}", partial(encrypted, name, count, tls=tls), say=_seconds)
-                for way, tls in (ways if pair % 2 else ways[::-1])
+                way: parts.get(f"{name} {pair}: {way}", partial(encrypted, name, count, way), say=_seconds)
+                for way in (ways if pair % 2 else ways[::-1])
             }
             measured.append(one)
         found[name] = {key: _beside(measured, key) for key in ("seconds_per_round", "processor")}
@@ -99,8 +99,17 @@ def compare(pairs: int, rounds: int, names: list[str], *, fresh: bool) -> dict[s
 
 
 def _beside(pairs: list[dict[str, dict[str, Any]]], key: str) -> dict[str, Any]:
-    tcp, tls = (statistics.median(pair[way][key] for pair in pairs) for way in ("tcp", "tls"))
-    return {"tcp": tcp, "tls": tls, "ratio": tls / tcp, "pair_ratios": [p["tls"][key] / p["tcp"][key] for p in pairs]}
+    """Medians of each way, and TLS beside TCP, and what is signed beside TLS alone."""
+    tcp, tls, signed = (statistics.median(pair[way][key] for pair in pairs) for way in ("tcp", "tls", "signed"))
+    return {
+        "tcp": tcp,
+        "tls": tls,
+        "signed": signed,
+        "ratio": tls / tcp,
+        "signed_ratio": signed / tls,
+        "pair_ratios": [pair["tls"][key] / pair["tcp"][key] for pair in pairs],
+        "signed_pair_ratios": [pair["signed"][key] / pair["tls"][key] for pair in pairs],
+    }
 
 
 def loop(name: str, model: str, processes: int, threads: int, rounds: int) -> dict[str, Any]:
@@ -174,7 +183,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=int(os.environ.get("FEDGE_PAIRS", "3")))
     parser.add_argument("--rounds", type=int, default=ROUNDS or 8, help="timed rounds in each run")
-    parser.add_argument("--tls", action="store_true", help="plain TCP and TLS beside each other, instead")
+    parser.add_argument("--tls", action="store_true", help="plain TCP, TLS and signatures beside each other, instead")
     parser.add_argument("--runs", nargs="+", default=["fashion-mnist", "logistic"], help="which, with --tls")
     parser.add_argument("--fresh", action="store_true", help="do not resume an interrupted run")
     arguments = parser.parse_args()
