@@ -161,10 +161,12 @@ def claims(authority: Authority, url: str, *, count: int = 1, seconds: float = 8
 
 
 @contextlib.contextmanager
-def federation(folder: Path, rounds: int = 3, cohort: int = 1, more: str = "") -> Iterator[tuple[Authority, str]]:
+def federation(
+    folder: Path, rounds: int = 3, cohort: int = 1, more: str = "", bundle: bytes | None = None
+) -> Iterator[tuple[Authority, str]]:
     """An authority, its broker, and a federation file that names both; ``more`` lines follow those of its rounds."""
     authority = Authority.init(folder / "authority", NAME, ["localhost"], now=time.time())
-    (folder / "toy.fedge").write_bytes(toy_bundle())
+    (folder / "toy.fedge").write_bytes(bundle or toy_bundle())
     spec = BrokerSpec(NAME, authority.folder)
     with EmbeddedBroker.start(folder / "broker", kind="mosquitto", host="127.0.0.1", spec=spec) as broker:
         url = broker.url.replace("127.0.0.1", "localhost")

@@ -105,7 +105,7 @@ def in_another_name(scene: Scene) -> Outcome:
             else PlainMember()
         )
         forged = m.Upload(invitation.epoch, invitation.task, transfer.refer(bytes(50), chunk=CHUNK))
-        scene.man.publish(TOPICS.up("puppet"), voice.say(forged, invitation.epoch))
+        scene.man.publish(TOPICS.up("puppet"), voice.say(forged, puppet.offer.epoch))
         if (line := server.heard("the signature is not that of puppet", 20.0 if scene.signed else 5.0)) is not None:
             return Outcome(attack, True, "server", line)
         receipt = puppet.hear(m.Receipt)
