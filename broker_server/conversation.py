@@ -19,9 +19,9 @@ from broker_server.records import Round
 from broker_server.repetition import Repetition
 from broker_server.rounds import OpenRound
 from broker_server.stopping import Progress
-from edge_client.download import WINDOW
 from edge_client.errors import WireError
 from edge_client.wire import messages as m
+from edge_client.wire.transfer import WINDOW
 
 Phase = Literal["waiting", "train", "aggregate", "measure", "gather", "evaluate", "stopped"]
 _MEMORY = 32

@@ -8,10 +8,8 @@ from dataclasses import InitVar, dataclass, field
 
 from edge_client.errors import WireError
 from edge_client.wire.messages import BlobRef
-from edge_client.wire.transfer import Assembly, unwrap
+from edge_client.wire.transfer import WINDOW, Assembly, unwrap
 
-WINDOW = 16
-"""Chunks that a client subscribes to at a time, unless told otherwise, and that it may miss at once."""
 _LONGEST_REST = 600.0
 """Seconds to wait at most before what came damaged is pulled again."""
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from edge_client.download import WINDOW
 from edge_client.upload import Pending
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
@@ -34,7 +33,7 @@ class SessionSettings:
     software: str = ""
     uplink: float = 0.0
     """Bytes a second that the client can send; 0 is not known, and the last upload in chunks tells."""
-    window: int = WINDOW
+    window: int = transfer.WINDOW
     blob_limit: int = BLOB_LIMIT
     keep: int = 2**20
     """Blobs from this size on are kept chunk by chunk, and taken up again after a restart."""

@@ -5,6 +5,9 @@ import hashlib
 from edge_client.errors import WireError
 from edge_client.wire.messages import INLINE_LIMIT, BlobRef
 
+WINDOW = 16
+"""Chunks that a client subscribes to at a time, unless told otherwise, and that it may miss at once."""
+
 
 def refer(data: bytes, *, chunk: int, inline: int = INLINE_LIMIT) -> BlobRef:
     """Name ``data`` by its hash; it travels inside the reference when it has at most ``inline`` bytes."""
