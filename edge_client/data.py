@@ -147,7 +147,7 @@ def load_arrays(spec: str) -> Arrays:
 def _load(spec: str) -> Arrays | DataSource:
     path = Path(spec)
     if path.suffix == ".npz":
-        return _npz(path)
+        return read_npz(path)
     if ":" in spec and "/" not in spec:
         return _call(spec)
     raise DataError(
@@ -230,7 +230,12 @@ def _check_labels(arrays: Arrays, manifest: Manifest) -> None:
         raise DataError(f"labels {target.name!r} run from {low} to {high}; the model has classes 0 to {classes - 1}")
 
 
-def _npz(path: Path) -> dict[str, Array]:
+def read_npz(path: Path) -> dict[str, Array]:
+    """The arrays of an ``.npz`` file, by name.
+
+    Raises:
+        DataError: it cannot be read, or holds more than plain arrays.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
@@ -244,18 +249,26 @@ def _folder(path: Path, manifest: Manifest) -> dict[str, Array]:
     files = sorted(path.glob("*.csv"))
     if not files:
         raise DataError(f"{path}: no .csv file in this folder; expected at least one")
-    if len(manifest.inputs) != 1:
-        raise DataError(f"{path}: CSV makes one input, the bundle has {len(manifest.inputs)}; use .npz or a function")
-    header, tables = _table(files[0])
+    header, tables = read_table(files[0])
     parts = [tables]
     for file in files[1:]:
-        names, table = _table(file)
+        names, table = read_table(file)
         if names != header:
             raise DataError(
                 f"{file}: columns {', '.join(names)}; expected those of {files[0].name}: {', '.join(header)}"
             )
         parts.append(table)
-    table = np.concatenate(parts)
+    return table_arrays(path, header, np.concatenate(parts), manifest)
+
+
+def table_arrays(path: Path, header: list[str], table: npt.NDArray[np.float64], manifest: Manifest) -> dict[str, Array]:
+    """The arrays of a table of numbers (``[rows, columns] float64``), by the names of its columns; see `open_data`.
+
+    Raises:
+        DataError: the columns do not fit the bundle; ``path`` is what the message names.
+    """
+    if len(manifest.inputs) != 1:
+        raise DataError(f"{path}: CSV makes one input, the bundle has {len(manifest.inputs)}; use .npz or a function")
     arrays: dict[str, Array] = {}
     used: set[int] = set()
     for target in manifest.targets:
@@ -264,7 +277,7 @@ def _folder(path: Path, manifest: Manifest) -> dict[str, Array]:
         )
         missing = [name for name in wanted if name not in header]
         if missing:
-            raise DataError(f"{files[0]}: target column {missing[0]!r} is missing; found {', '.join(header)}")
+            raise DataError(f"{path}: target column {missing[0]!r} is missing; found {', '.join(header)}")
         columns = [header.index(name) for name in wanted]
         used.update(columns)
         values = table[:, columns].reshape(-1, *target.shape)
@@ -282,8 +295,12 @@ def _folder(path: Path, manifest: Manifest) -> dict[str, Array]:
     return arrays
 
 
-def _table(file: Path) -> tuple[list[str], npt.NDArray[np.float64]]:
-    """A CSV file's header and its numbers, ``[rows, columns] float64``."""
+def read_table(file: Path) -> tuple[list[str], npt.NDArray[np.float64]]:
+    """A CSV file's header and its numbers, ``[rows, columns] float64``.
+
+    Raises:
+        DataError: it cannot be read, or is no table of numbers.
+    """
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             header = [name.strip() for name in next(csv.reader(lines), [])]

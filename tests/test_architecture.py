@@ -48,8 +48,8 @@ ARROWS = {
 }
 
 # Distributions whose import name is not their own name.
-IMPORT_NAMES = {"paho-mqtt": "paho"}
-NEVER_ON_A_DEVICE = {"torch", "onnx", "onnxscript", "rich", "amqtt", "matplotlib", "sklearn", *ROOMS[1:]}
+IMPORT_NAMES = {"paho-mqtt": "paho", "pillow": "PIL"}
+NEVER_ON_A_DEVICE = {"torch", "PIL", "onnx", "onnxscript", "rich", "amqtt", "matplotlib", "sklearn", *ROOMS[1:]}
 
 
 def modules():
@@ -94,7 +94,7 @@ def declared(project, extra=None):
 def test_third_party_imports_are_declared(room):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     base = declared(project)
-    extras = {"edge_client": set(), "broker_server": {"server", "demo"}, "export": {"export"}}[room]
+    extras = {"edge_client": {"images"}, "broker_server": {"server", "demo"}, "export": {"export"}}[room]
     known = base.union(*(declared(project, extra) for extra in extras)) | set(sys.stdlib_module_names) | set(ROOMS)
     known |= {"matplotlib", "sklearn"} if "demo" in extras else set()
     for module in MODULES:
