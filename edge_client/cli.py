@@ -1,6 +1,7 @@
 """The ``fedge`` command: what a device can do, and the sub-commands that the other rooms bring."""
 
 import asyncio
+import os
 import re
 import signal
 import sys
@@ -14,10 +15,13 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_client.address import Address
-from edge_client.data import ArraySource, DataSource, open_data, split
 from edge_client.doctor import broker, device, finding
 from edge_client.errors import ConfigError, FedgeError
-from edge_client.manifest import Manifest
+from edge_client.feeds.opening import Feeds
+from edge_client.service.board import Board
+from edge_client.service.gate import Gate
+from edge_client.service.notify import Notifier
+from edge_client.service.settings import CONFIG, DeviceSettings
 from edge_client.store import WITNESS, FileCopies, Store, claimed
 from edge_client.tls import Tls
 from edge_client.transport import Link, MqttLink
@@ -111,8 +115,11 @@ INSECURE = click.option("--insecure", is_flag=True, help="Go to another machine'
 
 @click.command()
 @click.argument("url")
+@CONFIG
 @click.option("--id", "client", required=True, help="This device's name in the federation, unique in it.")
-@click.option("--data", required=True, help="An .npz file, a folder of .csv files, or module:function.")
+@click.option(
+    "--data", required=True, help="An .npz file, a folder of .csv files, module:function, drop:FOLDER or ring:FOLDER."
+)
 @click.option("--federation", default=None, help="The federation's name; also as the URL's path.  [default: default]")
 @click.option("--holdout", default=0.0, help="Share of the samples to evaluate on instead of training.")
 @click.option("--state", type=click.Path(path_type=Path), default=None, help="Folder for this device's state.")
@@ -125,6 +132,7 @@ INSECURE = click.option("--insecure", is_flag=True, help="Go to another machine'
 @INSECURE
 def join(
     url: str,
+    config: DeviceSettings,
     client: str,
     data: str,
     federation: str | None,
@@ -146,6 +154,7 @@ def join(
     # ONNX Runtime kills the process on some processors: whoever asks the doctor why must not load it.
     from edge_client import runtime
     from edge_client.device import Device, Workshop
+    from edge_client.service.attendant import Attendant
 
     address = Address.parse(url)
     address.check(insecure=insecure)
@@ -167,14 +176,17 @@ def join(
     def connect(will: tuple[str, bytes]) -> Link:
         return MqttLink(address, f"fedge-{name}-{client}", will, tls=tls)
 
-    def open_sources(manifest: Manifest) -> tuple[DataSource, DataSource]:
-        source = open_data(data, manifest)
-        if holdout and isinstance(source, ArraySource):
-            return split(source, holdout, seed=0)
-        return source, source
-
     def log(line: str) -> None:
         click.echo(line, err=True)
+
+    feeds = Feeds(
+        data,
+        log,
+        holdout=holdout,
+        quiet=config.data.quiet,
+        retention=config.data.retention,
+        memory=config.data.memory_mib << 20,
+    )
 
     async def run() -> None:
         workshop = Workshop(1, threads=threads, spin=spin, memory_limit=(memory_limit or 0) << 20)
@@ -186,15 +198,17 @@ def join(
             store=Store(folder),
             copies=FileCopies(folder),
             workshop=workshop,
-            open_data=open_sources,
+            open_data=feeds.open,
             log=log,
             uplink=uplink,
             voice=voice,
             remember=remember,
         )
         log(f"{client}: joining {name!r} at {address}")
+        gate, notifier = Gate(config.training), Notifier(os.environ)
+        attendant = Attendant(device, feeds, gate, Board(), notifier, log, config.stall)
         try:
-            async with _renewing(member, log, lambda name: MqttLink(address, name, tls=tls)):
+            async with attendant.attending(), _renewing(member, log, lambda name: MqttLink(address, name, tls=tls)):
                 await run_until_signal(device.run, device.close, device.done if once else None)
         finally:
             workshop.close()

@@ -44,6 +44,7 @@ from edge_client.events import (
 from edge_client.held import NO_HASH, Held, SessionSettings
 from edge_client.inspection import inspect
 from edge_client.manifest import Manifest
+from edge_client.service.notify import Pulse
 from edge_client.session import ClientSession
 from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
@@ -138,6 +139,8 @@ class Device:
     """How the client speaks to the server, and what it believes (`edge_client.trust.speech` makes one that signs)."""
     remember: Callable[[Stamp, float], None] = lambda _stamp, _issued: None
     """Remembers over power cuts which offer was the newest that was believed."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """Beats at every training step; pauses them where it is told to."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the federation says that it has finished."""
     link: Link = field(init=False)
@@ -192,9 +195,9 @@ class Device:
         if self._jobs:
             await asyncio.gather(*self._jobs, return_exceptions=True)
 
-    def available(self, available: bool) -> None:
-        """Whether the device may train now."""
-        self.feed(Available(available))
+    def available(self, available: bool, samples: int | None = None) -> None:
+        """Whether the device may train now; how many samples it has, where that has changed."""
+        self.feed(Available(available, samples))
 
     # What the link tells.
 
@@ -294,7 +297,13 @@ class Device:
     async def _perform(self, work: Work) -> Finished | Failed:
         worker, bundle = self._worker, self._bundle
         assert worker is not None and bundle is not None  # noqa: PT018
-        return await self.workshop.run(lambda: worker.perform(work, self.workshop.trainer(bundle), self._stop.is_set))
+        stop = self._stop
+
+        def job() -> Finished | Failed:
+            with self.pulse.busy():
+                return worker.perform(work, self.workshop.trainer(bundle), lambda: self.pulse.beat(stop))
+
+        return await self.workshop.run(job)
 
     async def _install(self, action: Install) -> None:
         try:

@@ -81,9 +81,11 @@ class Failed:
 
 @dataclass(frozen=True)
 class Available:
-    """Whether the device may train now (power, network, temperature, its owner) has changed."""
+    """Whether the device may train now (power, network, its owner) has changed, or what it has to train on."""
 
     available: bool
+    samples: int | None = None
+    """Samples to train on now; None is as many as before."""
 
 
 @dataclass(frozen=True)

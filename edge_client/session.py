@@ -147,8 +147,9 @@ class ClientSession:
                 yield from self._finished(event, now)
             case e.Failed():
                 yield from self._failed(event, now)
-            case e.Available(available):
+            case e.Available(available, samples):
                 self._available = available
+                self._samples = self._samples if samples is None else samples
                 self._greeting.plan(now if self._connected and self._ready else None)
                 yield from self._tick(now)
             case e.Tick():

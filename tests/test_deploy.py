@@ -22,7 +22,7 @@ def test_units_switch_telemetry_off_and_restart_after_a_failure(path):
     unit = configparser.RawConfigParser(strict=False)
     unit.optionxform = str
     unit.read_string(path.read_text())
-    assert "ORT_DISABLE_TELEMETRY=1" in unit["Service"]["Environment"]
+    assert "Environment=ORT_DISABLE_TELEMETRY=1" in path.read_text().splitlines()
     assert unit["Service"]["Restart"] == "on-failure"
     assert unit["Service"]["ExecStart"].split()[:2] in (
         ["/opt/fedge/bin/fedge", "join"],
