@@ -22,6 +22,8 @@ from edge_client.service.board import Board
 from edge_client.service.gate import Gate
 from edge_client.service.notify import Notifier
 from edge_client.service.settings import CONFIG, DeviceSettings
+from edge_client.service.wear import Wear
+from edge_client.shelf import Shelf
 from edge_client.store import WITNESS, FileCopies, Store, claimed
 from edge_client.tls import Tls
 from edge_client.transport import Link, MqttLink
@@ -189,24 +191,26 @@ def join(
     )
 
     async def run() -> None:
+        wear = Wear()
         workshop = Workshop(1, threads=threads, spin=spin, memory_limit=(memory_limit or 0) << 20)
         voice, remember = _voice(member, folder)
         device = Device(
             client=client,
             federation=name,
             connect=connect,
-            store=Store(folder),
-            copies=FileCopies(folder),
+            store=Store(folder, wrote=wear.wrote),
+            copies=FileCopies(folder, wrote=wear.wrote),
             workshop=workshop,
             open_data=feeds.open,
             log=log,
             uplink=uplink,
             voice=voice,
             remember=remember,
+            shelf=Shelf(folder / "model", pause=config.model_minutes * 60, wrote=wear.wrote),
         )
         log(f"{client}: joining {name!r} at {address}")
         gate, notifier = Gate(config.training), Notifier(os.environ)
-        attendant = Attendant(device, feeds, gate, Board(), notifier, log, config.stall)
+        attendant = Attendant(device, feeds, gate, Board(), notifier, log, config.stall, wear)
         try:
             async with attendant.attending(), _renewing(member, log, lambda name: MqttLink(address, name, tls=tls)):
                 await run_until_signal(device.run, device.close, device.done if once else None)

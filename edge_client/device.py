@@ -1,6 +1,7 @@
 """The driver of one client: carries out what its session decides, over a link, with training slots to work in."""
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import random
@@ -46,6 +47,7 @@ from edge_client.inspection import inspect
 from edge_client.manifest import Manifest
 from edge_client.service.notify import Pulse
 from edge_client.session import ClientSession
+from edge_client.shelf import Shelf
 from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
 from edge_client.transport import Link
@@ -139,6 +141,8 @@ class Device:
     """How the client speaks to the server, and what it believes (`edge_client.trust.speech` makes one that signs)."""
     remember: Callable[[Stamp, float], None] = lambda _stamp, _issued: None
     """Remembers over power cuts which offer was the newest that was believed."""
+    shelf: Shelf | None = None
+    """Where other programs find the newest model."""
     pulse: Pulse = field(default_factory=Pulse)
     """Beats at every training step; pauses them where it is told to."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
@@ -318,7 +322,7 @@ class Device:
         bundle = self.workshop.open(digest, data)
         train, test = self.open_data(bundle.manifest)
         self._bundle = bundle
-        self._worker = Worker(self.client, train, test, self.store, self.copies)
+        self._worker = Worker(self.client, train, test, self.store, self.copies, self.shelf)
         return train.samples
 
     def _resume(self) -> Held:
@@ -333,7 +337,11 @@ class Device:
             self.log(f"{self.client}: stored bundle: {error}; asking for the bundle again")
             return Held()
         bundle = self._bundle
-        if held.version and bundle is not None and self.copies.load(held.digest, bundle.layout) is None:
+        copy = None if bundle is None or not held.version else self.copies.load(held.digest, bundle.layout)
+        if copy is not None and bundle is not None and self.shelf is not None:
+            with contextlib.suppress(StoreError):
+                self.shelf.put(bundle, copy, held.version)
+        if held.version and bundle is not None and copy is None:
             # Said now, the server sends the whole difference; found out later, it costs a task.
             self.store.hold(0, NO_HASH)
             held = dataclasses.replace(held, version=0, digest=NO_HASH)

@@ -119,6 +119,19 @@ def run(made: ort.InferenceSession, binding: ort.IOBinding, *, last: bool = Fals
         ) from error
 
 
+def infer(made: ort.InferenceSession, inputs: Mapping[str, npt.NDArray[np.generic]]) -> list[npt.NDArray[np.generic]]:
+    """The session's outputs, in its order.
+
+    Raises:
+        TrainingError: the runtime failed.
+    """
+    try:
+        found: list[npt.NDArray[np.generic]] = made.run(None, dict(inputs))
+    except Exception as error:
+        raise TrainingError(f"onnxruntime {VERSION} failed while running the graph ({_line(error)})") from error
+    return found
+
+
 @functools.cache
 def spare_memory() -> None:
     """Have this process keep little memory that it does not use: for devices, before the first session is made.

@@ -10,7 +10,7 @@ import fcntl
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -75,10 +75,11 @@ class ModelCopies(Protocol):
 
 
 class FileCopies:
-    """The one copy of the model that a device holds, in its store's folder."""
+    """The one copy of the model that a device holds, in its store's folder; ``wrote`` as in `Store`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, wrote: Callable[[int], None] = lambda _: None) -> None:
         self._folder = folder
+        self._wrote = wrote
 
     def load(self, digest: bytes, layout: Layout) -> Model | None:
         """Read the copy; one that is cut off counts as none, other damage shows when the model is used."""
@@ -89,7 +90,9 @@ class FileCopies:
 
     def save(self, digest: bytes, model: Model, replaces: bytes) -> None:
         """Write the new copy beside the old one, which the store removes once its index names the new one."""
-        _write(self._path(digest), pack_model(model), durable=True)
+        data = pack_model(model)
+        _write(self._path(digest), data, durable=True)
+        self._wrote(len(data))
 
     def _path(self, digest: bytes) -> Path:
         return self._folder / _model_file(digest)
@@ -99,14 +102,23 @@ class Store:
     """One client's durable state in ``folder``.
 
     ``durable=False`` skips fsync, for emulated phones, whose host does not lose power one phone at a time. ``bundles``
-    is the folder of bundles, where several clients of one machine share it. Calls may come from several threads.
+    is the folder of bundles, where several clients of one machine share it. ``wrote`` is told the size of each file that
+    was written, and of each chunk. Calls may come from several threads.
 
     Raises:
         StoreError: the folder cannot be used, or its index is damaged or of a newer fedge.
     """
 
-    def __init__(self, folder: Path, *, durable: bool = True, bundles: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        durable: bool = True,
+        bundles: Path | None = None,
+        wrote: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._folder = folder
+        self._wrote = wrote
         self._durable = durable
         self._bundles = bundles or folder
         self._lock = threading.RLock()
@@ -138,7 +150,7 @@ class Store:
         path = self._bundles / _bundle_file(digest)
         with self._lock:
             if self._bundles == self._folder or not path.exists():
-                _write(path, bundle, durable=self._durable)
+                self._save(path, bundle)
             self._commit(_Index(bundle=digest, serial=self._index.serial))
 
     def bundle(self) -> bytes | None:
@@ -166,6 +178,7 @@ class Store:
             StoreError: the disk refuses.
         """
         self._download.keep(ref, index, data)
+        self._wrote(len(data))
 
     def discard(self) -> None:
         """Forget the blob that was on its way."""
@@ -218,7 +231,7 @@ class Store:
             raise StoreError(f"{path} is damaged ({error}); remove the folder to start this client anew") from error
 
     def _commit(self, index: _Index) -> None:
-        _write(self._folder / _INDEX, msgspec.msgpack.encode(index), durable=self._durable)
+        self._save(self._folder / _INDEX, msgspec.msgpack.encode(index))
         # Only what the old index named goes: another thread may be writing files that no index names yet.
         gone, self._index = self._index.files() - index.files(), index
         for name in gone:
@@ -232,8 +245,12 @@ class Store:
                 os.unlink(entry.path)
 
     def _put(self, name: str, data: bytes) -> str:
-        _write(self._folder / name, data, durable=self._durable)
+        self._save(self._folder / name, data)
         return name
+
+    def _save(self, path: Path, data: bytes) -> None:
+        _write(path, data, durable=self._durable)
+        self._wrote(len(data))
 
     def _load(self, name: str) -> bytes | None:
         try:

@@ -16,6 +16,7 @@ from edge_client.errors import CodecError, FedgeError, StoreError, TrainingError
 from edge_client.events import Failed, Finished, Work
 from edge_client.feedback import add_residual, lengthening, pack_residual
 from edge_client.manifest import update_layouts
+from edge_client.shelf import Shelf
 from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
 from edge_client.wire.messages import Invitation, UpdatePlan
@@ -30,6 +31,8 @@ class Worker:
     test: DataSource
     store: Store
     copies: ModelCopies
+    shelf: Shelf | None = None
+    """Where other programs find the model; a phone that is emulated has none."""
 
     def perform(self, work: Work, trainer: Trainer, stop: Callable[[], bool]) -> Finished | Failed:
         """Do one task; whatever goes wrong with it becomes the reason of a Failed.
@@ -41,6 +44,10 @@ class Worker:
         version, digest = held.version, held.digest
         try:
             model = self._model(invitation, work.delta, trainer.bundle)
+            if self.shelf is not None:
+                # A disk without room for it does not keep the device from training.
+                with contextlib.suppress(StoreError):
+                    self.shelf.put(trainer.bundle, model, invitation.version)
             update, residual = self._result(invitation, model, trainer, stop)
             if model.digest() != digest:
                 self.copies.save(model.digest(), model, digest)

@@ -10,6 +10,7 @@ from edge_client.feeds.opening import Feeds
 from edge_client.service.board import Board, Readings
 from edge_client.service.gate import Gate, Verdict
 from edge_client.service.notify import Notifier
+from edge_client.service.wear import Wear
 
 _GLANCE = 10.0
 """Seconds between two looks at board and data."""
@@ -26,6 +27,7 @@ class Attendant:
     notifier: Notifier
     log: Callable[[str], None]
     stall: float
+    wear: Wear
     glance: float = _GLANCE
     _said: Verdict | None = field(init=False, default=None)
     _told: tuple[bool, int | None] | None = field(init=False, default=None)
@@ -67,6 +69,8 @@ class Attendant:
             await asyncio.to_thread(self.feeds.refresh)
             readings = await asyncio.to_thread(self.board.read)
             self.judge(readings, asyncio.get_running_loop().time())
+            if (written := self.wear.day()) is not None:
+                self.log(f"{self.device.client}: {written / 2**20:,.1f} MiB written to the disk in a day")
             await asyncio.sleep(self.glance)
 
     def judge(self, readings: Readings, now: float) -> None:
@@ -84,7 +88,7 @@ class Attendant:
             self.device.available(verdict.allowed, samples)
         heat = "" if readings.degrees is None else f", {readings.degrees:.0f} degrees"
         count = "" if samples is None else f", {samples} samples"
-        self.notifier.tell(STATUS=f"{verdict}{count}{heat}")
+        self.notifier.tell(STATUS=f"{verdict}{count}{heat}, {self.wear}")
 
     def _worth_telling(self, allowed: bool, samples: int | None) -> bool:
         """Whether the server should hear of it: a tenth more or fewer samples change little."""

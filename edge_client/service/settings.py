@@ -51,6 +51,8 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, re
     insecure: bool | None = None
     stall: float = 900.0
     """Seconds without a training step after which a busy client counts as hanging, and is restarted by systemd."""
+    model_minutes: float = 60.0
+    """Minutes for which a version of the model for other programs stays at least: it is written in full."""
     data: DataSettings = DataSettings()
     training: Rules = Rules()
 
@@ -70,8 +72,11 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, re
         try:
             Gate(found.training)
             data = found.data
-            if min(data.quiet, data.keep_mib, data.keep_days, found.stall) < 0 or data.memory_mib < 1:
-                raise ConfigError("[data] and stall: expected 0 or more, and a memory_mib of at least 1")
+            if (
+                min(data.quiet, data.keep_mib, data.keep_days, found.stall, found.model_minutes) < 0
+                or data.memory_mib < 1
+            ):
+                raise ConfigError("[data], stall and model_minutes: expected 0 or more, and a memory_mib of at least 1")
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
         return found
@@ -86,7 +91,7 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, re
 
 def _configured(context: click.Context, _: click.Parameter, path: Path | None) -> DeviceSettings:
     if path is None:
-        return DeviceSettings(training=ALWAYS)
+        return DeviceSettings(training=ALWAYS, model_minutes=0.0)
     settings = DeviceSettings.load(path)
     context.default_map = dict(context.default_map or {}) | settings.options()
     return settings

@@ -17,6 +17,8 @@ from edge_client.data import ArraySource, check
 from edge_client.device import Device, Workshop
 from edge_client.errors import BundleError, DataError, StoreError
 from edge_client.memory import MemoryBroker, MemoryLink
+from edge_client.predict import Model as Predictor
+from edge_client.shelf import Shelf
 from edge_client.store import FileCopies, Store
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
@@ -485,3 +487,23 @@ def test_a_disk_too_full_for_a_receipt_ends_the_device_and_the_receipt_is_asked_
             assert again.store.residual()
 
     asyncio.run(scene())
+
+
+def test_other_programs_find_the_model_of_the_last_task(tmp_path, workshop):
+    lines = []
+
+    async def play(task):
+        async with federation() as (broker, server):
+            server.offer()
+            made = device(broker, tmp_path / "state", workshop, lines)
+            made.shelf = Shelf(tmp_path / "model")
+            async with alive(made):
+                await server.said(m.Hello)
+                server.invite(task)
+                await server.said(m.Upload)
+        return Predictor.open(tmp_path)
+
+    found = asyncio.run(play(1))
+    x = toy_data(5)["x"]
+    expected = x @ BUNDLE.weights["weight"].T + BUNDLE.weights["bias"]
+    np.testing.assert_allclose(found.predict(x=x)["logits"], expected, rtol=1e-5, atol=1e-6)

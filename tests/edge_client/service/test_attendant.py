@@ -14,6 +14,7 @@ from edge_client.service.attendant import Attendant
 from edge_client.service.board import Board, Readings
 from edge_client.service.gate import Gate, Rules
 from edge_client.service.notify import Notifier
+from edge_client.service.wear import Wear
 from edge_client.store import FileCopies, Store
 from edge_client.wire import messages as m
 from tests.edge_client.test_device import alive, federation
@@ -52,7 +53,7 @@ def attended(broker, folder, workshop, lines, spec):
         seed=3,
     )
     gate = Gate(Rules(settle=0.0))
-    return Attendant(device, feeds, gate, Board(folder / "none"), Said(), lines.append, stall=60.0)
+    return Attendant(device, feeds, gate, Board(folder / "none"), Said(), lines.append, 60.0, Wear())
 
 
 @contextlib.asynccontextmanager
@@ -91,7 +92,7 @@ def test_recorded_samples_are_announced_and_trained_on(tmp_path, workshop):
             assert (hello.samples, hello.available) == (20, True)
             server.invite(1)
             await server.said(m.Upload)
-            assert made.notifier.states[-1]["STATUS"] == "may train, 20 samples, 40 degrees"
+            assert made.notifier.states[-1]["STATUS"] == "may train, 20 samples, 40 degrees, 0.0 MiB written"
 
     asyncio.run(play())
     assert lines == ["pi: does not train: no samples yet", "pi: may train"]

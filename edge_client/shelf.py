@@ -1,0 +1,147 @@
+"""The global model where other programs find it: ``model/current`` below a device's state.
+
+Each version is a folder of its own, ``infer.onnx``, ``weights.safetensors`` and ``model.json``, written under a name
+that nothing refers to; then the symbolic link ``current`` is replaced in one rename. A reader that resolves the link
+once reads one version, whole; the version before stays for readers that are at it.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import safetensors.numpy
+
+from edge_client.bundle import INFER, WEIGHTS, Bundle
+from edge_client.codec.model import Model
+from edge_client.errors import StoreError
+from edge_client.manifest import Feature
+
+CURRENT = "current"
+DESCRIPTION = "model.json"
+_OURS = re.compile(r"v[0-9]+-[0-9a-f]{12}(\.new)?\Z")
+_KEPT = 2
+"""Versions that stay: the one that is current, and the one that readers may still be opening."""
+
+
+class Description(msgspec.Struct, frozen=True):
+    """What ``model.json`` says: which version this is, and what goes in and comes out."""
+
+    version: int
+    digest: str
+    bundle: str
+    name: str
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+    targets: tuple[Feature, ...]
+    constants: tuple[str, ...]
+    """Tensors of ``weights.safetensors`` that are handed to the graph, as ``param.<name>``."""
+
+
+class Shelf:
+    """Keeps the newest version in ``folder``.
+
+    ``pause``: seconds for which a version stays current at least, as weights are written in full and SD cards wear out.
+    ``wrote`` is told how many bytes went to the disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        pause: float = 0.0,
+        durable: bool = True,
+        wrote: Callable[[int], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder, self._pause, self._durable, self._wrote = folder, pause, durable, wrote
+        self._clock = clock
+        self._last: float | None = None
+
+    def put(self, bundle: Bundle, model: Model, version: int) -> None:
+        """Make this version the current one; nothing happens where it is, or where another has to stay for now.
+
+        Raises:
+            StoreError: the disk refuses; the version before stays.
+        """
+        if self._last is not None and self._clock() - self._last < self._pause:
+            return
+        name = f"v{version}-{model.digest().hex()[:12]}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if self._current() == name:
+                return
+            self._write(self._folder / name, bundle, model, version)
+            link = self._folder / (CURRENT + ".new")
+            link.unlink(missing_ok=True)
+            link.symlink_to(name)
+            os.replace(link, self._folder / CURRENT)
+            self._sync(self._folder)
+            self._last = self._clock()
+            self._sweep(name)
+        except OSError as error:
+            raise StoreError(f"model folder {self._folder}: {error.strerror or error}; check its free space") from error
+
+    def _current(self) -> str:
+        with contextlib.suppress(OSError):
+            return os.readlink(self._folder / CURRENT)
+        return ""
+
+    def _write(self, place: Path, bundle: Bundle, model: Model, version: int) -> None:
+        manifest, temporary = bundle.manifest, place.with_name(place.name + ".new")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
+        temporary.mkdir()
+        weights = {p.name: np.ascontiguousarray(bundle.weights[p.name]) for p in manifest.parameters}
+        flat = model.parameters(bundle.initial())
+        for tensor, where in bundle.layout.slices():
+            weights[tensor.name] = flat[where].reshape(tensor.shape)
+        for tensor, where in manifest.layout("buffer").slices():
+            dtype = weights[tensor.name].dtype
+            weights[tensor.name] = model.buffers[where].reshape(tensor.shape).astype(dtype)
+        description = Description(
+            version,
+            model.digest().hex(),
+            bundle.digest,
+            manifest.name,
+            manifest.inputs,
+            manifest.outputs,
+            manifest.targets,
+            manifest.constants[INFER],
+        )
+        members = {
+            INFER: bundle.infer,
+            WEIGHTS: safetensors.numpy.save(weights),
+            DESCRIPTION: msgspec.json.format(msgspec.json.encode(description)),
+        }
+        for name, data in members.items():
+            with open(temporary / name, "wb") as file:
+                file.write(data)
+                if self._durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            self._wrote(len(data))
+        self._sync(temporary)
+        os.replace(temporary, place)
+
+    def _sweep(self, current: str) -> None:
+        """Remove older versions; the newest of them stays, as a reader may just have followed the link to it."""
+        found = [entry for entry in os.scandir(self._folder) if _OURS.match(entry.name) and entry.name != current]
+        found.sort(key=lambda entry: entry.stat(follow_symlinks=False).st_mtime_ns, reverse=True)
+        whole = [entry for entry in found if not entry.name.endswith(".new")]
+        for entry in found:
+            if entry not in whole[: _KEPT - 1]:
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+    def _sync(self, folder: Path) -> None:
+        if self._durable:
+            opened = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(opened)
+            finally:
+                os.close(opened)
