@@ -102,8 +102,8 @@ class Store:
     """One client's durable state in ``folder``.
 
     ``durable=False`` skips fsync, for emulated phones, whose host does not lose power one phone at a time. ``bundles``
-    is the folder of bundles, where several clients of one machine share it. ``wrote`` is told the size of each file that
-    was written, and of each chunk. Calls may come from several threads.
+    is the folder of bundles, where several clients of one machine share it. ``wrote`` is told the size of each
+    file that was written, and of each chunk. Calls may come from several threads.
 
     Raises:
         StoreError: the folder cannot be used, or its index is damaged or of a newer fedge.
