@@ -232,7 +232,7 @@ class Device:
                 self._act(action)
         except Exception as error:
             # The caller is the link or a timer, which could do nothing about it.
-            self._fail(error)
+            self.fail(error)
             return
         if self._timer is not None:
             self._timer.cancel()
@@ -287,9 +287,9 @@ class Device:
         try:
             await job
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         """An error that no one expected ends this client with its traceback, rather than leave it silent."""
         if self._error is None:
             self._error = error

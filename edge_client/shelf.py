@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,15 +63,35 @@ class Shelf:
         self._folder, self._pause, self._durable, self._wrote = folder, pause, durable, wrote
         self._clock = clock
         self._last: float | None = None
+        self._waiting: tuple[Bundle, Model, int] | None = None
+        self._lock = threading.Lock()
 
     def put(self, bundle: Bundle, model: Model, version: int) -> None:
-        """Make this version the current one; nothing happens where it is, or where another has to stay for now.
+        """Make this version the current one, or the one that `catch_up` writes where another has to stay for now.
 
         Raises:
             StoreError: the disk refuses; the version before stays.
         """
-        if self._last is not None and self._clock() - self._last < self._pause:
-            return
+        with self._lock:
+            if self._last is not None and self._clock() - self._last < self._pause:
+                self._waiting = bundle, model, version
+                return
+            self._waiting = None
+            self._put(bundle, model, version)
+
+    def catch_up(self, *, now: bool = False) -> None:
+        """Write the version that waits, when the one before has stayed long enough, or ``now``.
+
+        Raises:
+            StoreError: the disk refuses; the version before stays.
+        """
+        with self._lock:
+            waiting, last = self._waiting, self._last
+            if waiting is not None and (now or last is None or self._clock() - last >= self._pause):
+                self._waiting = None
+                self._put(*waiting)
+
+    def _put(self, bundle: Bundle, model: Model, version: int) -> None:
         name = f"v{version}-{model.digest().hex()[:12]}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from edge_client.device import Device
+from edge_client.errors import StoreError
 from edge_client.feeds.opening import Feeds
 from edge_client.service.board import Board, Readings
 from edge_client.service.gate import Gate, Verdict
@@ -44,6 +45,7 @@ class Attendant:
             self.notifier.tell(STOPPING=1)
             for task in tasks:
                 task.cancel()
+            self._shelve(now=True)
             # A paused task would not see that the client ends.
             self.device.pulse.pause(False)
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -65,13 +67,28 @@ class Attendant:
         return not hangs
 
     async def _look(self) -> None:
+        try:
+            await self._glances()
+        except Exception as error:
+            self.device.fail(error)
+
+    async def _glances(self) -> None:
         while True:
             await asyncio.to_thread(self.feeds.refresh)
+            await asyncio.to_thread(self._shelve)
             readings = await asyncio.to_thread(self.board.read)
             self.judge(readings, asyncio.get_running_loop().time())
             if (written := self.wear.day()) is not None:
                 self.log(f"{self.device.client}: {written / 2**20:,.1f} MiB written to the disk in a day")
             await asyncio.sleep(self.glance)
+
+    def _shelve(self, *, now: bool = False) -> None:
+        """Have the newest model written that waits for it."""
+        if self.device.shelf is not None:
+            try:
+                self.device.shelf.catch_up(now=now)
+            except StoreError as error:
+                self.log(f"{self.device.client}: {error}")
 
     def judge(self, readings: Readings, now: float) -> None:
         """Tell the client whether it may train and on how many samples, where that has changed."""

@@ -72,6 +72,21 @@ def test_a_version_stays_for_as_long_as_it_is_told_to(tmp_path):
         assert Predictor.open(tmp_path).version == current
 
 
+def test_a_version_that_had_to_wait_is_written_later(tmp_path):
+    now = [0.0]
+    shelf = Shelf(tmp_path, pause=60.0, clock=lambda: now[0])
+    for version in (1, 2, 3):
+        shelf.put(BUNDLE, model(version), version)
+    shelf.catch_up()
+    assert Predictor.open(tmp_path).version == 1
+    now[0] = 60.0
+    shelf.catch_up()
+    assert Predictor.open(tmp_path).version == 3
+    shelf.put(BUNDLE, model(4), 4)
+    shelf.catch_up(now=True)
+    assert Predictor.open(tmp_path).version == 4
+
+
 def test_a_power_cut_at_any_operation_leaves_a_whole_version(tmp_path, monkeypatch):
     class PowerCut(BaseException):
         pass

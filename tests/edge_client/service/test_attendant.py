@@ -167,3 +167,23 @@ def test_a_paused_client_ends_at_once(tmp_path, workshop):
             assert made.notifier.states[-1] == {"STOPPING": 1}
 
     asyncio.run(play())
+
+
+def test_an_error_that_no_one_expected_ends_the_client(tmp_path, workshop):
+    """Rather than leave it with rules that nobody looks at."""
+
+    async def play():
+        np.savez(tmp_path / "data.npz", **toy_data(40))
+        async with federation() as (broker, server):
+            server.offer()
+            made = attended(broker, tmp_path / "state", workshop, [], str(tmp_path / "data.npz"))
+
+            def broken():
+                raise RuntimeError("out of order")
+
+            made.board.read = broken
+            async with made.attending(), asyncio.timeout(20):
+                with pytest.raises(RuntimeError, match="out of order"):
+                    await made.device.run()
+
+    asyncio.run(play())
