@@ -33,7 +33,7 @@ from edge_client.wire.voice import Member, PlainMember
 if TYPE_CHECKING:
     from edge_client.trust.identity import Identity
 
-_EXTRAS = {"broker_server": "server", "export": "export"}
+_EXTRAS = {"broker_server": "server", "deploy": "server", "export": "export"}
 
 
 class _Commands(click.Group):

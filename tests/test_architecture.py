@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("edge_client", "broker_server", "export")
+ROOMS = ("edge_client", "broker_server", "export", "deploy")
 
 # What each room may import of the project. The longest matching prefix decides.
 SHARED = {
@@ -45,6 +45,8 @@ ARROWS = {
     # A simulation is a server and a fleet put together: only here does the server's side name the emulator.
     "broker_server.simulation": {*SERVER, "edge_client.emulator"},
     "export": {"export", *SHARED},
+    # It puts devices together, and nothing imports it.
+    "deploy": {"deploy", "edge_client", "broker_server"},
 }
 
 # Distributions whose import name is not their own name.
@@ -94,7 +96,12 @@ def declared(project, extra=None):
 def test_third_party_imports_are_declared(room):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     base = declared(project)
-    extras = {"edge_client": {"images"}, "broker_server": {"server", "demo"}, "export": {"export"}}[room]
+    extras = {
+        "edge_client": {"images"},
+        "broker_server": {"server", "demo"},
+        "export": {"export"},
+        "deploy": {"server"},
+    }[room]
     known = base.union(*(declared(project, extra) for extra in extras)) | set(sys.stdlib_module_names) | set(ROOMS)
     known |= {"matplotlib", "sklearn"} if "demo" in extras else set()
     for module in MODULES:
