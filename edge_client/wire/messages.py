@@ -24,6 +24,9 @@ Seconds = Annotated[float, Meta(ge=0, le=1e8)]
 Moment = Annotated[float, Meta(ge=0, le=1e11)]
 """Seconds since 1970."""
 Text = Annotated[str, Meta(max_length=500)]
+Version = Annotated[str, Meta(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+!_-]{0,63}\Z")]
+"""A version of the client; also a folder's name."""
+PLATFORM = r"^(?:[a-z]{2}[0-9]{1,4}-[a-z0-9_]{1,32})?\Z"
 Indices = Annotated[tuple[Natural, ...], Meta(max_length=4096)]
 
 
@@ -73,6 +76,33 @@ class Traffic(Struct, frozen=True, array_like=True):
     received: Natural = 0
 
 
+class Progress(Struct, frozen=True, array_like=True):
+    """How far a device is with a release of its client."""
+
+    version: Version
+    stage: Literal["fetching", "staged", "trial", "healthy", "refused", "back"]
+    """On its way; left to be installed; runs and is watched; is the client; not installed; the one before runs."""
+    detail: Text = ""
+
+
+class Condition(Struct, frozen=True, array_like=True):
+    """How a device is, as far as it tells; None is not known."""
+
+    degrees: Annotated[float, Meta(ge=-273, le=1000)] | None = None
+    """The hottest sensor, in degrees Celsius."""
+    disk: Natural | None = None
+    """Bytes free where its state is."""
+    memory: Natural | None = None
+    """Bytes of memory that may still be had."""
+    written: Natural | None = None
+    """Bytes that the client writes to the disk in a day."""
+    rests: Text = ""
+    """Why it does not train; empty where it may."""
+    platform: Annotated[str, Meta(pattern=PLATFORM)] = ""
+    """What a release must be for, as ``cp311-aarch64``; empty where the device cannot be updated from the server."""
+    progress: Progress | None = None
+
+
 # From a client to the server.
 
 
@@ -91,6 +121,7 @@ class Hello(Struct, frozen=True, array_like=True):
     software: Annotated[str, Meta(max_length=64)] = ""
     uplink: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
     """Bytes a second that the client can send, as far as it knows; 0 is not known."""
+    condition: Condition = Condition()
 
 
 class Goodbye(Struct, frozen=True, array_like=True):
@@ -182,7 +213,16 @@ class Receipt(Struct, frozen=True, array_like=True):
     detail: Text = ""
 
 
-Message = Hello | Goodbye | Upload | Decline | Missing | Offer | Invitation | Credit | Receipt
+class Release(Struct, frozen=True, array_like=True):
+    """A new release of the client for this device to install, signed for whoever installs it there."""
+
+    record: Annotated[bytes, Meta(max_length=INLINE_LIMIT)]
+    """What it is, as `edge_client.trust.release` packs it."""
+    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+    """The federation's, over the record; beside the one that the message may have."""
+
+
+Message = Hello | Goodbye | Upload | Decline | Missing | Offer | Invitation | Credit | Receipt | Release
 
 TABLE: dict[int, type[Struct]] = {
     1: Hello,
@@ -194,6 +234,7 @@ TABLE: dict[int, type[Struct]] = {
     7: Invitation,
     8: Credit,
     9: Receipt,
+    10: Release,
 }
 _NUMBERS = {kind: number for number, kind in TABLE.items()}
 _DECODERS: dict[int, msgspec.msgpack.Decoder[Any]] = {

@@ -68,6 +68,7 @@ class Table:
             *(m.Upload(*identity, self.blob), m.Upload(*other, small), m.Upload(*identity, small, m.Traffic(1, 2))),
             *(m.Decline(*other, "no"), m.Missing(BUNDLE.sha256, (0, 1)), m.Credit(self.blob.sha256, (0, 1))),
             *(m.Offer(NAME, restored.epoch, BUNDLE, 1.0), invitation, m.Receipt(*identity, "late")),
+            m.Release(b"", bytes(64)),
         ]
         return sorted_out(found)
 
@@ -135,6 +136,7 @@ class Phone:
             ),
             *(self.invitation(1, self.ref), self.invitation(2, None), void),
             *(m.Credit(self.blob.sha256, (0, 1, 2)), m.Receipt(1, 1, "recorded"), m.Receipt(1, 1, "refused", "why")),
+            m.Release(b"", bytes(64)),
             *(m.Hello(1, *hello), m.Goodbye(b"boot0000"), m.Upload(1, 1, self.blob), m.Decline(1, 1, "no")),
             m.Missing(BUNDLE.sha256, (0, 1)),
         ]

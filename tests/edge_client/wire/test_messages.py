@@ -18,7 +18,11 @@ CHUNKED = m.BlobRef(HASH, 2**30, 65536)
 INVITATION = m.Invitation(
     7, 9, 3, "train", m.TrainPlan(2, 0, 16, {"lr": 0.1}), m.UpdatePlan(), 5, 60.0, 1, 2, HASH, CHUNKED
 )
+CONDITION = m.Condition(
+    41.5, 2**33, 2**28, 2**20, "48 degrees", "cp311-aarch64", m.Progress("0.2.0rc1", "back", "no word from the server")
+)
 EXAMPLES = [
+    m.Hello(1, BOOT, HASH, 4, HASH, 100, True, m.Traffic(5, 6), "pi", 0.0, CONDITION),
     m.Hello(1, BOOT, HASH, 4, HASH, 100, True, m.Traffic(5, 6), "pi"),
     m.Hello(2**48, BOOT, HASH, 0, HASH, 0, False),
     m.Goodbye(BOOT),
@@ -34,6 +38,7 @@ EXAMPLES = [
     ),
     m.Credit(HASH, ()),
     m.Receipt(1, 2, "refused", "too large"),
+    m.Release(b"what it is", bytes(64)),
 ]
 
 
@@ -76,9 +81,19 @@ def test_the_bytes_of_a_message_do_not_change():
 
 
 def test_a_hello_of_before_uplinks_is_understood_and_a_longer_one_by_who_knows_less():
-    fields = list(msgspec.structs.astuple(change(EXAMPLES[0], uplink=1e6)))
-    assert m.decode(envelope(fields[:-1], number=1)) == change(EXAMPLES[0], uplink=0.0)
-    assert m.decode(envelope([*fields, "what comes later"], number=1)) == change(EXAMPLES[0], uplink=1e6)
+    before = change(EXAMPLES[0], uplink=1e6, condition=m.Condition())
+    fields = list(msgspec.structs.astuple(before))
+    assert m.decode(envelope(fields[:-2], number=1)) == change(before, uplink=0.0)
+    assert m.decode(envelope([*fields, "what comes later"], number=1)) == before
+
+
+def test_a_hello_of_before_conditions_is_understood_and_one_with_more_of_them_by_who_knows_less():
+    fields = msgspec.msgpack.decode(msgspec.msgpack.encode(EXAMPLES[0]))
+    assert m.decode(envelope(fields[:-1], number=1)) == change(EXAMPLES[0], condition=m.Condition())
+    for known in range(len(fields[-1])):
+        less = m.decode(envelope([*fields[:-1], fields[-1][:known]], number=1))
+        assert less.condition == m.Condition(*msgspec.structs.astuple(CONDITION)[:known])
+    assert m.decode(envelope([*fields[:-1], [*fields[-1], "what comes later"]], number=1)) == EXAMPLES[0]
 
 
 def test_an_invitation_of_before_void_ones_is_understood():
@@ -93,9 +108,9 @@ def test_another_protocol_is_named(protocol):
         m.decode(envelope([BOOT], protocol=protocol))
 
 
-@pytest.mark.parametrize("number", [0, 10, -1, 2**40])
+@pytest.mark.parametrize("number", [0, 11, -1, 2**40])
 def test_an_unknown_number_is_named(number):
-    with pytest.raises(WireError, match=f"message number {number}; known are 1 to 9"):
+    with pytest.raises(WireError, match=f"message number {number}; known are 1 to 10"):
         m.decode(envelope([BOOT], number=number))
 
 
@@ -137,6 +152,13 @@ OUT_OF_BOUNDS = {
     "limit": change(INVITATION, update=m.UpdatePlan(limit=-1)),
     "void": change(INVITATION, void=(1, -1)),
     "uplink": change(EXAMPLES[0], uplink=-1.0),
+    "degrees": change(EXAMPLES[0], condition=m.Condition(degrees=math.nan)),
+    "disk": change(EXAMPLES[0], condition=m.Condition(disk=-1)),
+    "platform": change(EXAMPLES[0], condition=m.Condition(platform="cp311-../..")),
+    "stage": change(EXAMPLES[0], condition=m.Condition(progress=m.Progress("1", "lost"))),
+    "a version that is a path": change(EXAMPLES[0], condition=m.Condition(progress=m.Progress("../1", "back"))),
+    "a short signature of a release": m.Release(b"", bytes(63)),
+    "a long record": m.Release(bytes(m.INLINE_LIMIT + 1), bytes(64)),
     "uplink not a number": change(EXAMPLES[0], uplink=math.nan),
     "traffic": m.Upload(1, 2, INLINE, m.Traffic(-1, 0)),
 }
@@ -195,7 +217,7 @@ _BODIES = st.recursive(
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.integers(-1, 11), _BODIES)
+@given(st.integers(-1, 12), _BODIES)
 def test_random_bodies_raise_nothing_else(number, body):
     decoded(envelope(body, number=number))
 
