@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,11 +28,15 @@ from edge_client.store import WITNESS, FileCopies, Store, claimed
 from edge_client.tls import Tls
 from edge_client.transport import Link, MqttLink
 from edge_client.wire.envelope import Stamp
+from edge_client.wire.topics import Topics
 from edge_client.wire.voice import Member, PlainMember
 
 if TYPE_CHECKING:
+    from edge_client.service.update import Updater
     from edge_client.trust.identity import Identity
 
+RELEASES = Path("/opt/fedge")
+"""Where clients are installed that the server may replace."""
 _EXTRAS = {"broker_server": "server", "deploy": "server", "export": "export"}
 
 
@@ -181,6 +185,8 @@ def join(
     def log(line: str) -> None:
         click.echo(line, err=True)
 
+    wear = Wear()
+    updater = None if member is None else _updater(member, folder, wear)
     feeds = Feeds(
         data,
         log,
@@ -191,7 +197,6 @@ def join(
     )
 
     async def run() -> None:
-        wear = Wear()
         workshop = Workshop(1, threads=threads, spin=spin, memory_limit=(memory_limit or 0) << 20)
         voice, remember = _voice(member, folder)
         device = Device(
@@ -203,9 +208,11 @@ def join(
             workshop=workshop,
             open_data=feeds.open,
             log=log,
+            software=version("fedge"),
             uplink=uplink,
             voice=voice,
             remember=remember,
+            updater=updater,
             shelf=Shelf(folder / "model", pause=config.model_minutes * 60, wrote=wear.wrote),
         )
         log(f"{client}: joining {name!r} at {address}")
@@ -326,6 +333,19 @@ def _voice(identity: "Identity | None", state: Path) -> "tuple[Member, Callable[
     from edge_client.trust.speech import identity_voice
 
     return identity_voice(identity, state, time.time())
+
+
+def _updater(identity: "Identity", state: Path, wear: Wear) -> "Updater":
+    """What takes new releases of the client; a device that is not enrolled believes nobody's."""
+    from edge_client.service.update import Updater
+    from edge_client.trust.keys import verify
+    from edge_client.trust.release import here
+
+    def believed(data: bytes, signature: bytes) -> bool:
+        return any(verify(pin, data, signature) for pin in identity.pins)
+
+    topics, running = Topics(identity.federation), version("fedge")
+    return Updater(state / "release", RELEASES, topics, believed, running, here(), wear.wrote)
 
 
 @asynccontextmanager

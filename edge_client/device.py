@@ -8,15 +8,16 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from edge_client.bundle import Bundle
 from edge_client.data import DataSource
 from edge_client.errors import BundleError, DataError, StoreError
 from edge_client.events import (
+    Announced,
     Available,
     Cancel,
     Clock,
@@ -31,6 +32,7 @@ from edge_client.events import (
     Install,
     Installed,
     Keep,
+    Lacking,
     Log,
     Publish,
     Received,
@@ -52,9 +54,12 @@ from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
 from edge_client.transport import Link
 from edge_client.wire.envelope import Stamp
-from edge_client.wire.messages import BlobRef
+from edge_client.wire.messages import BlobRef, Condition
 from edge_client.wire.voice import Member, PlainMember
 from edge_client.worker import Worker
+
+if TYPE_CHECKING:
+    from edge_client.service.update import Updater  # a device that is not enrolled does not load what it checks with
 
 Result = TypeVar("Result")
 
@@ -145,6 +150,12 @@ class Device:
     """Where other programs find the newest model."""
     pulse: Pulse = field(default_factory=Pulse)
     """Beats at every training step; pauses them where it is told to."""
+    condition: Callable[[], Condition] = Condition
+    """How the device is, for each hello."""
+    updater: "Updater | None" = None
+    """Takes new releases of the client, where there is somebody to install them."""
+    greeted: bool = field(init=False, default=False)
+    """Whether it has answered an offer that it believes."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the federation says that it has finished."""
     link: Link = field(init=False)
@@ -163,7 +174,7 @@ class Device:
         rng = random.Random(self.seed if self.seed is not None else secrets.randbits(64))  # noqa: S311
         settings = SessionSettings(self.client, self.federation, software=self.software, uplink=self.uplink)
         held = dataclasses.replace(self._resume(), partial=self.store.partial())
-        self._session = ClientSession(settings, held, rng, self.boot, self.voice)
+        self._session = ClientSession(settings, held, rng, self.boot, self.voice, self._about)
         goodbye = self._session.goodbye()
         self.link = self.connect((goodbye.topic, goodbye.payload))
 
@@ -208,6 +219,7 @@ class Device:
     def connected(self) -> None:
         """The broker has accepted the connection."""
         self.feed(Connected())
+        self._update(lambda updater, now: updater.connected(now))
 
     def disconnected(self, reason: str) -> None:
         """The connection is gone."""
@@ -217,6 +229,11 @@ class Device:
     def message(self, topic: str, payload: bytes) -> None:
         """A message has arrived."""
         self.feed(Received(topic, payload))
+        self._update(lambda updater, now: updater.message(topic, payload, now))
+
+    def pull(self) -> None:
+        """Time has passed: ask again for what does not come of a release."""
+        self._update(lambda updater, now: updater.tick(now))
 
     # What the session decides.
 
@@ -263,10 +280,23 @@ class Device:
                 self.store.discard()
             case Witness(stamp, issued):
                 self.remember(stamp, issued)
+            case Announced(release):
+                self._update(lambda updater, now: updater.announced(release, now, time.time()))
+            case Lacking():
+                self.feed(action)
             case Log(text):
                 self.log(f"{self.client}: {text}")
             case Done():
                 self.done.set()
+
+    def _update(self, step: "Callable[[Updater, float], Iterable[object]]") -> None:
+        if self.updater is not None and not self._closing:
+            for action in step(self.updater, asyncio.get_running_loop().time()):
+                self._act(action)
+
+    def _about(self) -> Condition:
+        self.greeted = True
+        return self.condition()
 
     def _keep(self, ref: BlobRef, index: int, data: bytes) -> None:
         """A chunk that cannot be kept is no harm: only a restart would miss it."""

@@ -89,12 +89,31 @@ class Available:
 
 
 @dataclass(frozen=True)
+class Lacking:
+    """Chunks of a published blob that the driver pulls by itself do not come."""
+
+    sha256: bytes
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time has passed; due at ``ClientSession.wake``."""
 
 
 Event = (
-    Connected | Disconnected | Received | Counted | Clock | Installed | Rejected | Finished | Failed | Available | Tick
+    Connected
+    | Disconnected
+    | Received
+    | Counted
+    | Clock
+    | Installed
+    | Rejected
+    | Finished
+    | Failed
+    | Available
+    | Lacking
+    | Tick
 )
 
 
@@ -177,6 +196,13 @@ class Witness:
 
 
 @dataclass(frozen=True)
+class Announced:
+    """The server asks the device to install this release; whoever installs it believes its signature alone."""
+
+    release: m.Release
+
+
+@dataclass(frozen=True)
 class Log:
     """One line for the operator."""
 
@@ -188,4 +214,18 @@ class Done:
     """The federation has reached its end; a driver may leave or wait for another."""
 
 
-Action = Subscribe | Unsubscribe | Publish | Install | Work | Cancel | Settle | Keep | Discard | Witness | Log | Done
+Action = (
+    Subscribe
+    | Unsubscribe
+    | Publish
+    | Install
+    | Work
+    | Cancel
+    | Settle
+    | Keep
+    | Discard
+    | Witness
+    | Announced
+    | Log
+    | Done
+)

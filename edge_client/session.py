@@ -6,7 +6,7 @@ and storing are actions that a driver carries out, whose results come back as ev
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from edge_client import events as e
@@ -34,6 +34,8 @@ class ClientSession:
     boot: bytes
     voice: Member = field(default_factory=PlainMember)
     """How it speaks to the server, and what it believes of what it hears."""
+    condition: Callable[[], m.Condition] = m.Condition
+    """How the device is, asked for each hello."""
     dropped: int = 0
     """Messages that were malformed, foreign, too large or not believed, and were dropped."""
     distrusted: int = 0
@@ -152,6 +154,8 @@ class ClientSession:
                 self._samples = self._samples if samples is None else samples
                 self._greeting.plan(now if self._connected and self._ready else None)
                 yield from self._tick(now)
+            case e.Lacking(sha256, indices):
+                yield self._say(m.Missing(sha256, indices))
             case e.Tick():
                 yield from self._tick(now)
 
@@ -188,6 +192,9 @@ class ClientSession:
             case m.Receipt():
                 self._greeting.heard()
                 yield from self._settled(message, now)
+            case m.Release():
+                self._greeting.heard()
+                yield e.Announced(message)
             case _:
                 raise WireError(f"{type(message).__name__} is not for clients")
 
@@ -388,7 +395,7 @@ class ClientSession:
     def _hello(self) -> e.Publish:
         held = self._bundle, self._version, self._digest, self._samples
         about = self._available, self._traffic, self.settings.software, self.settings.uplink or self._outbox.speed
-        return self._say(m.Hello(self._epoch, self.boot, *held, *about))
+        return self._say(m.Hello(self._epoch, self.boot, *held, *about, self.condition()))
 
     def _say(self, message: m.Message) -> e.Publish:
         return e.Publish(self._topics.up(self.settings.client), self.voice.say(message, self._epoch))

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from edge_client.device import Device
 from edge_client.errors import StoreError
 from edge_client.feeds.opening import Feeds
-from edge_client.service.board import Board, Readings
+from edge_client.service.board import Board, Readings, free_disk
 from edge_client.service.gate import Gate, Verdict
 from edge_client.service.notify import Notifier
 from edge_client.service.wear import Wear
+from edge_client.terminal import printable
+from edge_client.wire.messages import Condition, Progress
 
 _GLANCE = 10.0
 """Seconds between two looks at board and data."""
@@ -30,9 +32,15 @@ class Attendant:
     stall: float
     wear: Wear
     glance: float = _GLANCE
+    _progress: Progress | None = field(init=False, default=None)
+    """What the server knows of the release under way."""
+    _readings: Readings = field(init=False, default_factory=Readings)
     _said: Verdict | None = field(init=False, default=None)
     _told: tuple[bool, int | None] | None = field(init=False, default=None)
     _hangs: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self.device.condition = self.condition
 
     @asynccontextmanager
     async def attending(self) -> AsyncIterator[None]:
@@ -78,9 +86,35 @@ class Attendant:
             await asyncio.to_thread(self._shelve)
             readings = await asyncio.to_thread(self.board.read)
             self.judge(readings, asyncio.get_running_loop().time())
+            self._follow()
             if (written := self.wear.day()) is not None:
                 self.log(f"{self.device.client}: {written / 2**20:,.1f} MiB written to the disk in a day")
             await asyncio.sleep(self.glance)
+
+    def _follow(self) -> None:
+        """See how far a new release of the client is, and have the server told of what is new."""
+        updater = self.device.updater
+        if updater is None:
+            return
+        self.device.pull()
+        updater.look(joined=self.device.greeted)
+        if self.device.greeted and updater.progress != self._progress:
+            self.device.available(self._said is None or self._said.allowed)
+
+    def condition(self) -> Condition:
+        """How the device is now."""
+        said, found, updater = self._said, self._readings, self.device.updater
+        able = updater is not None and updater.able
+        self._progress = None if updater is None else updater.progress
+        return Condition(
+            degrees=found.degrees,
+            disk=free_disk(self.device.store.folder),
+            memory=found.free,
+            written=self.wear.rate(),
+            rests="" if said is None or said.allowed else printable(str(said))[:500],
+            platform=updater.platform if updater is not None and able else "",
+            progress=self._progress,
+        )
 
     def _shelve(self, *, now: bool = False) -> None:
         """Have the newest model written that waits for it."""
@@ -98,7 +132,7 @@ class Attendant:
         before = (True, ()) if self._said is None else (self._said.allowed, self._said.kinds)
         if (verdict.allowed, verdict.kinds) != before:
             self.log(f"{self.device.client}: {verdict}")
-        self._said = verdict
+        self._said, self._readings = verdict, readings
         self.device.pulse.pause(not verdict.allowed)
         if self._worth_telling(verdict.allowed, samples):
             self._told = verdict.allowed, samples

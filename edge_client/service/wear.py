@@ -15,6 +15,7 @@ class Wear:
         self._clock = clock
         self._began = self._day_began = clock()
         self._total = self._today = 0
+        self._last: int | None = None
         self._lock = threading.Lock()
 
     def wrote(self, count: int) -> None:
@@ -29,14 +30,19 @@ class Wear:
         """Bytes since the client started."""
         return self._total
 
+    def rate(self) -> int:
+        """Bytes that it writes in a day: of the last one, and before that is over as many as from the start on."""
+        with self._lock:
+            return self._today if self._last is None else self._last
+
     def day(self) -> int | None:
         """Bytes of the day that is over, once a day; None until it is."""
         with self._lock:
             now = self._clock()
             if now - self._day_began < _DAY:
                 return None
-            found, self._today, self._day_began = self._today, 0, now
-            return found
+            self._last, self._today, self._day_began = self._today, 0, now
+            return self._last
 
     def __str__(self) -> str:
         return f"{self._total / 2**20:,.1f} MiB written"
