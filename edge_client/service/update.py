@@ -1,5 +1,5 @@
-"""A client that is to be replaced: it takes a release that the server announces, fetches what it lacks of it, and leaves
-it to the privileged part of the device (`deploy.update`), which believes the federation's signature and not this one.
+"""A client that is to be replaced: it takes a release that the server announces, fetches what it lacks of it and leaves
+it to the privileged part of the device (`deploy.update`), which believes the federation's signature and not the client.
 
 What the two share is files. This side writes ``staging``: the wheels by their SHA-256, then ``release.signed``, which
 wakes the other side; and ``alive``, in which a client that is on trial says that it has heard the server. The other

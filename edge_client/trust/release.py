@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_client.errors import TrustError, WireError
-from edge_client.wire.messages import BlobRef, FederationName, Moment, Release, Version
+from edge_client.wire.messages import BlobRef, FederationName, Hash, Moment, Release, Version
 
 _DOMAIN = "fedge-release/1"
 _CLOCK_ERROR = 3600.0
@@ -45,6 +45,8 @@ class Record(Struct, frozen=True, array_like=True):
     files: Annotated[tuple[File, ...], Meta(min_length=1, max_length=200)]
     back: bool = False
     """Whether it may take the place of a newer version."""
+    pins: Annotated[tuple[Hash, ...], Meta(max_length=8)] = ()
+    """The public keys by which releases are believed from then on, once it has proved itself; none leaves them."""
 
 
 def seal(record: Record, sign: Callable[[bytes], bytes]) -> Release:
