@@ -19,6 +19,7 @@ from broker_server.artifacts import Report, check_folder, read_report, read_tens
 from broker_server.config import Federation, load
 from broker_server.connection import broker, hush, keys, server_link
 from broker_server.entrance import enter
+from broker_server.fleet import FleetCare
 from broker_server.ledger import BEST, Ledger
 from broker_server.records import Round, Task
 from broker_server.report import human_bytes, table
@@ -69,6 +70,7 @@ def serve(file: Path, insecure: bool) -> None:
                 fit=fit,
                 keyring=keyring,
                 hush=hush(settings, log),
+                fleet=FleetCare(Path(settings.federation.state), log, time.time),
             )
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):

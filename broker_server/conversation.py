@@ -58,6 +58,7 @@ class Conversation(Hearing):
     """The offer as it stands, and as it is retained."""
     _again: float | None = field(init=False, default=None)
     """When it is put back in its place once more."""
+    _steering: e.Steered = field(init=False, default_factory=e.Steered)
     _repetition: Repetition = field(init=False)
     _defended: float = field(init=False, default=-math.inf)
     """When it was put back last where somebody else had put another one."""
@@ -150,6 +151,10 @@ class Conversation(Hearing):
                     yield from self._proclaim()
             case e.Rekeyed(given, gone):
                 yield from self._rekeyed(given, gone, now)
+            case e.Steered():
+                yield from self._steered(event, now)
+            case e.Say(client, message):
+                yield self._tell(client, message)
             case e.Refused(_, _, client, reason):
                 yield from self._answered(event, now)
                 yield from self._struck(self._conduct.strike(client, reason, now), now)
@@ -189,6 +194,8 @@ class Conversation(Hearing):
         yield e.Subscribe((self._topics.every_up, self._topics.offer))
         if self.restored.bundle.inline is None:
             yield e.Spread(self.restored.bundle)
+        for ref, _ in self._steering.files:
+            yield e.Spread(ref)
         yield from self._proclaim()
         yield from self._repeat()
         if first:
@@ -295,7 +302,7 @@ class Conversation(Hearing):
                 self._roster.count(client, message.traffic)
                 yield from self._uploads(client, message, now)
             case m.Missing(sha256, indices):
-                for ref in (self.restored.bundle, *self._blobs()):
+                for ref in (self.restored.bundle, *self._blobs(), *(ref for ref, _ in self._steering.files)):
                     if ref.sha256 == sha256 and ref.inline is None:
                         yield from self._again_for(client, ref, indices, now)
                         break
@@ -314,9 +321,28 @@ class Conversation(Hearing):
         if hello.epoch < self.restored.epoch:
             yield from self._missed(client)
         if hello.epoch == self.restored.epoch and hello.bundle == self.restored.bundle.sha256:
-            counted = self.settings.limits.count(hello.samples)
-            self._roster.hello(client, msgspec.structs.replace(hello, samples=counted))
+            yield e.Seen(client, hello)
+            counted, willing = self.settings.limits.count(hello.samples), hello.available
+            available = willing and not self._steering.pauses(client)
+            hello = msgspec.structs.replace(hello, available=available)
+            self._roster.hello(client, msgspec.structs.replace(hello, samples=counted)).willing = willing
             yield from self._comes(client, hello, now)
+
+    def _steered(self, event: e.Steered, now: float) -> Iterator[e.Action]:
+        before, self._steering = self._steering, event
+        for ref, path in event.files:
+            if (ref, path) not in before.files:
+                yield e.Adopt(ref, path)
+                if self._connected:
+                    yield e.Spread(ref)
+        for ref, path in before.files:
+            if (ref, path) not in event.files:
+                yield e.Sweep(ref)
+        for client in self._roster.steer(event.pauses):
+            if (member := self._roster.get(client)) is not None:
+                # As if it had said so itself: a task that it has it ends, and its update counts.
+                held = member.boot, self.restored.bundle.sha256, member.version, member.digest, member.samples
+                yield from self._comes(client, m.Hello(self.restored.epoch, *held, member.available), now)
 
     def _inquire(self, client: str, upload: m.Upload) -> Iterator[e.Action]:
         # Of an epoch to come this ledger knows nothing: a newer server does, and will say.

@@ -13,7 +13,7 @@ from edge_client.events import Publish as Publish
 from edge_client.events import Received as Received
 from edge_client.events import Subscribe as Subscribe
 from edge_client.events import Tick as Tick
-from edge_client.wire.messages import BlobRef
+from edge_client.wire.messages import BlobRef, Hello, Message
 from edge_client.wire.transfer import Checklist
 
 # The start.
@@ -65,6 +65,30 @@ class Rekeyed:
 
     given: tuple[str, ...]
     gone: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What the operator wants of the fleet has changed, or is known at the start."""
+
+    paused: frozenset[str] = frozenset()
+    """Clients of which no work is asked."""
+    everyone: bool = False
+    """Whether no work is asked of anybody."""
+    files: tuple[tuple[BlobRef, str], ...] = ()
+    """Blobs that are to be retained, in files by their paths."""
+
+    def pauses(self, client: str) -> bool:
+        """Whether no work is asked of a client."""
+        return self.everyone or client in self.paused
+
+
+@dataclass(frozen=True)
+class Say:
+    """A message to a client that has nothing to do with training."""
+
+    client: str
+    message: Message
 
 
 @dataclass(frozen=True)
@@ -161,6 +185,8 @@ Event = (
     | Clock
     | Tick
     | Rekeyed
+    | Steered
+    | Say
     | Opened
     | Recorded
     | Refused
@@ -327,6 +353,22 @@ class Misconduct:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """A client has said how it is."""
+
+    client: str
+    hello: Hello
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """Take a file for a blob that may be published."""
+
+    ref: BlobRef
+    path: str
+
+
+@dataclass(frozen=True)
 class Fenced:
     """Another server of this federation has a higher epoch, and clients follow it: end, and leave its topics alone."""
 
@@ -360,6 +402,8 @@ Action = (
     | Dated
     | FinishRound
     | Misconduct
+    | Seen
+    | Adopt
     | Fenced
     | Stop
 )

@@ -1,6 +1,7 @@
 """Who is there: what each client has said of itself, and the bytes that its transport has counted."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from broker_server.selection import Candidate
@@ -18,6 +19,8 @@ class Member:
     available: bool
     present: bool = True
     last_round: int = -1
+    willing: bool = True
+    """Whether it said that it may train: where its operator has it pause, it is not asked all the same."""
     uplink: float = 0.0
     """Bytes a second that it can send; 0 is not known."""
     traffic: Traffic = field(default_factory=Traffic)
@@ -101,6 +104,18 @@ class Roster:
         self._present += member.ready
         self.count(client, hello.traffic)
         return member
+
+    def steer(self, paused: Callable[[str], bool]) -> list[str]:
+        """Have clients pause, or go on; those that are there and are affected."""
+        changed = []
+        for client, member in self._members.items():
+            available = member.willing and not paused(client)
+            if available != member.available:
+                self._present += member.present and available
+                self._present -= member.ready
+                member.available = available
+                changed += [client] if member.present else []
+        return changed
 
     def goodbye(self, client: str, boot: bytes) -> bool:
         """A client is gone; False when that was an earlier life of it."""

@@ -16,6 +16,7 @@ from broker_server.config import Federation
 from broker_server.conversation import Conversation
 from broker_server.coordinator import Coordinator
 from broker_server.database import Lock
+from broker_server.fleet import FleetCare
 from broker_server.hush import Hush
 from broker_server.metrics import names
 from broker_server.records import Round
@@ -69,6 +70,8 @@ class Server:
     """What it signs with, and whom it believes; without one nothing is signed and everybody is believed."""
     hush: Hush | None = None
     """Tells the broker who is muted, where it can be told."""
+    fleet: FleetCare | None = None
+    """Looks after the devices themselves, where somebody is to."""
     _pool: ThreadPoolExecutor = field(init=False)
     _worker: Worker = field(init=False)
     _coordinator: Conversation = field(init=False)
@@ -106,12 +109,15 @@ class Server:
             self._coordinator = coordinator(self.settings, restored, self._voice(restored.epoch))
             for answer in await self._in_worker(lambda: list(self._worker.replay(restored))):
                 self._feed(answer)
+            if self.fleet is not None:
+                await self.fleet.start(self._feed, self.settings.transfer.chunk)
             self.on_start(restored)
             if self.keyring is not None:
                 self._watch(self.keyring)
             tasks = [asyncio.ensure_future(self._work()), asyncio.ensure_future(self.link.run(self))]
-            if self.hush is not None:
-                tasks.append(asyncio.ensure_future(self.hush.run()))
+            for care in (self.hush, self.fleet):
+                if care is not None:
+                    tasks.append(asyncio.ensure_future(care.run()))
             everything: list[asyncio.Future[Any]] = [*tasks, self._ended]
             await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
@@ -132,6 +138,8 @@ class Server:
                 for task in (tasks[0], *tasks[2:]):
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+            if self.fleet is not None:
+                await self.fleet.close()
             if hasattr(self, "_worker"):
                 await self._in_worker(self._worker.close)
             self._pool.shutdown()
@@ -217,6 +225,9 @@ class Server:
                 self.link.publish(topic, payload, retain=True)
             case e.Log(text):
                 self.log(text)
+            case e.Seen(client, hello):
+                if self.fleet is not None:
+                    self.fleet.seen(client, hello)
             case e.Stop(reason):
                 self.stop(reason)
             case e.Fenced(epoch):

@@ -4,12 +4,13 @@ One thread does all of it, in the order in which the coordinator asked, because 
 are added to the sum in ledger order: a replay after a crash then gives the same bits.
 """
 
+import contextlib
 import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import msgspec
 import numpy as np
@@ -91,6 +92,8 @@ class Worker:
         self.spool = Spool(self._state / "uploads", limit=max_update_bytes(self._layouts))
         self._tasks: dict[tuple[int, int], Task] = {}
         self._blobs: dict[bytes, bytes] = {}
+        self._files: dict[bytes, Path] = {}
+        """Blobs that are too many to be in memory."""
         self._bundle_bytes = bundle_bytes
 
     def start(self) -> e.Restored:
@@ -181,6 +184,8 @@ class Worker:
                 self._ledger.put(_ISSUED, repr(issued))
             case e.Misconduct(client, kind, reason, seconds):
                 self._ledger.accuse(Misconduct(time.time(), client, kind, reason, seconds))
+            case e.Adopt(ref, path):
+                self._files[ref.sha256] = Path(path)
             case e.FinishRound(result, best, fleet):
                 with self._ledger.group():
                     self._ledger.put(_FLEET, str(fleet))
@@ -192,7 +197,10 @@ class Worker:
         return None
 
     def chunks(self, ref: BlobRef, indices: tuple[int, ...]) -> list[tuple[int, bytes]]:
-        """Chunks of a blob that this worker built; none once it is forgotten."""
+        """Chunks of a blob that this worker built or adopted; none once it is forgotten."""
+        if (path := self._files.get(ref.sha256)) is not None:
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                return [(index, _read(file, ref, index)) for index in indices]
         data = self._blobs.get(ref.sha256)
         return [] if data is None else [(index, transfer.piece(data, ref, index)) for index in indices]
 
@@ -204,6 +212,7 @@ class Worker:
         """Forget topics that are cleared, and the blob that they carried."""
         if ref is not None:
             self._blobs.pop(ref.sha256, None)
+            self._files.pop(ref.sha256, None)
         self._ledger.released(topics)
 
     def write_models(self) -> dict[str, Report]:
@@ -312,3 +321,8 @@ class Worker:
         if ref.inline is None:
             self._blobs[ref.sha256] = data
         return ref
+
+
+def _read(file: BinaryIO, ref: BlobRef, index: int) -> bytes:
+    file.seek(index * ref.chunk)
+    return file.read(ref.chunk)

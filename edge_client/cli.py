@@ -345,7 +345,10 @@ def _updater(identity: "Identity", state: Path, wear: Wear) -> "Updater":
         return any(verify(pin, data, signature) for pin in identity.pins)
 
     topics, running = Topics(identity.federation), version("fedge")
-    return Updater(state / "release", RELEASES, topics, believed, running, here(), wear.wrote)
+    found = Updater(state / "release", RELEASES, topics, believed, running, here(), wear.wrote)
+    # Before the first hello: a client on trial has to say that it is.
+    found.look(joined=False)
+    return found
 
 
 @asynccontextmanager

@@ -12,9 +12,10 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import msgspec
+from msgspec import Meta
 
 from edge_client import events as e
 from edge_client.download import Download, Pull
@@ -40,7 +41,7 @@ Action = e.Subscribe | e.Unsubscribe | e.Lacking | e.Log
 class Report(msgspec.Struct, frozen=True):
     """What the privileged part says of the release that it took last."""
 
-    record: str
+    record: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     """SHA-256 of the record, in hexadecimal digits."""
     version: str
     stage: str
@@ -113,21 +114,21 @@ class Updater:
         """A release is announced, perhaps again; ``now`` is monotonic, ``wall`` in seconds since 1970."""
         if not self.able or release == self._release:
             return
-        name = hashlib.sha256(release.record).hexdigest()
+        name = _name(release)
         self.look(joined=False)
-        if self._report is not None and self._report.record == name:
+        if self._report is not None and bytes.fromhex(self._report.record)[:8] == name:
             return  # the privileged part has it, or had it: what became of it is said with each hello
         version = claimed(release)
         try:
             record = unseal(release, self.topics.federation, self.verify)
             if version == self.running:
-                self.progress = m.Progress(version, "healthy", "runs it already")
+                self.progress = m.Progress(version, "healthy", "runs it already", name)
                 return
             admit(record, now=wall, running=self.running, newest=0.0)
             yield from self._take(release, record, now)
         except (WireError, OSError, StoreError, ConfigError) as error:
             yield from self._stop()
-            yield from self._refuse(version, error)
+            yield from self._refuse(version, name, error)
 
     def message(self, topic: str, payload: bytes, now: float) -> Iterator[Action]:
         """Something has come on a topic; nothing is done about what is no chunk of a release."""
@@ -145,8 +146,10 @@ class Updater:
                 yield from self._taken(download, now)
         except (WireError, OSError, StoreError, ConfigError) as error:
             if not isinstance(error, WireError):
+                release = self._release
                 yield from self._stop()
-                yield from self._refuse("" if self.progress is None else self.progress.version, error)
+                if release is not None:
+                    yield from self._refuse(claimed(release), _name(release), error)
 
     def connected(self, now: float) -> Iterator[Action]:
         """There is a connection again, and nothing is subscribed to any more."""
@@ -172,7 +175,7 @@ class Updater:
         if report is None or self._download is not None:
             return
         # A newer release may wait to be looked at meanwhile.
-        if self._release is None or report.record == hashlib.sha256(self._release.record).hexdigest():
+        if self._release is None or bytes.fromhex(report.record)[:8] == _name(self._release):
             self.progress = _shown(report) or self.progress
         if report.stage == "trial" and report.version == self.running and joined:
             self._live(report.token)
@@ -198,7 +201,7 @@ class Updater:
         needed = _UNPACKED * sum(file.blob.size for file in files) + missing + _SPARE
         if (free := free_disk(self.staging)) < needed:
             raise StoreError(f"{free >> 20} MiB of disk are free, and {needed >> 20} are needed")
-        self._release, self.progress = release, m.Progress(record.version, "fetching")
+        self._release, self.progress = release, m.Progress(record.version, "fetching", release=_name(release))
         yield e.Log(f"release {record.version}: fetching {missing / 2**20:,.1f} MiB in {len(self._lacking)} files")
         yield from self._next(now)
 
@@ -225,7 +228,7 @@ class Updater:
             return
         self._download = None
         write_secret(self.staging / SIGNED, msgspec.msgpack.encode(release))
-        self.progress = m.Progress(progress.version, "staged")
+        self.progress = m.Progress(progress.version, "staged", release=_name(release))
         yield e.Log(f"release {progress.version}: all of it is here, to be installed")
 
     def _taken(self, download: Download, now: float) -> Iterator[Action]:
@@ -244,11 +247,11 @@ class Updater:
         if download is not None:
             yield from self._pull(download, download.stop())
 
-    def _refuse(self, version: str, error: Exception) -> Iterator[Action]:
+    def _refuse(self, version: str, name: bytes, error: Exception) -> Iterator[Action]:
         waits = isinstance(error, TrustError)
         reason = printable(error.strerror or str(error) if isinstance(error, OSError) else str(error))[:500]
         if version:
-            self.progress = m.Progress(version, "refused", reason)
+            self.progress = m.Progress(version, "refused", reason, name)
         yield e.Log(f"a release is {'not believed' if waits else 'of no use here'}: {reason}")
 
     def _pull(self, download: Download, pull: Pull) -> Iterator[Action]:
@@ -271,6 +274,11 @@ def digest(file: BinaryIO) -> bytes:
 
 def _shown(report: Report) -> m.Progress | None:
     try:
-        return msgspec.convert([report.version, report.stage, report.detail[:500]], m.Progress)
-    except msgspec.ValidationError:
+        fields = [report.version, report.stage, report.detail[:500], bytes.fromhex(report.record)[:8]]
+        return msgspec.convert(fields, m.Progress, builtin_types=(bytes,))
+    except (msgspec.ValidationError, ValueError):
         return None
+
+
+def _name(release: m.Release) -> bytes:
+    return hashlib.sha256(release.record).digest()[:8]

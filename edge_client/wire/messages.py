@@ -83,6 +83,8 @@ class Progress(Struct, frozen=True, array_like=True):
     stage: Literal["fetching", "staged", "trial", "healthy", "refused", "back"]
     """On its way; left to be installed; runs and is watched; is the client; not installed; the one before runs."""
     detail: Text = ""
+    release: Annotated[bytes, Meta(max_length=8)] = b""
+    """The first bytes of the SHA-256 of its record: which release of that version."""
 
 
 class Condition(Struct, frozen=True, array_like=True):

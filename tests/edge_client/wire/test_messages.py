@@ -19,7 +19,13 @@ INVITATION = m.Invitation(
     7, 9, 3, "train", m.TrainPlan(2, 0, 16, {"lr": 0.1}), m.UpdatePlan(), 5, 60.0, 1, 2, HASH, CHUNKED
 )
 CONDITION = m.Condition(
-    41.5, 2**33, 2**28, 2**20, "48 degrees", "cp311-aarch64", m.Progress("0.2.0rc1", "back", "no word from the server")
+    41.5,
+    2**33,
+    2**28,
+    2**20,
+    "48 degrees",
+    "cp311-aarch64",
+    m.Progress("0.2.0rc1", "back", "no word", b"8 bytes."),
 )
 EXAMPLES = [
     m.Hello(1, BOOT, HASH, 4, HASH, 100, True, m.Traffic(5, 6), "pi", 0.0, CONDITION),
