@@ -4,7 +4,7 @@ The operator's commands write to the same file (`broker_server.inventory`), whet
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,10 +77,10 @@ class FleetCare:
     def seen(self, client: str, hello: Hello) -> None:
         """A device has said how it is."""
         said, now = Said.of(hello), self.wall()
-        before = self._devices.get(client, Device(client, now, said))
+        before = self._devices.get(client, Device(client, 0.0, None))
         self._devices[client] = before._replace(seen=now, said=said)
         self._unwritten[client] = now, said
-        self._news = self._news or client in self._seats or before.said != said
+        self._news = self._news or before.said != said
         seat = self._seats.get(client)
         if seat is not None and seat.state == "asked":
             # It may not have heard: brokers lose messages, and it may have been somewhere else.
@@ -167,12 +167,7 @@ class FleetCare:
             return
         self._rollout, number = after, self._number
         self._seats |= changed
-        for client, seat in sorted(changed.items()):
-            why = f": {printable(seat.reason)}" if seat.reason else ""
-            self.log(f"release {after.version}: {client} {_SHOWN[seat.state]}{why}")
-        if (after.state, after.wave) != (before.state, before.wave):
-            where = f"wave {after.wave + 1} of {len(after.waves)}" if after.state == "running" else after.state
-            self.log(f"release {after.version}: {where}{': ' if after.reason else ''}{printable(after.reason)}")
+        self._tell(before, after, changed)
         # On the disk before anybody is asked: a server that forgets whom it has asked would ask too many.
         await self._there(lambda: self._inventory.keep(number, after, changed))
         for client, seat in changed.items():
@@ -180,6 +175,20 @@ class FleetCare:
                 self._ask(client)
         if after.state == "stopped":
             self._steer(bool(self._steered and self._steered.everyone))
+
+    def _tell(self, before: Rollout, after: Rollout, changed: Mapping[str, Seat]) -> None:
+        """Say what is new, in the order in which it came to be."""
+        lines = {
+            client: f"{client} {_SHOWN[seat.state]}{': ' if seat.reason else ''}{printable(seat.reason)}"
+            for client, seat in sorted(changed.items())
+        }
+        asked = [lines[client] for client in lines if changed[client].state == "asked"]
+        said = [line for line in lines.values() if line not in asked]
+        if (after.state, after.wave) != (before.state, before.wave):
+            where = f"wave {after.wave + 1} of {len(after.waves)}" if after.state == "running" else after.state
+            said.append(f"{where}{': ' if after.reason else ''}{printable(after.reason)}")
+        for line in (*said, *asked):
+            self.log(f"release {after.version}: {line}")
 
     async def _stop(self, rollout: Rollout, reason: str) -> None:
         self._rollout, number = msgspec.structs.replace(rollout, state="stopped", reason=reason), self._number

@@ -30,6 +30,8 @@ class _Fleet(click.Group):
         named = [word for word in args if not word.startswith("-")]
         if not named or named[0] in self.commands:
             args = [_FILE, *args]
+        if "--json" in args:
+            args = ["--json", *(word for word in args if word != "--json")]
         return super().parse_args(ctx, args)
 
 
