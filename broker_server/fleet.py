@@ -47,8 +47,9 @@ class FleetCare:
     watch: float = _WATCH
     _feed: Callable[[e.Event], None] = field(init=False)
     _chunk: int = field(init=False)
-    _pool: ThreadPoolExecutor = field(init=False)
+    _pool: ThreadPoolExecutor = field(init=False, default_factory=lambda: ThreadPoolExecutor(1, "fleet"))
     _inventory: Inventory = field(init=False)
+    _open: bool = field(init=False, default=False)
     _devices: dict[str, Device] = field(init=False, default_factory=dict)
     _unwritten: dict[str, tuple[float, Said]] = field(init=False, default_factory=dict)
     _revision: int | None = field(init=False, default=None)
@@ -70,8 +71,8 @@ class FleetCare:
             LedgerError: the file cannot be used.
         """
         self._feed, self._chunk = feed, chunk
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fleet")
         self._inventory = await self._there(lambda: Inventory.open(self.state))
+        self._open = True
         await self._refresh()
 
     def seen(self, client: str, hello: Hello) -> None:
@@ -107,8 +108,9 @@ class FleetCare:
     async def close(self) -> None:
         """Write what is not written yet, and let the file go."""
         try:
-            await self._write()
-            await self._there(self._inventory.close)
+            if self._open:
+                await self._write()
+                await self._there(self._inventory.close)
         except FedgeError as error:
             self.log(str(error))
         self._pool.shutdown()

@@ -3,6 +3,8 @@
 What a device said last is written in groups, now and then; what the operator wants of it, at once.
 """
 
+import fcntl
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Literal, NamedTuple, Self
 
 import msgspec
 
-from broker_server.database import Database, Lock, Migrations
+from broker_server.database import Database, Migrations
 from broker_server.rollout import Rollout, Seat
 from edge_client.errors import LedgerError
 from edge_client.wire.messages import Condition, Hello
@@ -84,10 +86,10 @@ class Inventory:
     def open(cls, state: Path) -> Self:
         """Open that of a federation's state folder, or make it."""
         path = state / FILE
-        if not path.exists():
-            with _alone(path):
-                Database.write_to(path, _MIGRATIONS, Lock(path)).close()
-        return cls(Database.share(path, _MIGRATIONS))
+        with _alone(path):
+            if not path.exists():
+                Database.write_to(path, _MIGRATIONS).close()
+            return cls(Database.share(path, _MIGRATIONS))
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
@@ -233,9 +235,14 @@ def _said(data: bytes | None) -> Said | None:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Another one may make it at the same time: then it is there."""
+    """Wait for others that make or migrate the file; the kernel lets go of what a process held, however that ends."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        turn = os.open(path.with_name(path.name + ".turn"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise LedgerError(f"{path}: cannot be created ({error.strerror}); name a state folder to write to") from error
+    try:
+        fcntl.flock(turn, fcntl.LOCK_EX)
         yield
-    except LedgerError:
-        if not path.exists():
-            raise
+    finally:
+        os.close(turn)

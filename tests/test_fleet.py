@@ -8,6 +8,7 @@ import sqlite3
 import time
 from contextlib import closing
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -15,11 +16,14 @@ from broker_server import fleet_cli
 from broker_server.authority import Authority
 from broker_server.config import load
 from broker_server.fleet import FleetCare
+from broker_server.inventory import Inventory
 from broker_server.ledger import Ledger
 from broker_server.server import Server
 from edge_client.device import Workshop
 from edge_client.errors import FedgeError
 from edge_client.memory import MemoryBroker, MemoryLink
+from edge_client.trust.keys import SigningKey
+from edge_client.trust.release import seal
 from tests.deploy.update.bench import BROKEN, wheel
 from tests.office import Office
 from tests.pi import DEAF, Pi
@@ -212,5 +216,48 @@ def test_a_release_reaches_the_fleet_in_waves_and_a_bad_one_stops_at_the_first(t
             assert sorted(len(pi.lives) for pi in here.pis) == [2, 2, 2, 4]
             shown = await here.fedge()
             assert "release 0.3.1: stopped (1 of 1 in wave 1 failed" in shown
+
+    asyncio.run(play())
+
+
+def test_a_server_that_is_started_anew_goes_on_with_a_rollout_and_what_was_tampered_with_is_refused(tmp_path):
+    async def play():
+        async with site(tmp_path) as here:
+            await here.fedge("pause", "--all")
+            await here.boot("a", "b")
+            wheel(tmp_path / "good", "0.2.0")
+            await here.fedge("update", tmp_path / "good", "--waves", "1,100%")
+            await here.until("is asked")
+            await here.stop()
+            await here.serve()
+            await here.until("release 0.2.0: done")
+            assert [pi.lives for pi in here.pis] == [["0.1.0", "0.2.0"]] * 2
+            assert sorted(line for line in here.lines if "is asked" in line) == [
+                "release 0.2.0: a is asked",
+                "release 0.2.0: b is asked",
+            ]
+
+            # Whoever has the server and not the key: the devices believe none of it.
+            await here.stop()
+            with Inventory.open(tmp_path / "server") as inventory:
+                _, rollout = inventory.latest()
+                changed = msgspec.structs.replace(rollout.record, version="6.6.6", issued=time.time())
+                said = msgspec.structs.replace(rollout, version="6.6.6", wave=0, state="running")
+                forged = seal(changed, SigningKey.generate().sign)
+                inventory.begin(msgspec.structs.replace(said, release=forged), 1.0)
+            await here.serve()
+            await here.until("release 6.6.6: stopped: 1 of 1 in wave 1 failed: the signature of the release is not the")
+            assert [pi.runs for pi in here.pis] == ["0.2.0"] * 2
+            assert [pi.report["version"] for pi in here.pis] == ["0.2.0"] * 2  # root has not even seen it
+
+            # Nor of what was signed once and is over.
+            await here.stop()
+            with Inventory.open(tmp_path / "server") as inventory:
+                old = msgspec.structs.replace(rollout.record, version="0.1.5", issued=1.0, expires=2.0)
+                said = msgspec.structs.replace(rollout, version="0.1.5", release=seal(old, here.authority.signing.sign))
+                inventory.begin(msgspec.structs.replace(said, wave=0, state="running"), 1.0)
+            await here.serve()
+            await here.until("release 0.1.5: stopped: 1 of 1 in wave 1 failed: the release expired")
+            assert [pi.runs for pi in here.pis] == ["0.2.0"] * 2
 
     asyncio.run(play())

@@ -111,7 +111,7 @@ class Attendant:
             disk=free_disk(self.device.store.folder),
             memory=found.free,
             written=self.wear.rate(),
-            rests="" if said is None or said.allowed else printable(str(said))[:500],
+            rests="" if said is None or said.allowed else printable(str(said).removeprefix("does not train: "))[:500],
             platform=updater.platform if updater is not None and able else "",
             progress=self._progress,
         )

@@ -98,6 +98,8 @@ class Updater:
     wrote: Callable[[int], None] = lambda _: None
     progress: m.Progress | None = None
     _release: m.Release | None = field(init=False, default=None)
+    _latest: bytes = field(init=False, default=b"")
+    """Which release was announced last."""
     _lacking: list[File] = field(init=False, default_factory=list)
     _download: Download | None = field(init=False, default=None)
     _seen: tuple[int, int] | None = field(init=False, default=None)
@@ -114,7 +116,7 @@ class Updater:
         """A release is announced, perhaps again; ``now`` is monotonic, ``wall`` in seconds since 1970."""
         if not self.able or release == self._release:
             return
-        name = _name(release)
+        name = self._latest = _name(release)
         self.look(joined=False)
         if self._report is not None and bytes.fromhex(self._report.record)[:8] == name:
             return  # the privileged part has it, or had it: what became of it is said with each hello
@@ -174,8 +176,8 @@ class Updater:
         report = self._report
         if report is None or self._download is not None:
             return
-        # A newer release may wait to be looked at meanwhile.
-        if self._release is None or bytes.fromhex(report.record)[:8] == _name(self._release):
+        # A newer release may wait to be looked at, or have been refused before it came so far.
+        if self._latest in (b"", bytes.fromhex(report.record)[:8]):
             self.progress = _shown(report) or self.progress
         if report.stage == "trial" and report.version == self.running and joined:
             self._live(report.token)

@@ -871,3 +871,22 @@ def test_damaged_chunks_that_were_kept_are_discarded_and_fetched_anew():
     assert e.Discard() in actions
     actions = [action for _, action in machine.wait(5.0)]
     assert len(only(actions, e.Subscribe)[-1].topics) == 4
+
+
+def test_a_release_is_handed_on_and_what_it_lacks_is_asked_for_under_the_epoch():
+    machine = Machine(Held(bundle=INLINE.sha256))
+    machine.feed(e.Connected())
+    machine.offered(epoch=3)
+    release = m.Release(b"what it is", bytes(64))
+    assert machine.told(release) == [e.Announced(release)]
+    assert said(machine.feed(e.Lacking(V1, (1, 5)))) == [m.Missing(V1, (1, 5))]
+
+
+def test_each_hello_says_how_the_device_is_then():
+    machine = Machine(Held(bundle=INLINE.sha256))
+    degrees = iter((40.0, 50.0))
+    machine.session.condition = lambda: m.Condition(degrees=next(degrees))
+    machine.feed(e.Connected())
+    (first,) = said(machine.offered(), m.Hello)
+    (second,) = said(machine.feed(e.Available(True)), m.Hello)
+    assert (first.condition.degrees, second.condition.degrees) == (40.0, 50.0)

@@ -187,3 +187,66 @@ def test_an_error_that_no_one_expected_ends_the_client(tmp_path, workshop):
                     await made.device.run()
 
     asyncio.run(play())
+
+
+def test_the_server_hears_how_the_device_is_with_each_hello(tmp_path, workshop):
+    lines = []
+
+    async def play():
+        np.savez(tmp_path / "data.npz", **toy_data(40))
+        async with scene(tmp_path, workshop, lines, str(tmp_path / "data.npz")) as (made, server, hello):
+            assert hello.condition.disk > 0
+            assert hello.condition.platform == ""  # nobody could update it
+            made.wear.wrote(10_000)
+            made.judge(Readings(degrees=90.0, free=10 << 20), 0.0)
+            found = (await server.said(m.Hello)).condition
+            assert (found.degrees, found.memory) == (90.0, 10 << 20)
+            assert found.written >= 12_288
+            assert found.rests == "90 degrees (at most 75), 10 MiB of memory free (at least 48)"
+            made.judge(COOL, 1.0)
+            assert (await server.said(m.Hello)).condition.rests == ""
+
+    asyncio.run(play())
+
+
+class Updating:
+    """As much of an updater as is looked at here."""
+
+    able, platform, progress = True, "cp311-aarch64", None
+
+    def __init__(self):
+        self.joined = []
+
+    def look(self, *, joined):
+        self.joined.append(joined)
+
+    def tick(self, now):
+        return ()
+
+    def connected(self, now):
+        return ()
+
+    def message(self, topic, payload, now):
+        return ()
+
+
+def test_how_far_a_release_is_is_said_at_once_and_only_where_it_is_news(tmp_path, workshop):
+    lines = []
+
+    async def play():
+        np.savez(tmp_path / "data.npz", **toy_data(40))
+        async with scene(tmp_path, workshop, lines, str(tmp_path / "data.npz")) as (made, server, _):
+            made.device.updater = updating = Updating()
+            made.judge(HOT, 0.0)
+            assert (await server.said(m.Hello)).condition.platform == "cp311-aarch64"
+            updating.progress = m.Progress("0.2.0", "staged")
+            made._follow()
+            hello = await server.said(m.Hello)
+            assert (hello.condition.progress, hello.available) == (updating.progress, False)
+            said = []
+            made.device.available = lambda *state: said.append(state)
+            made._follow()
+            assert said == []
+            assert updating.joined == [True, True]
+
+    asyncio.run(play())

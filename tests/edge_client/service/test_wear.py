@@ -67,3 +67,14 @@ def test_a_round_of_the_toy_writes_few_blocks(tmp_path, monkeypatch):
     counts = asyncio.run(play())
     rounds = [after - before for before, after in itertools.pairwise(counts[1:])]
     assert max(rounds) <= 6 * 4096
+
+
+def test_a_days_rate_is_that_of_the_last_day_and_before_it_is_over_what_was_written_so_far():
+    now = [0.0]
+    wear = Wear(lambda: now[0])
+    wear.wrote(1)
+    assert wear.rate() == 4096
+    now[0] = 90_000.0
+    assert wear.day() == 4096
+    wear.wrote(100_000)
+    assert wear.rate() == 4096
