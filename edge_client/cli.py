@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from edge_client.service.update import Updater
     from edge_client.trust.identity import Identity
 
-RELEASES = Path("/opt/fedge")
-"""Where clients are installed that the server may replace."""
 _EXTRAS = {"broker_server": "server", "deploy": "server", "export": "export"}
 
 
@@ -186,7 +184,7 @@ def join(
         click.echo(line, err=True)
 
     wear = Wear()
-    updater = None if member is None else _updater(member, folder, wear)
+    updater = None if member is None else _updater(member, folder, Path(config.releases), wear)
     feeds = Feeds(
         data,
         log,
@@ -335,7 +333,7 @@ def _voice(identity: "Identity | None", state: Path) -> "tuple[Member, Callable[
     return identity_voice(identity, state, time.time())
 
 
-def _updater(identity: "Identity", state: Path, wear: Wear) -> "Updater":
+def _updater(identity: "Identity", state: Path, releases: Path, wear: Wear) -> "Updater":
     """What takes new releases of the client; a device that is not enrolled believes nobody's."""
     from edge_client.service.update import Updater
     from edge_client.trust.keys import verify
@@ -345,7 +343,7 @@ def _updater(identity: "Identity", state: Path, wear: Wear) -> "Updater":
         return any(verify(pin, data, signature) for pin in identity.pins)
 
     topics, running = Topics(identity.federation), version("fedge")
-    found = Updater(state / "release", RELEASES, topics, believed, running, here(), wear.wrote)
+    found = Updater(state / "release", releases, topics, believed, running, here(), wear.wrote)
     # Before the first hello: a client on trial has to say that it is.
     found.look(joined=False)
     return found

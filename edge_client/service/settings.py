@@ -53,6 +53,8 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, re
     """Seconds without a training step after which a busy client counts as hanging, and is restarted by systemd."""
     model_minutes: float = 60.0
     """Minutes for which a version of the model for other programs stays at least: it is written in full."""
+    releases: str = "/opt/fedge"
+    """Where clients are installed that the server may replace, where `deploy.update` does it."""
     data: DataSettings = DataSettings()
     training: Rules = Rules()
 
