@@ -30,6 +30,8 @@ _AGAIN = 60.0
 """Seconds to wait after an error."""
 _STEP = 10.0
 """Seconds between looks at a rollout about which nobody has said anything."""
+_MOST = 100_000
+"""Devices that are remembered: where nobody has to be enrolled, names can be made up."""
 
 Result = TypeVar("Result")
 
@@ -77,6 +79,8 @@ class FleetCare:
 
     def seen(self, client: str, hello: Hello) -> None:
         """A device has said how it is."""
+        if client not in self._devices and len(self._devices) >= _MOST:
+            return
         said, now = Said.of(hello), self.wall()
         before = self._devices.get(client, Device(client, 0.0, None))
         self._devices[client] = before._replace(seen=now, said=said)
@@ -169,9 +173,10 @@ class FleetCare:
             return
         self._rollout, number = after, self._number
         self._seats |= changed
-        self._tell(before, after, changed)
         # On the disk before anybody is asked: a server that forgets whom it has asked would ask too many.
         await self._there(lambda: self._inventory.keep(number, after, changed))
+        await self._write()
+        self._tell(before, after, changed)
         for client, seat in changed.items():
             if seat.state == "asked":
                 self._ask(client)
