@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from broker_server.records import Round, Task
+from broker_server.steering import Adopt as Adopt
+from broker_server.steering import Say as Say
+from broker_server.steering import Seen as Seen
+from broker_server.steering import Steered as Steered
 from edge_client.events import Clock as Clock
 from edge_client.events import Connected as Connected
 from edge_client.events import Disconnected as Disconnected
@@ -13,7 +17,7 @@ from edge_client.events import Publish as Publish
 from edge_client.events import Received as Received
 from edge_client.events import Subscribe as Subscribe
 from edge_client.events import Tick as Tick
-from edge_client.wire.messages import BlobRef, Hello, Message
+from edge_client.wire.messages import BlobRef
 from edge_client.wire.transfer import Checklist
 
 # The start.
@@ -65,30 +69,6 @@ class Rekeyed:
 
     given: tuple[str, ...]
     gone: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Steered:
-    """What the operator wants of the fleet has changed, or is known at the start."""
-
-    paused: frozenset[str] = frozenset()
-    """Clients of which no work is asked."""
-    everyone: bool = False
-    """Whether no work is asked of anybody."""
-    files: tuple[tuple[BlobRef, str], ...] = ()
-    """Blobs that are to be retained, in files by their paths."""
-
-    def pauses(self, client: str) -> bool:
-        """Whether no work is asked of a client."""
-        return self.everyone or client in self.paused
-
-
-@dataclass(frozen=True)
-class Say:
-    """A message to a client that has nothing to do with training."""
-
-    client: str
-    message: Message
 
 
 @dataclass(frozen=True)
@@ -350,22 +330,6 @@ class Misconduct:
     kind: Literal["muted", "twin"]
     reason: str
     seconds: float
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A client has said how it is."""
-
-    client: str
-    hello: Hello
-
-
-@dataclass(frozen=True)
-class Adopt:
-    """Take a file for a blob that may be published."""
-
-    ref: BlobRef
-    path: str
 
 
 @dataclass(frozen=True)

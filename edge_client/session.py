@@ -193,7 +193,6 @@ class ClientSession:
                 self._greeting.heard()
                 yield from self._settled(message, now)
             case m.Release():
-                self._greeting.heard()
                 yield e.Announced(message)
             case _:
                 raise WireError(f"{type(message).__name__} is not for clients")
