@@ -146,6 +146,8 @@ def update(
         number = inventory.begin(rollout, now)
     size = sum(file.blob.size for file in files) / 2**20
     click.echo(f"release {found[0]}: {len(files)} wheels, {size:,.1f} MiB, signed; rollout {number} in waves {waves_}")
+    if not any(path.name.startswith("pip-") for path in paths):
+        click.echo("there is no wheel of pip: devices without ensurepip (Debian's python3-venv) cannot install it")
     for line in _lacking(devices.values(), files):
         click.echo(line)
 

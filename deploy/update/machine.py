@@ -52,10 +52,14 @@ class Machine:
         Raises:
             RefusedError: they do not make one.
         """
-        self.run([sys.executable, "-I", "-m", "venv", str(folder)], "an environment cannot be made")
-        pip = [str(folder / "bin" / "python"), "-I", "-m", "pip", "--disable-pip-version-check", "--no-cache-dir"]
-        chosen = ["install", "--quiet", "--no-index", "--find-links", str(links), f"fedge=={version}"]
-        self.run(pip + chosen, "its wheels cannot be installed")
+        # Raspberry Pi OS Lite may lack ensurepip: pip may come as a wheel, and runs from it.
+        wheel = next(links.glob("pip-*.whl"), None)
+        without = [] if wheel is None else ["--without-pip"]
+        self.run([sys.executable, "-I", "-m", "venv", *without, str(folder)], "an environment cannot be made")
+        pip = ["-m", "pip"] if wheel is None else [str(wheel / "pip")]
+        quietly = ["--quiet", "--no-index", "--no-cache-dir", "--disable-pip-version-check"]
+        command = [str(folder / "bin" / "python"), "-I", *pip, "install", *quietly, "--find-links", str(links)]
+        self.run([*command, f"fedge=={version}"], "its wheels cannot be installed")
 
     def probe(self, folder: Path) -> str:
         """The version that a release says it is, once all of it has been loaded, as the client's user.

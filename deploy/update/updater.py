@@ -10,6 +10,7 @@ done, and done again at the next start. ``current`` always leads to a release th
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +25,8 @@ from typing import Any, BinaryIO
 from deploy.update.machine import Machine, RefusedError
 
 SIGNED_LIMIT, WHEEL_LIMIT = 64 * 1024, 256 * 2**20
+MARK = ".whole"
+"""Is written into a release's folder last, when all of it is on the medium; the first boot writes an empty one."""
 _BLOCK = 2**20
 _BOOTS = 3
 """Starts of the device in which a release on trial may prove itself: one that takes the device down must go too."""
@@ -126,11 +129,11 @@ class Updater:
     def _install(self, found: dict[str, Any]) -> None:
         """Have a whole release in its folder."""
         version = found["version"]
-        folder, mark = self.base / "releases" / version, self.base / "releases" / version / ".complete"
+        folder = self.base / "releases" / version
         if self._led("current") == version:
             raise RefusedError("it is installed already")
         wheels = [self._wheel(name, sha256, size) for name, sha256, size in found["files"]]
-        if mark.exists() and json.loads(mark.read_text(encoding="ascii"))["record"] == found["record"]:
+        if _made(folder).get("record") == found["record"]:
             return
         links = self._incoming / "links"
         for path in (folder, links):
@@ -148,7 +151,7 @@ class Updater:
             raise
         os.sync()
         kept = {"record": found["record"], "wheels": [sha256 for _, sha256, _ in found["files"]]}
-        write(mark, json.dumps(kept))
+        write(folder / MARK, json.dumps(kept))
 
     def _wheel(self, name: str, sha256: str, size: int) -> Path:
         """A wheel in root's own folder: from an earlier release, or from what is staged."""
@@ -231,8 +234,8 @@ class Updater:
         for folder in _entries(self.base / "releases"):
             if folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
-            elif (mark := folder / ".complete").exists():
-                wheels.update(json.loads(mark.read_text(encoding="ascii"))["wheels"])
+            else:
+                wheels.update(_made(folder).get("wheels", ()))
         for folder in _entries(self.base / "wheels"):
             if wheels and folder.name not in wheels:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -307,6 +310,14 @@ class Updater:
         except FileNotFoundError:
             return Journal()
         return Journal(**found | {"pins": tuple(found["pins"])})
+
+
+def _made(folder: Path) -> dict[str, Any]:
+    """What a release was made from; nothing where it is not whole, or was not made here."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        found: dict[str, Any] = json.loads((folder / MARK).read_text(encoding="ascii"))
+        return found
+    return {}
 
 
 def _entries(folder: Path) -> Iterable[Path]:
