@@ -1,6 +1,7 @@
 """The privileged part: what it installs and what not, how it goes back, and that power cuts do no harm."""
 
 import ast
+import ensurepip
 import json
 import os
 import shlex
@@ -276,8 +277,8 @@ def test_the_whole_of_it_as_it_is_on_a_device(tmp_path):
     script(device.base / "releases" / "0.1.0" / "bin" / "python", judge)
     place.place(device.base)
     now = time.time()
-    made = wheel(tmp_path / "wheels", "0.2.0")
-    device.staged(record(made, version="0.2.0", issued=now, expires=now + DAY), made)
+    wheels = [wheel(tmp_path / "wheels", "0.2.0"), *Path(ensurepip.__file__).parent.glob("_bundled/pip-*.whl")]
+    device.staged(record(*wheels, version="0.2.0", issued=now, expires=now + DAY), *wheels)
     # What systemd does: it starts the client, which reads on what trial it is and hears the server.
     answer = (
         f"import json; r = json.load(open('{device.base}/report.json')); "
