@@ -1,5 +1,6 @@
 """The sub-command fleet: what devices there are and how they are, who pauses, and new releases of their client."""
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -144,6 +145,7 @@ def update(
     with _inventory(settings) as inventory:
         devices = inventory.devices()
         number = inventory.begin(rollout, now)
+    _tidy(settings, files)
     size = sum(file.blob.size for file in files) / 2**20
     click.echo(f"release {found[0]}: {len(files)} wheels, {size:,.1f} MiB, signed; rollout {number} in waves {waves_}")
     if not any(path.name.startswith("pip-") for path in paths):
@@ -159,12 +161,12 @@ def halt(settings: "Federation") -> None:
     import msgspec
 
     with _inventory(settings) as inventory, inventory.group():
-        under_way = inventory.rollouts("running", "done")
-        for number, rollout in under_way.items():
-            inventory.keep(number, msgspec.structs.replace(rollout, state="stopped", reason="the operator stopped it"))
-    if not under_way:
-        raise ConfigError("no rollout is under way; `fedge fleet` shows the last one")
-    click.echo(f"release {list(under_way.values())[-1].version}: nobody else is asked")
+        latest = inventory.latest()
+        if latest is None or latest[1].state == "stopped":
+            raise ConfigError("no rollout is under way; `fedge fleet` shows the last one")
+        number, rollout = latest
+        inventory.keep(number, msgspec.structs.replace(rollout, state="stopped", reason="the operator stopped it"))
+    click.echo(f"release {rollout.version}: nobody else is asked")
 
 
 def _pause(settings: "Federation", clients: tuple[str, ...], *, everyone: bool, paused: bool) -> None:
@@ -224,6 +226,17 @@ def _adopted(settings: "Federation", path: Path) -> "File":
     except OSError as error:
         raise ConfigError(f"{target}: cannot be written ({error.strerror}); check disk and permissions") from error
     return File(path.name, ref)
+
+
+def _tidy(settings: "Federation", files: "tuple[File, ...]") -> None:
+    """Remove the files of releases before: nobody is asked to take one of them any more."""
+    from broker_server.fleet import RELEASES
+
+    kept = {file.blob.sha256.hex() for file in files}
+    for path in (Path(settings.federation.state) / RELEASES).iterdir():
+        if path.name not in kept:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _lacking(devices: "Iterable[Device]", files: "tuple[File, ...]") -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import pwd
 import signal
 import subprocess
 import sys
@@ -33,6 +34,8 @@ class Machine:
     sleep: Callable[[float], None] = time.sleep
     user: str = "fedge"
     """Whose rights a new client is tried with; empty is one's own."""
+    judge_user: str = "nobody"
+    """Whose rights a release is judged with; empty is one's own."""
     systemctl: str = "/usr/bin/systemctl"
     tag: str = f"cp{sys.version_info.major}{sys.version_info.minor}-{platform.machine().lower()}"
 
@@ -43,7 +46,9 @@ class Machine:
             RefusedError: it does not say.
         """
         command = [str(current / "bin" / "python"), "-I", "-m", "deploy.update.admission"]
-        found: dict[str, Any] = json.loads(self.run(command, "it cannot be judged", said=json.dumps(question)))
+        # What is read there comes from the client's user: with nobody's rights, and not with those of that user either.
+        said = self.run(command, "it cannot be judged", said=json.dumps(question), user=self.judge_user)
+        found: dict[str, Any] = json.loads(said)
         return found
 
     def build(self, folder: Path, links: Path, version: str) -> None:
@@ -68,17 +73,18 @@ class Machine:
             RefusedError: it cannot be loaded.
         """
         return self.run(
-            [str(folder / "bin" / "python"), "-I", "-c", _PROBE], "the new client does not start", user=True
+            [str(folder / "bin" / "python"), "-I", "-c", _PROBE], "the new client does not start", user=self.user
         )
 
-    def run(self, command: list[str], wrong: str, *, said: str = "", user: bool = False, limit: float = 900.0) -> str:
+    def run(self, command: list[str], wrong: str, *, said: str = "", user: str = "", limit: float = 900.0) -> str:
         """Run a program; what it prints.
 
         Raises:
             RefusedError: it fails.
         """
-        as_user = user and self.user and not os.geteuid()
-        who: dict[str, Any] = {"user": self.user, "group": self.user, "extra_groups": []} if as_user else {}
+        who: dict[str, Any] = {}
+        if user and not os.geteuid():
+            who = {"user": pwd.getpwnam(user).pw_uid, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []}
         environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "ORT_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
         how: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "cwd": "/", "env": environment}
         try:

@@ -28,6 +28,8 @@ SIGNED_LIMIT, WHEEL_LIMIT = 64 * 1024, 256 * 2**20
 MARK = ".whole"
 """Is written into a release's folder last, when all of it is on the medium; the first boot writes an empty one."""
 _BLOCK = 2**20
+_TOGETHER = 3
+"""Releases that are judged in one run at most."""
 _BOOTS = 3
 """Starts of the device in which a release on trial may prove itself: one that takes the device down must go too."""
 _RESTARTS = 5
@@ -77,8 +79,14 @@ class Updater:
             self._try()
         elif self._journal.phase == "back":
             self._return(self._journal.reason)
-        staged = self._copied("release.signed", SIGNED_LIMIT)
-        if staged is not None and (name := hashlib.sha256(staged.read_bytes()).hexdigest()) != self._journal.seen:
+        # Another one may be staged meanwhile, of which systemd says nothing while this runs.
+        for _ in range(_TOGETHER):
+            staged = self._copied("release.signed", SIGNED_LIMIT)
+            if staged is None:
+                break
+            name = hashlib.sha256(staged.read_bytes()).hexdigest()
+            if name == self._journal.seen:
+                break
             self._judge(staged, name)
 
     # From what is staged to a trial.
@@ -350,9 +358,12 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("/"), help="where opt and var are")
     parser.add_argument("--patience", type=float, default=600.0, help="seconds a new client has to hear the server")
     parser.add_argument("--user", default=Machine.user, help="whose rights a new client is tried with")
+    parser.add_argument("--judge-user", default=Machine.judge_user, help="whose rights a release is judged with")
     parser.add_argument("--systemctl", default=Machine.systemctl, help="what starts the client anew")
     said = parser.parse_args()
-    Updater(said.root, Machine(said.patience, user=said.user, systemctl=said.systemctl)).run()
+    Updater(
+        said.root, Machine(said.patience, user=said.user, judge_user=said.judge_user, systemctl=said.systemctl)
+    ).run()
 
 
 if __name__ == "__main__":

@@ -135,6 +135,8 @@ def test_a_release_is_signed_and_waits_for_the_server(fedge, authority, inventor
     assert inventory.latest()[1].state == "stopped"
     with pytest.raises(FedgeError, match="no rollout is under way"):
         fedge("halt")
+    fedge("update", wheel(tmp_path / "newer", "0.3.0"))
+    assert len(list((tmp_path / "state" / "releases").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,17 @@ def test_the_whole_of_it_as_it_is_on_a_device(tmp_path):
         f"open('{device.root}/var/lib/fedge/state/release/alive', 'w').write(r['version'] + ' ' + r['token'])"
     )
     systemctl = script(tmp_path / "systemctl", f'[ "$1" = restart ] && {sys.executable} -c "{answer}"; echo 0\n')
-    command = [sys.executable, "-I", str(device.base / "update"), "--root", str(device.root), "--user", ""]
+    command = [
+        sys.executable,
+        "-I",
+        str(device.base / "update"),
+        "--root",
+        str(device.root),
+        "--user",
+        "",
+        "--judge-user",
+        "",
+    ]
     done = subprocess.run([*command, "--systemctl", str(systemctl)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert device.report["stage"] == "healthy", done.stderr + device.report["detail"]
@@ -294,3 +304,26 @@ def test_the_whole_of_it_as_it_is_on_a_device(tmp_path):
         [python, "-Ic", "import edge_client.device as d; print(d.VERSION)"], capture_output=True, check=True
     )
     assert said.stdout == b"0.2.0\n"
+
+
+def test_one_that_is_staged_while_another_is_on_trial_is_looked_at_too(device, tmp_path):
+    release(device, tmp_path, "0.2.0")
+    newer = wheel(tmp_path / "wheels", "0.3.0")
+    restart = device.machine.restart
+
+    def and_then():
+        restart()
+        if device.machine.started == ["0.2.0"]:
+            device.staged(record(newer, version="0.3.0", issued=NOW + 30), newer)
+
+    device.machine.restart = and_then
+    assert device.update()["version"] == "0.3.0"
+    assert (device.runs, device.machine.started) == ("0.3.0", ["0.2.0", "0.3.0"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights to give up")
+def test_a_release_is_judged_with_nobodys_rights(tmp_path):
+    script(tmp_path / "bin" / "python", 'echo "{\\"id\\": $(id -u)}"\n')
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o755)
+    assert Machine().judge(tmp_path, {}) == {"id": 65534}
