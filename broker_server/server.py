@@ -115,9 +115,8 @@ class Server:
             if self.keyring is not None:
                 self._watch(self.keyring)
             tasks = [asyncio.ensure_future(self._work()), asyncio.ensure_future(self.link.run(self))]
-            for care in (self.hush, self.fleet):
-                if care is not None:
-                    tasks.append(asyncio.ensure_future(care.run()))
+            cares = [care for care in (self.hush, self.fleet) if care is not None]
+            tasks += [asyncio.ensure_future(care.run()) for care in cares]
             everything: list[asyncio.Future[Any]] = [*tasks, self._ended]
             await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
