@@ -72,6 +72,8 @@ class Site:
         care = FleetCare(self.folder / "server", self.lines.append, time.time, watch=0.02)
         self.server = Server(settings, self.lines.append, MemoryLink(self.hub), fleet=care)
         self.running = asyncio.ensure_future(self.server.run())
+        while not care._open and not self.running.done():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
     async def stop(self):
         self.server.stop("enough")
@@ -125,11 +127,11 @@ class Site:
     async def until(self, words):
         """Until the server says something, anywhere among its lines."""
         try:
-            async with asyncio.timeout(40):
+            async with asyncio.timeout(20):
                 while not any(words in line for line in self.lines):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
         except TimeoutError:
-            devices = [(pi.client, pi.lives, pi.lines) for pi in self.pis]
+            devices = [(pi.client, pi.lives, pi.lines, pi.report, pi._life, pi._root) for pi in self.pis]
             pytest.fail(f"{words!r} was not said: {self.lines}, {devices}")
 
 
