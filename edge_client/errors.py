@@ -6,6 +6,7 @@ FedgeError
 ├── ConfigError        a setting is unknown, of the wrong type or out of range
 ├── DataError          data that cannot be read or does not fit the bundle
 ├── ExportError        a model that cannot be turned into a training graph
+├── FlashError         an image or a card that cannot be read, written or used
 ├── LedgerError        the server's ledger cannot be read or written
 ├── StoreError         the device's state cannot be read or written
 ├── TrainingError      a training run produced something that cannot be used
@@ -40,6 +41,10 @@ class DataError(FedgeError):
 
 class ExportError(FedgeError):
     """A model that cannot be turned into a training graph."""
+
+
+class FlashError(FedgeError):
+    """An image or a card that cannot be read, written or used."""
 
 
 class LedgerError(FedgeError):

@@ -56,7 +56,7 @@ class Systemd:
         self.socket.bind(str(tmp_path / "notify"))
         self.socket.settimeout(60)
         command = shlex.split(unit["ExecStart"][0].replace("%d", str(credentials)))
-        assert command[0] == "/opt/fedge/bin/fedge"
+        assert command[0] == "/opt/fedge/current/bin/fedge"
         command = [str(self.state) if word == "/var/lib/fedge/state" else word for word in command[1:]]
         environment = dict(line.split("=", 1) for line in unit["Environment"])
         assert environment["ORT_DISABLE_TELEMETRY"] == "1"

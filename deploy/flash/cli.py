@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from edge_client.errors import ConfigError
+from edge_client.errors import FlashError
 
 
 @click.command()
@@ -18,6 +18,6 @@ def flash(image: Path) -> None:
         with image.open("rb") as disk:
             found = partitions(disk)
     except OSError as error:
-        raise ConfigError(f"{image}: cannot be read ({error.strerror}); expected an image or a card") from error
+        raise FlashError(f"{image}: cannot be read ({error.strerror}); expected an image or a card") from error
     for one in found:
         click.echo(f"partition {one.number}: {one.kind}, {one.size >> 20} MiB at {one.start}")

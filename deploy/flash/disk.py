@@ -5,7 +5,7 @@ import zlib
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from edge_client.errors import ConfigError
+from edge_client.errors import FlashError
 
 SECTOR = 512
 _MBR_TABLE = 446
@@ -40,11 +40,11 @@ def partitions(disk: BinaryIO) -> tuple[Partition, ...]:
     """The partitions of a disk in the order of its table; sectors have 512 bytes.
 
     Raises:
-        ConfigError: there is no table, or one that is damaged.
+        FlashError: there is no table, or one that is damaged.
     """
     first = _read(disk, 0, SECTOR)
     if len(first) < SECTOR or first[510:] != b"\x55\xaa":
-        raise ConfigError("no partition table; expected the image of a whole card, such as Raspberry Pi OS Lite's .img")
+        raise FlashError("no partition table; expected the image of a whole card, such as Raspberry Pi OS Lite's .img")
     entries = [first[_MBR_TABLE + 16 * number :][:16] for number in range(4)]
     if any(entry[4] == _PROTECTIVE for entry in entries):
         return _gpt(disk)
@@ -60,16 +60,14 @@ def partitions(disk: BinaryIO) -> tuple[Partition, ...]:
 def _gpt(disk: BinaryIO) -> tuple[Partition, ...]:
     header = _read(disk, SECTOR, SECTOR)
     if len(header) < SECTOR or header[:8] != b"EFI PART":
-        raise ConfigError(
-            "the GUID partition table is missing, although the first sector announces one; image damaged?"
-        )
+        raise FlashError("the GUID partition table is missing, although the first sector announces one; image damaged?")
     _, _, length, checksum, _, _, _, _, _, _, place, count, size, table_checksum = _GPT_HEADER.unpack_from(header)
     if not _GPT_HEADER.size <= length <= SECTOR or not 128 <= size <= 4096 or count > _MOST_ENTRIES:
-        raise ConfigError("the GUID partition table's header has sizes that cannot be; image damaged?")
+        raise FlashError("the GUID partition table's header has sizes that cannot be; image damaged?")
     blank = header[:16] + bytes(4) + header[20:length]
     table = _read(disk, place * SECTOR, count * size)
     if zlib.crc32(blank) != checksum or zlib.crc32(table) != table_checksum:
-        raise ConfigError("the GUID partition table does not fit its checksum; image damaged?")
+        raise FlashError("the GUID partition table does not fit its checksum; image damaged?")
     found = []
     for number in range(count):
         entry = table[number * size :][:size]
