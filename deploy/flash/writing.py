@@ -87,19 +87,15 @@ def verify(path: Path, chunks: Iterable[bytes], progress: Progress, *, start: in
                 for data in chunks:
                     found = _read(source, buffer, len(data), place)
                     if found != data:
-                        at = place + next(i for i, (a, b) in enumerate(_pairs(data, found)) if a != b)
+                        at = next((n for n, byte in enumerate(found) if byte != data[n]), len(found))
                         raise FlashError(
-                            f"{path} was written and reads back otherwise at byte {at}: it is worn out, larger on its "
-                            "label than it is, or was pulled out; take another card"
+                            f"{path} was written and reads back otherwise at byte {place + at}: it is worn out, "
+                            "smaller than its label says, or was pulled out; take another card"
                         )
                     place += len(data)
                     progress(len(data))
     except OSError as error:
         raise FlashError(f"{path} cannot be read back ({error.strerror}); {_hint(error)}") from error
-
-
-def _pairs(wanted: bytes, found: bytes) -> Iterator[tuple[int, int]]:
-    yield from zip(wanted, found.ljust(len(wanted), b"\0") if len(found) == len(wanted) else [*found, -1], strict=False)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from deploy.flash.disk import Partition, partitions
-from edge_client.errors import ConfigError
+from edge_client.errors import FlashError
 
 MIB = 1 << 20
 SFDISK = shutil.which("sfdisk") or shutil.which("sfdisk", path="/usr/sbin:/sbin")
@@ -38,7 +38,7 @@ def test_both_kinds_of_table_are_read(tmp_path, table):
 def test_a_file_without_a_table_is_refused(tmp_path):
     path = tmp_path / "card.img"
     path.write_bytes(bytes(4096))
-    with path.open("rb") as disk, pytest.raises(ConfigError, match="no partition table"):
+    with path.open("rb") as disk, pytest.raises(FlashError, match="no partition table"):
         partitions(disk)
 
 
@@ -48,5 +48,5 @@ def test_a_damaged_guid_table_is_refused(tmp_path):
     with path.open("r+b") as disk:
         disk.seek(1024 + 33)
         disk.write(b"\x7f")
-        with pytest.raises(ConfigError, match="checksum"):
+        with pytest.raises(FlashError, match="checksum"):
             partitions(disk)
