@@ -75,8 +75,10 @@ def take_over(places: Places, run: Run) -> None:
         forget(card)
     take(places, places.card / "device.toml", places.at("/etc/fedge/device.toml"), owner=None)
     take(places, places.card / "claim.fedgeclaim", places.at("/var/lib/fedge/claim.fedgeclaim"), owner=USER)
-    if (places.card / "wheels" / "SHA256SUMS").exists():
-        install(places, run)
+    if (places.card / "wheels").is_dir():
+        # Without their list they are what an earlier boot was cut off at removing.
+        if (places.card / "wheels" / "SHA256SUMS").exists() or not places.at("/opt/fedge/current").exists():
+            install(places, run)
         remove_folder(places.card / "wheels")
 
 
@@ -210,7 +212,8 @@ def check_sums(folder: Path) -> list[str]:
         Trouble: one is not.
     """
     names = []
-    for line in (folder / "SHA256SUMS").read_text().splitlines():
+    sums = folder / "SHA256SUMS"
+    for line in sums.read_text().splitlines() if sums.exists() else ():
         wanted, _, name = line.partition("  ")
         path = folder / Path(name).name
         with contextlib.suppress(OSError):
