@@ -40,6 +40,7 @@ class Clock:
 
     floor: float
     """Seconds since 1970 that certainly have passed: when the card was written."""
+    patience: float = _PATIENCE
     now: Callable[[], float] = time.time
     synchronised: Callable[[], bool] = lambda: _synchronised()
     sleep: Callable[[float], None] = time.sleep
@@ -55,7 +56,7 @@ class Clock:
             late = self.now() < self.floor - _DAY
             if self.synchronised() and not late:
                 return
-            if not late and waited >= _PATIENCE:
+            if not late and waited >= self.patience:
                 say(f"no time server answers; going on with the clock as it is, {_shown(self.now())}")
                 return
             if waited - told >= _REMIND:
@@ -164,13 +165,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--home", type=Path, default=Path("/var/lib/fedge"))
     parser.add_argument("--program", type=Path, default=Path("/opt/fedge/current/bin/fedge"))
     parser.add_argument("--version-file", type=Path, default=Path("/boot/firmware/fedge/version"))
+    parser.add_argument("--patience", type=float, default=_PATIENCE, help="seconds for a time server to answer")
     told = parser.parse_args(arguments)
     try:
         settings = tomllib.loads(told.config.read_text())
     except (OSError, ValueError) as error:
         say(f"NOT ENROLLED: {told.config} cannot be read ({error}); write this card anew")
         return _REFUSED
-    clock = Clock(written(told.version_file))
+    clock = Clock(written(told.version_file), told.patience)
     return enroll(settings, told.home / "state", told.home / "claim.fedgeclaim", told.program, clock)
 
 

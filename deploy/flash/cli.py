@@ -88,6 +88,9 @@ def flash(
         if len(cards) > 1:
             raise ConfigError("a card that is written already is one device; name an image as SOURCE for several")
         _check(Path(source), 0, most, insisted)
+    if wanted and not cards:
+        click.echo(f"all {count} cards are written already, says {claims}/{batch.WRITTEN}")
+        return
     path = _fetched(source, sha256, folder)
     with ExitStack() as stack:
         with _bars(unpacking=path.stat().st_size if path.is_file() else 0) as (unpacked,):

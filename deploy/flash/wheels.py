@@ -52,7 +52,7 @@ def collect(python: str, cache: Path, constraints: Path | None = None) -> Mappin
             _download(Path(name), own, python, constraints)
             os.rename(name, others)
             Path(name).mkdir()
-    files = {path.name: path for path in (own, repack("pip", folder), *sorted(others.glob("*.whl")))}
+    files = {path.name: path for path in (own, *sorted(others.glob("*.whl")))}
     sums = folder / f"{SUMS}-{python}"
     sums.write_text("".join(f"{_digest(path)}  {name}\n" for name, path in files.items()))
     return files | {SUMS: sums}
@@ -131,6 +131,8 @@ def _download(folder: Path, own: Path, python: str, constraints: Path | None) ->
         asked = lacking
     if lacking:
         raise FlashError(f"the wheels for aarch64 with Python {python} lack {', '.join(sorted(lacking))}")
+    # The card's system may have none, and it is the one thing that cannot be installed with itself.
+    repack("pip", folder)
     sums = "".join(f"{_digest(path)}  {path.name}\n" for path in sorted(folder.glob("*.whl")))
     (folder / SUMS).write_text(sums)
 
