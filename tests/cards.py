@@ -4,6 +4,7 @@ import base64
 import hashlib
 import shutil
 import subprocess
+import tempfile
 import zipfile
 from importlib.metadata import requires
 from pathlib import Path
@@ -96,9 +97,9 @@ def card(path, kind, *, machine="arm64", system="debian", boot=None, root=(), py
 
 def boot_files(path):
     """All files of a card's boot partition by their paths, read without mounting it."""
-    disk = f"{path}@@{BOOT[0] * MIB}"
-    names = run("mdir", "-b", "-a", "-/", "-i", disk, "::").decode().split()
-    return {name[3:]: run("mtype", "-i", disk, name) for name in names if not name.endswith("/")}
+    with tempfile.TemporaryDirectory() as name:
+        run("mcopy", "-s", "-i", f"{path}@@{BOOT[0] * MIB}", "::*", name)
+        return {str(file.relative_to(name)): file.read_bytes() for file in Path(name).rglob("*") if file.is_file()}
 
 
 def wheel(folder, name, version="1.0", tag="py3-none-any", needs=(), modules=None, programs=""):

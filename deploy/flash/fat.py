@@ -1,8 +1,10 @@
 """The files of a FAT partition, by mtools: no mount, no root. The partition is a file of its own."""
 
+import itertools
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,27 +67,24 @@ class Fat:
         Raises:
             FlashError: there is no room for them, or the file system is damaged.
         """
+        there = self._everything()
+        if replaced := [f"::{name}" for name in files if name in there]:
+            self._run("mdel", *replaced)
+        free = self.free
         for name, content in files.items():
-            self._make(name.rpartition("/")[0])
-            # What it replaces goes first: there may be no room for both.
-            self.remove(name)
             size = content.stat().st_size if isinstance(content, Path) else len(content)
-            if size + _CLUSTER > self.free:
+            free -= size + _CLUSTER
+            if free < 0:
                 raise FlashError(
                     f"the boot partition is full: no room for {name} ({size >> 10} KiB); take a fresh image"
                 )
-            if isinstance(content, Path):
-                self._run("mcopy", "-D", "o", str(content), f"::{name}")
-            else:
-                self._run("mcopy", "-D", "o", "-", f"::{name}", given=content)
-            if self.read(name) != (content.read_bytes() if isinstance(content, Path) else content):
-                raise FlashError(f"{name} reads otherwise than it was written: the boot partition is damaged")
-
-    def _make(self, folder: str) -> None:
-        parent, _, last = folder.rpartition("/")
-        if folder and last not in self.names(parent):
-            self._make(parent)
-            self._run("mmd", "-D", "s", f"::{folder}")
+        for folder, group in itertools.groupby(files, key=lambda name: name.rpartition("/")[0]):
+            parts = folder.split("/") if folder else []
+            for made in ("/".join(parts[: depth + 1]) for depth in range(len(parts))):
+                if made not in there:
+                    self._run("mmd", "-D", "s", f"::{made}")
+                    there.add(made)
+            self._copy(folder, {name.rpartition("/")[2]: files[name] for name in group})
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder with all that is in it, where there is one."""
@@ -93,12 +92,37 @@ class Fat:
         if last in self.names(folder):
             self._run("mdeltree", f"::{name}")
 
-    def _run(self, name: str, *arguments: str, given: bytes = b"") -> bytes:
+    def _everything(self) -> set[str]:
+        # mdir takes an empty file system for one that lacks its root folder.
+        if not self.names():
+            return set()
+        lines = self._run("mdir", "-b", "-a", "-/", "::").decode(errors="replace").splitlines()
+        return {line.removeprefix("::").strip("/") for line in lines if line.startswith("::")}
+
+    def _copy(self, folder: str, files: Mapping[str, bytes | Path]) -> None:
+        """Copy files into one folder, and back to compare them: two programs started, however many they are."""
+        with tempfile.TemporaryDirectory() as name:
+            place, back = Path(name, "in"), Path(name, "out")
+            place.mkdir()
+            back.mkdir()
+            for file, content in files.items():
+                if isinstance(content, Path):
+                    (place / file).symlink_to(content.absolute())
+                else:
+                    (place / file).write_bytes(content)
+            target = f"::{folder}/" if folder else "::"
+            self._run("mcopy", "-D", "o", *(str(place / file) for file in files), target)
+            self._run("mcopy", *(f"{target}{file}" for file in files), str(back))
+            for file in files:
+                if not (back / file).exists() or (back / file).read_bytes() != (place / file).read_bytes():
+                    raise FlashError(f"{file} reads otherwise than it was written: the boot partition is damaged")
+
+    def _run(self, name: str, *arguments: str) -> bytes:
         command = [tool(name, "mtools"), "-i", str(self.path), *arguments]
         environment = {"LC_ALL": "C.UTF-8", "MTOOLSRC": "/dev/null", "PATH": "/usr/bin:/bin"}
         try:
             done = subprocess.run(  # noqa: S603
-                command, input=given, capture_output=True, env=environment, timeout=_SECONDS, check=False
+                command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=_SECONDS, check=False
             )
         except subprocess.TimeoutExpired as error:
             raise FlashError(f"{name} did not end within {_SECONDS:.0f} s; is the card's reader stuck?") from error
