@@ -1,6 +1,7 @@
 """What goes on the boot partition of a card: the folder that its first boot takes over, and what starts that."""
 
 import hashlib
+import importlib.metadata
 import importlib.resources
 import re
 import time
