@@ -126,7 +126,9 @@ def authorise(places: Places, user: str, keys: list[str], run: Run) -> None:
             os.chown(path, *owner)
         # There may be no SSH server, which is not our business.
         with contextlib.suppress(Trouble):
-            run(["systemctl", "enable", "--now", "ssh.service"])
+            run(["systemctl", "enable", "ssh.service"])
+            # It waits for the network, which waits for this.
+            run(["systemctl", "start", "--no-block", "ssh.service"])
 
 
 def join_network(places: Places, wifi: dict[str, Any], run: Run) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from deploy.flash.batch import Card
     from deploy.flash.prepare import Bench
     from deploy.flash.settings import CardSettings, Wifi
+    from deploy.flash.target import Device
 
 _FORCE = ("mounted", "system", "fixed", "customised")
 
@@ -84,10 +86,11 @@ def flash(
     cards = batch.plan(hostname, count, claim, claims) if wanted else []
     settings_of = _settings(server, insecure, user, _keys(ssh_keys), _wifi(network, wifi_key, country), data)
     settings = [settings_of(card) for card in cards]
-    if in_place and wanted:
-        if len(cards) > 1:
-            raise ConfigError("a card that is written already is one device; name an image as SOURCE for several")
-        _check(Path(source), 0, most, insisted)
+    if in_place and len(cards) > 1:
+        raise ConfigError("a card that is written already is one device; name an image as SOURCE for several")
+    if wanted and output is None and len(cards) == 1:
+        # Before minutes go by with what is for nothing then.
+        _check(device or Path(source), 0, most, insisted)
     if wanted and not cards:
         click.echo(f"all {count} cards are written already, says {claims}/{batch.WRITTEN}")
         return
@@ -188,12 +191,12 @@ def _fetched(source: str, sha256: str | None, cache: Path) -> Path:
         return fetch(source, sha256.lower(), cache / "images", report)
 
 
-def _check(path: Path, needed: int, most: int, insisted: tuple[str, ...]) -> None:
+def _check(path: Path, needed: int, most: int, insisted: tuple[str, ...]) -> "Device":
     from deploy.flash import target
 
     device = target.find(path, target.Machine())
     target.check(device, needed=needed, most=most, insisted=insisted)
-    click.echo(f"writing to {device}")
+    return device
 
 
 def _to_image(bench: "Bench", path: Path) -> None:
@@ -216,7 +219,7 @@ def _to_card(bench: "Bench", path: Path, card: "Card", most: int, insisted: tupl
                 with _bars(writing=bench.base.boot.size, checking=bench.base.boot.size) as (wrote, read):
                     bench.to_itself(wrote, read, shared=shared)
             else:
-                _check(path, bench.base.size, most, insisted)
+                click.echo(f"writing to {_check(path, bench.base.size, most, insisted)}")
                 with _bars(writing=bench.base.size, checking=bench.base.size) as (wrote, read):
                     bench.to_device(path, wrote, read, shared=shared)
         except FlashError as error:
@@ -231,6 +234,10 @@ def _to_card(bench: "Bench", path: Path, card: "Card", most: int, insisted: tupl
 @contextmanager
 def _bars(**totals: int | None) -> "Iterator[tuple[Callable[[int], None], ...]]":
     """A progress bar for each step on a terminal, and nothing elsewhere; they are called with bytes dealt with."""
+    if find_spec("rich") is None:
+        # A device's installation does without.
+        yield tuple(lambda _: None for _ in totals)
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

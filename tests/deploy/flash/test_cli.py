@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import lzma
 import shutil
+import subprocess
 
 import pytest
 from click.testing import CliRunner
@@ -12,7 +13,7 @@ from deploy.flash import cli, image, prepare, target
 from edge_client.errors import FedgeError
 from edge_client.service.settings import DeviceSettings
 from edge_client.trust.claim import Claim
-from tests.cards import BOOT, MIB, boot_files, card, index, needs_tools
+from tests.cards import BOOT, MIB, boot_files, card, index, needs_tools, run
 from tests.deploy.flash.test_fetch import Server
 from tests.office import NOW, Office
 
@@ -249,3 +250,26 @@ def test_a_card_that_is_written_already_gets_its_boot_partition_alone(flash, pla
     start, end = BOOT[0] * MIB, (BOOT[0] + BOOT[1]) * MIB
     assert (before[:start], before[end:]) == (after[:start], after[end:])
     assert b'id = "pi-9"' in boot_files(tmp_path / "sdx")["fedge/device.toml"]
+
+
+@pytest.fixture
+def loop(tmp_path):
+    """A block device of the kernel's, without being root of anything else."""
+    path = tmp_path / "loop.img"
+    with path.open("wb") as file:
+        file.truncate(60 * MIB)
+    try:
+        device = run("losetup", "-f", "--show", path).decode().strip()
+    except (AssertionError, subprocess.CalledProcessError):
+        pytest.skip("needs a loop device, and to be root")
+    yield device
+    run("losetup", "-d", device)
+
+
+def test_a_block_device_is_written_past_the_caches_and_then_again_in_place(flash, place, loop):
+    assert "does not look like a card" in flash(place / "client.img", "--device", loop, *CLAIM)
+    assert "is written and checked" in flash(place / "client.img", "--device", loop, *CLAIM, "--force", "fixed")
+    assert b'id = "pi"' in boot_files(loop)["fedge/device.toml"]
+    assert "set up by client" in flash(loop)
+    assert "is written and checked" in flash(loop, *CLAIM, "--hostname", "pi-9", "--force", "fixed")
+    assert b'id = "pi-9"' in boot_files(loop)["fedge/device.toml"]
