@@ -128,6 +128,31 @@ def test_systemd_finds_nothing_wrong(tmp_path, path):
     assert (done.returncode, said) == (0, []), done.stderr
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs the Debian package systemd")
+def test_the_first_boot_fits_in_where_cloud_init_wants_a_network_early(tmp_path):
+    """cloud-init runs after the network and before sysinit.target; a job of a cycle would be left out at random."""
+    network = "[Unit]\nDefaultDependencies=no\nAfter=network-pre.target\nBefore=network.target\n"
+    cloud = "[Unit]\nDefaultDependencies=no\nWants=network.service\nAfter=network.service\nBefore=sysinit.target\n"
+    wanted = tmp_path / "multi-user.target.wants"
+    wanted.mkdir()
+    for unit in DEPLOY.glob("systemd/fedge-[!s]*"):
+        (tmp_path / unit.name).write_text(
+            re.sub(r"^(Exec\w+)=\S+", r"\1=/bin/true", unit.read_text(), flags=re.MULTILINE)
+        )
+        (wanted / unit.name).symlink_to(f"../{unit.name}")
+    for name, text in (("network", network), ("cloud-init", cloud)):
+        (tmp_path / f"{name}.service").write_text(f"{text}[Service]\nType=oneshot\nExecStart=/bin/true\n")
+        (wanted / f"{name}.service").symlink_to(f"../{name}.service")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", "multi-user.target"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+    )
+    assert "cycle" not in done.stderr
+
+
 def test_it_is_confined():
     unit = service()
     expected = {

@@ -15,8 +15,7 @@ def inspected(tmp_path, *arguments, **options):
     return base.system(base.extract_boot(tmp_path / "boot.img"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("label", ["dos", "gpt"])
+@pytest.mark.parametrize(("kind", "label"), [*((kind, "dos") for kind in KINDS), ("firstrun", "gpt")])
 def test_the_kind_and_python_are_found(tmp_path, kind, label):
     found = inspected(tmp_path, kind, label=label)
     assert (found.kind, found.python, found.foreign) == (kind, KINDS[kind][3], "")
