@@ -113,6 +113,12 @@ def test_third_party_imports_are_declared(room):
         assert not unknown, f"{module} imports {sorted(unknown)}, which its extra does not install"
 
 
+def test_what_runs_before_the_client_is_installed_needs_python_alone():
+    """A card's first boot has nothing else, and runs each of these files by itself."""
+    for module in (module for module in MODULES if inside(module, "deploy.firstboot")):
+        assert {name.split(".")[0] for name in imports(module)} <= set(sys.stdlib_module_names), module
+
+
 def test_a_device_loads_nothing_that_it_does_not_have():
     device = [module for module in MODULES if inside(module, "edge_client") and not module.endswith("__main__")]
     script = (

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def device(tmp_path_factory):
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("edge_client", "broker_server", "export"):
+    for name in ("edge_client", "broker_server", "export", "deploy"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, source)
     (wheel,) = folder.glob("fedge-*.whl")
@@ -46,7 +47,9 @@ def test_a_device_gets_no_more_than_it_needs(device):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["join", "--help"], ["enroll", "--help"], ["--version"], ["doctor"]], ids=" ".join
+    "arguments",
+    [["--help"], ["join", "--help"], ["enroll", "--help"], ["--version"], ["doctor"], ["flash", "--help"]],
+    ids=" ".join,
 )
 def test_the_command_works_on_a_device(device, arguments):
     # In a folder of its own: nothing of the checkout may be importable.
@@ -90,3 +93,21 @@ def test_every_module_of_the_device_is_in_the_wheel_and_imports(device):
     modules = [module for module in modules if not module.startswith("edge_client.emulator")]
     script = f"import importlib\nfor module in {sorted(modules)!r}: importlib.import_module(module)"
     run(device / "python", "-I", "-c", script, cwd=device.parent)
+
+
+def test_a_card_is_made_from_what_is_installed(device, tmp_path):
+    """`fedge flash` finds the units, and packs the client that is here into the same wheel again."""
+    script = (
+        "import sys, pathlib\n"
+        "from deploy.flash import boot, wheels\n"
+        "print(wheels.repack('fedge', pathlib.Path(sys.argv[1])))\n"
+        "print(*boot._program({}))\n"
+    )
+    path, files = run(device / "python", "-I", "-c", script, tmp_path, cwd=device.parent).stdout.splitlines()
+    assert {"fedge/install.sh", "fedge/lib/firstboot.py", "fedge/units/fedge-enroll.service"} <= set(files.split())
+    (built,) = device.parents[1].glob("fedge-*.whl")
+    contents = []
+    for wheel in (built, path):
+        with zipfile.ZipFile(wheel) as archive:
+            contents.append({name: archive.read(name) for name in archive.namelist() if not name.endswith("/RECORD")})
+    assert contents[0] == contents[1]

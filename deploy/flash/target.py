@@ -57,7 +57,10 @@ def find(path: Path, machine: Machine) -> Device:
     block = machine.sys / "class" / "block"
     entry = block / name
     if not entry.exists():
-        raise FlashError(f"{path} is no block device here; expected a card's, such as /dev/sdb or /dev/mmcblk0")
+        raise FlashError(
+            f"{path} is no block device here; expected a card's, such as /dev/sdb or /dev/mmcblk0 (where there is no "
+            "Linux, write an image with -o)"
+        )
     if (entry / "partition").exists():
         whole = Path(os.path.realpath(entry)).parent.name
         raise FlashError(f"{path} is a partition; name the whole card, /dev/{whole}")

@@ -29,6 +29,8 @@ _ROOMS = ("edge_client", "broker_server", "export", "deploy")
 _GLIBC = range(36, 16, -1)
 """Minor versions of the C library whose wheels run on Bookworm, which has 2.36, and later; the newest first."""
 _SECONDS = 1800.0
+_OF_AN_INSTALLATION = frozenset({"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"})
+"""Files beside a distribution's metadata that installing it has made."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -72,9 +74,10 @@ def repack(name: str, folder: Path) -> Path:
         raise FlashError(f"{name} is not installed here from a wheel that any machine can use")
     info = f"{name}-{found.version}.dist-info"
     contents = dict(_contents(found))
-    contents[f"{info}/METADATA"] = (found.read_text("METADATA") or "").encode()
-    contents[f"{info}/entry_points.txt"] = (found.read_text("entry_points.txt") or "").encode()
-    contents[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: fedge\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    for entry in sorted(found.files or (), key=str):
+        inner = str(entry).partition(".dist-info/")[2]
+        if inner and inner not in _OF_AN_INSTALLATION:
+            contents[f"{info}/{inner}"] = entry.read_binary()
     record = io.StringIO()
     rows = csv.writer(record, lineterminator="\n")
     for path, data in contents.items():

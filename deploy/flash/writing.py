@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -80,8 +81,9 @@ def verify(path: Path, chunks: Iterable[bytes], progress: Progress, *, start: in
     try:
         with _open(path, os.O_RDONLY) as descriptor:
             os.fsync(descriptor)
-            # What is still in memory would be compared with itself.
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if sys.platform == "linux":
+                # What is still in memory would be compared with itself.
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             with _reading(path, descriptor) as source, mmap.mmap(-1, CHUNK) as buffer:
                 place = start
                 for data in chunks:
