@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
@@ -185,7 +185,7 @@ def _fetched(source: str, sha256: str | None, cache: Path) -> Path:
 
         def report(here: int, total: int | None) -> None:
             nonlocal told
-            bar(here - told)
+            bar(here - told, total)
             told = here
 
         return fetch(source, sha256.lower(), cache / "images", report)
@@ -231,18 +231,27 @@ def _to_card(bench: "Bench", path: Path, card: "Card", most: int, insisted: tupl
         return
 
 
+class _Bar(Protocol):
+    """Is told of bytes that were dealt with, and of how many there are where that turns out only now."""
+
+    def __call__(self, count: int, total: int | None = None, /) -> None: ...
+
+
 @contextmanager
-def _bars(**totals: int | None) -> "Iterator[tuple[Callable[[int], None], ...]]":
-    """A progress bar for each step on a terminal, and nothing elsewhere; they are called with bytes dealt with."""
+def _bars(**totals: int | None) -> Iterator[tuple[_Bar, ...]]:
+    """A progress bar for each step on a terminal, and nothing elsewhere."""
     if find_spec("rich") is None:
         # A device's installation does without.
-        yield tuple(lambda _: None for _ in totals)
+        yield tuple(lambda count, total=None: None for _ in totals)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        tasks = [progress.add_task(what, total=total) for what, total in totals.items()]
-        yield tuple(partial(progress.advance, task) for task in tasks)
+
+        def move(task: TaskID, count: int, total: int | None = None, /) -> None:
+            progress.update(task, advance=count, total=total)
+
+        yield tuple(partial(move, progress.add_task(what, total=total)) for what, total in totals.items())

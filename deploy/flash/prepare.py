@@ -1,6 +1,8 @@
 """From a base image or a card to cards of devices: unpack once, then for each a boot partition of its own."""
 
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from deploy.flash.official import System
 from deploy.flash.settings import CardSettings
 from edge_client.errors import FlashError
 
+_DAY = 86_400.0
 _USUAL = 4 << 30
 """Bytes that an official image of the Lite kind unpacks to at most, about."""
 
@@ -79,6 +82,10 @@ def opened(path: Path, cache: Path, progress: Progress) -> Iterator[Bench]:
         suffix = "" if is_device(path) else packed(path)
     except OSError as error:
         raise FlashError(f"{error.filename}: {error.strerror}; expected an image, a card, or a URL") from error
+    for left in cache.glob("flash-*"):
+        # Of a run that was killed; one that is a day old does not run any more.
+        if left.stat().st_mtime < time.time() - _DAY:
+            shutil.rmtree(left, ignore_errors=True)
     # A boot partition holds a claim: the folder is its owner's alone.
     with tempfile.TemporaryDirectory(prefix="flash-", dir=cache) as name:
         folder = Path(name)

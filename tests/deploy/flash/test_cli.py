@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import lzma
+import os
 import shutil
 import subprocess
 
@@ -127,6 +128,18 @@ def test_a_packed_image_becomes_cards_with_a_name_and_claim_each(flash, place, t
 def test_without_a_place_to_write_to_it_says_what_it_is(flash, place):
     said = flash(place / "firstrun.img")
     assert "Debian GNU/Linux 12 (bookworm), 64-bit ARM, Python 3.11; set up by firstrun" in said
+
+
+def test_what_a_killed_run_has_left_goes_after_a_day(flash, place):
+    old, new = place / "cache" / "flash-old", place / "cache" / "flash-new"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "boot.img").write_text("a claim")
+    os.utime(old, (NOW - 90_000, NOW - 90_000))
+    os.utime(new, (NOW - 80_000, NOW - 80_000))
+    flash(place / "client.img")
+    assert (old.exists(), new.exists()) == (False, True)
+    shutil.rmtree(new)
 
 
 def test_an_image_is_fetched_from_its_url(flash, place, tmp_path):
