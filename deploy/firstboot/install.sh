@@ -26,12 +26,12 @@ units=""
 for file in "$here"/units/*; do
     put "$file" /etc/systemd/system 644
     unit=$(basename "$file")
-    target=$(sed -n 's/^WantedBy=//p' "$file")
-    if [ -n "$target" ]; then
+    targets=$(sed -n 's/^WantedBy=//p' "$file")
+    for target in $targets; do
         mkdir -p "$root/etc/systemd/system/$target.wants"
         ln -sf "../$unit" "$root/etc/systemd/system/$target.wants/$unit"
-        units="$units $unit"
-    fi
+    done
+    [ -z "$targets" ] || units="$units $unit"
 done
 sync
 

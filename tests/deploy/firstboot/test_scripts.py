@@ -97,6 +97,17 @@ def test_programs_units_and_settings_are_put_in_place_and_switched_on(card, tool
             assert command[1].lstrip("/") in found
 
 
+def test_a_unit_may_be_wanted_by_several_or_by_none(card, tools, tmp_path):
+    (card / "fedge/units/fedge-two.path").write_text("[Install]\nWantedBy=paths.target multi-user.target\n")
+    (card / "fedge/units/fedge-none.service").write_text("[Service]\nExecStart=/bin/true\n")
+    assert start(card / "fedge/install.sh", tmp_path, "now").returncode == 0
+    links = {name for name in state(tmp_path / "root") if ".wants/" in name}
+    assert {f"etc/systemd/system/{name}.target.wants/fedge-two.path" for name in ("paths", "multi-user")} <= links
+    assert not any("fedge-none" in name for name in links)
+    started = (tmp_path / "ran").read_text().splitlines()[-1].split()
+    assert ("fedge-two.path" in started, "fedge-none.service" in started) == (True, False)
+
+
 def test_now_starts_it(card, tools, tmp_path):
     assert start(card / "fedge/install.sh", tmp_path, "now").returncode == 0
     lines = (tmp_path / "ran").read_text().splitlines()
