@@ -1,8 +1,6 @@
 """The wheels for another machine: fetched once by pip, complete, and with them fedge and pip of this one."""
 
 import hashlib
-import subprocess
-import sys
 import zipfile
 
 import pytest
@@ -68,12 +66,6 @@ def test_fedge_is_packed_with_its_units_and_the_same_each_time(tmp_path):
         assert archive.testzip() is None
     assert {"edge_client/cli.py", "deploy/systemd/fedge-client.service", "deploy/firstboot/install.sh"} <= names
     assert not any("__pycache__" in name or name.endswith(".pyc") for name in names)
-
-
-def test_pip_runs_from_the_wheel_of_itself(tmp_path):
-    path = wheels.repack("pip", tmp_path)
-    done = subprocess.run([sys.executable, path / "pip", "--version"], capture_output=True, text=True, check=True)
-    assert str(path) in done.stdout
 
 
 def test_what_is_not_installed_cannot_be_packed(tmp_path):
