@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,35 @@ FILE = "journal.jsonl"
 
 def data() -> ArraySource:
     """The samples that ``FEDGE_JOURNAL_DATA`` names; from now on the process keeps a journal in ``FEDGE_JOURNAL``."""
-    _keep(Path(os.environ["FEDGE_JOURNAL"]))
+    keep(Path(os.environ["FEDGE_JOURNAL"]))
     with np.load(os.environ["FEDGE_JOURNAL_DATA"]) as arrays:
         return ArraySource(dict(arrays))
 
 
 @functools.cache
-def _keep(folder: Path) -> None:
+def keep(folder: Path, tell: Callable[[str], object] = lambda line: None) -> None:
+    """From now on this process keeps a journal in ``folder``, and tells ``tell`` each line of it."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).touch()
+    _synchronise(folder)
     commit, settle, result = Store.commit, Store.settle, Worker._result
 
     def note(**facts: object) -> None:
-        # One write of one line, appended: a kill leaves all of it or nothing.
+        # One write of one line, appended: a kill leaves all of it or nothing. A power cut leaves what is synchronised.
         with open(folder / FILE, "ab", buffering=0) as file:
             file.write(json.dumps(facts).encode() + b"\n")
+            os.fsync(file.fileno())
+        tell(json.dumps(facts))
 
     def committed(self: Store, epoch: int, task: int, update: bytes, residual: bytes | None, **held: Any) -> None:
         digest = hashlib.sha256(update).hexdigest()
         temporary = folder / f"{digest}.new"
-        temporary.write_bytes(update)
+        with temporary.open("wb") as file:
+            file.write(update)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(folder / digest)
+        _synchronise(folder)
         note(what="made", task=[epoch, task], sha256=digest)
         commit(self, epoch, task, update, residual, **held)
 
@@ -56,3 +66,11 @@ def _keep(folder: Path) -> None:
         return result(self, invitation, model, trainer, stop)
 
     Store.commit, Store.settle, Worker._result = committed, settled, began  # type: ignore[method-assign]
+
+
+def _synchronise(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,75 @@
+"""What a test adds to a card's root, and reads from it afterwards: through debugfs, without mounting it."""
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from deploy.image.card import BOOT_START, ROOT_START
+
+GUEST = Path(__file__).parent / "guest"
+_TEST = "/usr/local/lib/fedge-test"
+_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+
+
+def additions(*, clock: bool) -> dict[str, Path]:
+    """Files that a test's guest has beside those of the card; ``clock``: whether its clock passes for one that was set."""
+    found = {
+        f"{_TEST}/probe.sh": GUEST / "probe.sh",
+        f"{_TEST}/sitecustomize.py": GUEST / "sitecustomize.py",
+        f"{_TEST}/journal.py": GUEST.parent.parent / "kills" / "journal.py",
+        "/etc/systemd/system/fedge-probe.service": GUEST / "fedge-probe.service",
+        "/etc/systemd/system/multi-user.target.wants/fedge-probe.service": GUEST / "fedge-probe.service",
+        "/etc/systemd/system/fedge-client.service.d/test.conf": GUEST / "client.conf",
+    }
+    return found | ({"/etc/tmpfiles.d/fedge-test.conf": GUEST / "clock.conf"} if clock else {})
+
+
+def put_in_root(image: Path, files: Mapping[str, Path]) -> None:
+    """Write files into the root file system; the folders that lead to them come by themselves."""
+    lines, folders = [], {"/"}
+    for place, source in files.items():
+        parts = place.strip("/").split("/")
+        for depth in range(1, len(parts)):
+            folder = "/" + "/".join(parts[:depth])
+            if folder not in folders:
+                folders.add(folder)
+                # It may be there: debugfs says so and goes on.
+                lines.append(f'mkdir "{folder}"')
+        lines += [f'write "{source.absolute()}" "{place}"', f'sif "{place}" mode 0100644']
+    _debugfs(image, lines, write=True)
+
+
+def put_on_boot(image: Path, files: Mapping[str, bytes], scratch: Path) -> None:
+    """Write files into the folder ``fedge`` of the boot partition."""
+    folder = scratch / "fedge"
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    subprocess.run(["mcopy", "-s", "-o", "-i", f"{image}@@{BOOT_START}", str(folder), "::"], check=True)
+
+
+def listed_on_boot(image: Path) -> list[str]:
+    """Names in the folder ``fedge`` of the boot partition."""
+    command = ["mdir", "-b", "-i", f"{image}@@{BOOT_START}", "::fedge"]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [line.rpartition("/")[2] for line in told.split() if not line.endswith("/")]
+
+
+def take_from_root(image: Path, place: str, folder: Path) -> None:
+    """Copy a folder of the root to this machine, after its file system's journal was replayed as the next boot would."""
+    command = ["e2fsck", "-p", "-f", f"{image}?offset={ROOT_START}"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env={"PATH": _PATH})
+    # 1 is: there was something to do, and it is done.
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    folder.mkdir(parents=True, exist_ok=True)
+    _debugfs(image, [f'rdump "{place}" "{folder.absolute()}"'])
+
+
+def _debugfs(image: Path, lines: Sequence[str], *, write: bool = False) -> None:
+    command = ["debugfs", *(["-w"] if write else []), "-f", "-", f"{image}?offset={ROOT_START}"]
+    done = subprocess.run(
+        command, input="\n".join(lines) + "\n", check=True, capture_output=True, text=True, env={"PATH": _PATH}
+    )
+    told = [line for line in done.stderr.splitlines()[1:] if "File exists" not in line and "ext2_file_type" not in line]
+    told = [line for line in told if "Ext2 directory already exists" not in line]
+    assert not told, "\n".join(told)
