@@ -134,7 +134,7 @@ def _overlay() -> Layer:
 def _bootstrap(base: Base, made: Path, scratch: Path, out: int) -> int:
     overlay = scratch / "overlay.tar"
     overlay.write_bytes(_overlay().pack())
-    command = ["mmdebstrap", "--mode=auto", "--variant=essential", f"--architectures={ARCHITECTURE}"]
+    command = ["mmdebstrap", "--verbose", "--mode=auto", "--variant=essential", f"--architectures={ARCHITECTURE}"]
     if _HOOKS.is_dir():
         command.append(f"--hook-dir={_HOOKS}")
     command += [
@@ -163,18 +163,17 @@ _PREPARE = f"""
 set -eu
 mkdir -p "$1/etc/ssh" "$1/boot/firmware"
 for kind in {" ".join(_KEYS)}; do touch "$1/etc/ssh/ssh_host_${{kind}}_key"; done
-# One initramfs, when all that goes into it is there.
+# One initramfs, with the kernel; and none once more for what is configured after it.
 echo update_initramfs=no > "$1/etc/initramfs-tools/update-initramfs.conf"
 """
 _FINISH = f"""
 set -eu
 for kind in {" ".join(_KEYS)}; do rm -f "$1/etc/ssh/ssh_host_${{kind}}_key"*; done
 echo update_initramfs=yes > "$1/etc/initramfs-tools/update-initramfs.conf"
-chroot "$1" update-initramfs -c -k all
 chroot "$1" systemd-sysusers
 chroot "$1" systemctl enable {" ".join(USED)}
 chroot "$1" systemctl mask {" ".join(UNUSED)}
-chroot "$1" passwd -l root
+chroot "$1" useradd --create-home --shell /bin/bash --uid 1000 --groups sudo,adm,fedge pi
 ln -sf ../run/systemd/resolve/stub-resolv.conf "$1/etc/resolv.conf"
 echo uninitialized > "$1/etc/machine-id"
 rm -rf "$1"/var/log/*.log "$1"/var/log/apt "$1"/var/cache/debconf/*-old "$1"/var/lib/dpkg/*-old

@@ -32,13 +32,15 @@ PACKAGES = (
     "fdisk",
     # To log in with a key, where the card brings one, and to update the system.
     "openssh-server",
+    "sudo",
     "apt",
     # What the client's wheels stand on: all of Python's library (numpy needs more than python3-minimal), and C++'s.
     "python3",
     "libstdc++6",
 )
 
-_DRIVERS = "/lib/modules/*/kernel/drivers"
+_KERNEL = "/lib/modules/*/kernel"
+_DRIVERS = f"{_KERNEL}/drivers"
 LEFT_OUT = (
     # What nobody reads on a device without a screen, and licences that must stay.
     ("exclude", "/usr/share/man/*"),
@@ -46,26 +48,29 @@ LEFT_OUT = (
     ("exclude", "/usr/share/locale/*"),
     ("exclude", "/usr/share/doc/*"),
     ("include", "/usr/share/doc/*/copyright"),
-    # Drivers of what no Pi has: two thirds of the kernel's package.
-    ("exclude", "/lib/modules/*/kernel/sound/*"),
+    # Drivers of what no Pi has, more than half of the kernel's package; cameras and microphones on USB work.
     *(
         ("exclude", f"{_DRIVERS}/{name}/*")
-        for name in ("accel", "ata", "edac", "fpga", "hwtracing", "infiniband", "isdn", "media", "nvme", "staging")
+        for name in ("accel", "ata", "edac", "fpga", "hwtracing", "infiniband", "isdn", "nvme", "staging", "target")
     ),
-    ("exclude", f"{_DRIVERS}/gpu/drm/amd/*"),
-    ("exclude", f"{_DRIVERS}/gpu/drm/nouveau/*"),
-    ("exclude", f"{_DRIVERS}/gpu/drm/radeon/*"),
+    *(("exclude", f"{_DRIVERS}/gpu/drm/{name}/*") for name in ("amd", "nouveau", "radeon")),
+    *(("exclude", f"{_DRIVERS}/scsi/{name}/*") for name in ("bfa", "be2iscsi", "lpfc", "megaraid", "qla2xxx", "qla4xxx")),
     ("exclude", f"{_DRIVERS}/net/ethernet/*"),
     ("include", f"{_DRIVERS}/net/ethernet/broadcom"),
     ("include", f"{_DRIVERS}/net/ethernet/broadcom/genet*"),
     ("exclude", f"{_DRIVERS}/net/wireless/*"),
     ("include", f"{_DRIVERS}/net/wireless/broadcom*"),
-    ("exclude", "/lib/modules/*/kernel/fs/ocfs2/*"),
-    ("exclude", "/lib/modules/*/kernel/fs/gfs2/*"),
-    ("exclude", "/lib/modules/*/kernel/fs/ceph/*"),
-    ("exclude", "/lib/modules/*/kernel/fs/xfs/*"),
-    ("exclude", "/lib/modules/*/kernel/fs/bcachefs/*"),
-    # Firmware of the GPU for older and for other boards, and its variants with a camera or for looking for errors.
+    ("exclude", f"{_DRIVERS}/media/*"),
+    *(("include", f"{_DRIVERS}/media/{name}*") for name in ("common", "mc", "v4l2-core")),
+    ("include", f"{_DRIVERS}/media/usb"),
+    ("include", f"{_DRIVERS}/media/usb/uvc*"),
+    ("exclude", f"{_KERNEL}/sound/*"),
+    *(("include", f"{_KERNEL}/sound/{name}*") for name in ("core", "soundcore", "usb")),
+    *(("exclude", f"{_KERNEL}/fs/{name}/*") for name in ("btrfs", "ceph", "gfs2", "ocfs2", "ubifs", "xfs")),
+    # Device trees of other makers' boards.
+    ("exclude", "/usr/lib/linux-image-*/*"),
+    ("include", "/usr/lib/linux-image-*/broadcom*"),
+    # The GPU's firmware with its camera, with traces, and cut down.
     ("exclude", "/usr/lib/raspi-firmware/*cd.*"),
     ("exclude", "/usr/lib/raspi-firmware/*_x.*"),
     ("exclude", "/usr/lib/raspi-firmware/*4x.*"),
@@ -79,7 +84,10 @@ UNUSED = (
     "dpkg-db-backup.timer",
     "e2scrub_all.timer",
     "e2scrub_reap.service",
+    "wpa_supplicant.service",
 )
-"""Units that would write to the card, or surprise a device in the field, by themselves."""
-USED = ("systemd-networkd.service", "wpa_supplicant@wlan0.service", "fedge-grow.service")
+"""Units that would write to the card, or surprise a device in the field, by themselves; and the supplicant that waits for
+NetworkManager: a device with wifi has ``wpa_supplicant@wlan0.service``, which its first boot switches on.
+"""
+USED = ("systemd-networkd.service", "fedge-grow.service")
 """Units that are not on unless told."""

@@ -19,6 +19,7 @@ _PLACES = {
     "journald.conf.d": "usr/lib/systemd/journald.conf.d",
 }
 _UNITS = "usr/lib/systemd/system"
+_SCRIPTS = "usr/local/lib/fedge"
 _ELSEWHERE = {"fedge-server.service"}
 """Units that are for the server's machine."""
 _LAUNCHER = """\
@@ -70,6 +71,8 @@ def service(layer: Layer) -> None:
     with as_file(files("deploy")) as shipped:
         for name, place in _PLACES.items():
             layer.tree(place, shipped / name)
+        for script in sorted((shipped / "firstboot").glob("*.py")):
+            layer.file(f"{_SCRIPTS}/{script.name}", script.read_bytes())
         for unit in sorted((shipped / "systemd").iterdir()):
             if unit.name in _ELSEWHERE or unit.suffix not in (".service", ".path", ".timer"):
                 continue

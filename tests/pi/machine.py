@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,9 @@ def boot_files(image: Path, folder: Path) -> None:
 class Machine:
     """A board that is on, until it is killed; what its console says goes into ``log`` as well."""
 
-    def __init__(self, board: str, image: Path, boot: Path, relay: int, log: Path, *words: str) -> None:
+    def __init__(
+        self, board: str, image: Path, boot: Path, relay: int, log: Path, *words: str, disks: Sequence[Path] = ()
+    ) -> None:
         """``relay``: the port on this machine that `BROKER` is; ``words``: more of the kernel's command line."""
         kind = BOARDS[board]
         line = f"console={kind.console} root=PARTUUID=fed6ed6e-02 rw rootwait net.ifnames=0 panic=-1 loglevel=4"
@@ -78,6 +81,9 @@ class Machine:
         command += ["-drive", f"file={image},format=raw,{kind.disk[0]}", *kind.disk[1:]]
         command += ["-netdev", f"user,id=net,restrict=on,guestfwd=tcp:{host}:{port}-cmd:{cable}"]
         command += ["-device", f"{kind.network},netdev=net"]
+        for number, disk in enumerate(disks):
+            command += ["-drive", f"file={disk},format=raw,if=none,id=more{number},readonly=on"]
+            command += ["-device", f"virtio-blk-device,drive=more{number}"]
         self.began = time.monotonic()
         self.lines: list[tuple[float, str]] = []
         """Seconds since power-on, and what was said."""
