@@ -24,7 +24,9 @@ _FORCE = ("mounted", "system", "fixed", "customised")
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", required=False)
+@click.option("--build", is_flag=True, help="Build a small system of Debian packages, and take that as SOURCE.")
+@click.option("--mirror", default=None, help="Debian archive to build from.  [default: as this machine's apt has it]")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Write an image to this file; several to a folder."
 )
@@ -48,7 +50,9 @@ _FORCE = ("mounted", "system", "fixed", "customised")
 @click.option("--force", "insisted", multiple=True, type=click.Choice(_FORCE), help="Go on although it is so.")
 @click.option("--cache", type=click.Path(path_type=Path), default=None, help="Folder for downloads and wheels.")
 def flash(
-    source: str,
+    source: str | None,
+    build: bool,
+    mirror: str | None,
     output: Path | None,
     device: Path | None,
     sha256: str | None,
@@ -73,15 +77,21 @@ def flash(
     SOURCE is an image of Raspberry Pi OS Lite (64-bit), packed or not, or its URL; or a card that is written already,
     of which only the boot partition is changed. Without -o and --device it says what SOURCE is. Nothing is mounted, and
     root is needed for no more than a card that you may not write otherwise.
+
+    With --build it makes a system of its own from Debian packages, for a Pi 3, 4, 400 or Zero 2 W, and keeps it for the
+    next time. A Pi 5 needs Raspberry Pi OS.
     """
     from deploy.flash import batch, prepare, target, wheels
     from deploy.flash.image import is_device
 
+    if build == (source is not None):
+        raise ConfigError("name SOURCE, an image of Raspberry Pi OS Lite (64-bit), or say --build and name none")
+    folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedge"
+    source = source or str(_built(folder, mirror))
     in_place = is_device(Path(source))
     if sum((output is not None, device is not None, in_place)) > 1:
         raise ConfigError("-o, --device, and a card as SOURCE: name one place to write to")
     most = target.size_of(max_size)
-    folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedge"
     wanted = output is not None or device is not None or (in_place and (server or claim or claims) is not None)
     cards = batch.plan(hostname, count, claim, claims) if wanted else []
     settings_of = _settings(server, insecure, user, _keys(ssh_keys), _wifi(network, wifi_key, country), data)
@@ -171,6 +181,16 @@ def _text(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
+
+
+def _built(cache: Path, mirror: str | None) -> Path:
+    from deploy.flash import wheels
+    from deploy.image.build import build
+    from deploy.image.packages import PYTHON
+
+    client = wheels.collect(f"{PYTHON[0]}.{PYTHON[1]}", cache)
+    say = partial(click.echo, err=True)
+    return build(list(client.values()), cache=cache / "image", mirror=mirror, log=say)
 
 
 def _fetched(source: str, sha256: str | None, cache: Path) -> Path:

@@ -1,1 +1,1 @@
-"""A card image of our own: Debian packages for the system, wheels for the client, put together without a loop device."""
+"""A card image of our own: Debian packages for the system, wheels for the client, no loop device."""

@@ -1,4 +1,4 @@
-"""The system's files from Debian's packages, by mmdebstrap: a tar that is kept while what it is made of stays the same."""
+"""The system's files from Debian's packages, by mmdebstrap: a tar, kept while what it is made of stays."""
 
 import hashlib
 import json
@@ -41,8 +41,8 @@ class Base:
 def sources(mirror: str | None = None) -> tuple[str, ...]:
     """Where packages come from: ``mirror``, else what this machine's apt is configured with, where it is a Debian's.
 
-    A mirror is the URL of an archive with the suite and its updates; a security archive is looked for beside it, under the
-    name that Debian's has.
+    A mirror is the URL of an archive with the suite and its updates; a security archive is looked for beside it, under
+    the name that Debian's has.
     """
     if mirror is not None:
         plain = mirror.rstrip("/")
@@ -69,7 +69,7 @@ def ensure(base: Base, cache: Path, log: Callable[[str], None]) -> Path:
     """The tar of ``base``: the one in ``cache``, or a new one.
 
     Raises:
-        ConfigError: this machine lacks what it takes, or a package cannot be had; the end of mmdebstrap's log says which.
+        ConfigError: this machine lacks what it takes, or a package cannot be had; mmdebstrap's log says which.
     """
     place = cache / f"system-{base.key()[:16]}.tar"
     if place.exists():

@@ -1,7 +1,6 @@
-"""`fedge flash --build`: the image that every card of a fleet begins with, kept while nothing that it is made of changes."""
+"""`fedge flash --build`: the image that every card of a fleet begins with, kept while its parts stay."""
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,29 +13,23 @@ from deploy.image.release import release, service, version
 BOARDS = "Raspberry Pi 3, 3+, 4, 400, Zero 2 W and the compute modules 3 and 4"
 NOT_A_PI_5 = (
     "a Raspberry Pi 5 does not boot it: Debian 12's kernel knows nothing of one. "
-    "For a Pi 5, put the client on Raspberry Pi OS Lite (64-bit): fedge flash --image"
+    "give fedge flash an image of Raspberry Pi OS Lite (64-bit) for it"
 )
 _RECIPE = 1
 """Counts up with each change of how the image is laid out."""
 
 
-def default_cache() -> Path:
-    """Where systems and images are kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "fedge" / "image"
-
-
 def build(
     wheels: Sequence[Path],
     *,
-    cache: Path | None = None,
+    cache: Path,
     mirror: str | None = None,
     log: Callable[[str], None] = print,
 ) -> Path:
     """The image of a card with the client of these wheels (for aarch64 and Python 3.11), of no device yet.
 
     Args:
-        wheels: fedge's and those of all that it needs.
+        wheels: fedge's and those of all that it needs; other files among them, and pip's, are left out.
         cache: where it, and the system's files that it is made of, are kept.
         mirror: a Debian archive's URL, in the place of those that this machine's apt has.
         log: is told what is done.
@@ -44,20 +37,20 @@ def build(
     Raises:
         ConfigError: this machine lacks what it takes, or packages or wheels are not to be had; says which.
     """
-    folder = default_cache() if cache is None else cache
+    wheels = sorted(one for one in wheels if one.suffix == ".whl" and not one.name.startswith("pip-"))
     base = Base(sources(mirror))
     parts = [f"{_RECIPE} {ROOT_START}", base.key()]
-    parts += [f"{wheel.name} {hashlib.sha256(wheel.read_bytes()).hexdigest()}" for wheel in sorted(wheels)]
+    parts += [f"{wheel.name} {hashlib.sha256(wheel.read_bytes()).hexdigest()}" for wheel in wheels]
     device = Layer()
     service(device)
     key = hashlib.sha256("\n".join([*parts, device.digest()]).encode()).hexdigest()
-    image = folder / f"fedge-{version(wheels)}-{key[:16]}.img"
+    image = cache / f"fedge-{version(wheels)}-{key[:16]}.img"
     if image.exists():
         log(f"what the image is made of is unchanged: {image}")
         return image
-    system = ensure(base, folder, log)
+    system = ensure(base, cache, log)
     log(f"putting fedge {version(wheels)} and the system together")
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    with tempfile.TemporaryDirectory(dir=cache) as place:
         scratch = Path(place)
         release(device, wheels, scratch)
         client, made = scratch / "client.tar", scratch / "card.img"

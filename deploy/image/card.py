@@ -1,4 +1,4 @@
-"""A card's image from the files of a system: a FAT partition that a Pi boots from and an ext4 root, without loop devices.
+"""A card's image from the files of a system: a FAT that a Pi boots from and an ext4 root, without loop devices.
 
 A Pi's boot ROM reads an MBR and the first FAT partition (Raspberry Pi documentation, "Raspberry Pi boot modes").
 """
@@ -60,7 +60,9 @@ mke2fs -q -F -t ext4 -b 4096 -m 1 -L fedge -U {_UUID} -J size=16 -i 16384 \
 """
     _run([*([] if os.geteuid() == 0 else ["fakeroot", "--"]), "sh", "-c", script], path)
     table = f"label: dos\nlabel-id: {DISK:#010x}\nunit: sectors\n"
-    table += f"start={BOOT_START // 512}, size={BOOT_SIZE // 512}, type=c, bootable\nstart={ROOT_START // 512}, type=83\n"
+    table += (
+        f"start={BOOT_START // 512}, size={BOOT_SIZE // 512}, type=c, bootable\nstart={ROOT_START // 512}, type=83\n"
+    )
     _run(["sfdisk", "-q", "--no-reread", "--no-tell-kernel", str(image)], path, table)
     place = f"{image}@@{BOOT_START}"
     _run(["mformat", "-i", place, "-F", "-T", str(BOOT_SIZE // 512), "-h", "255", "-s", "63", "-v", _LABEL, "::"], path)

@@ -54,7 +54,10 @@ LEFT_OUT = (
         for name in ("accel", "ata", "edac", "fpga", "hwtracing", "infiniband", "isdn", "nvme", "staging", "target")
     ),
     *(("exclude", f"{_DRIVERS}/gpu/drm/{name}/*") for name in ("amd", "nouveau", "radeon")),
-    *(("exclude", f"{_DRIVERS}/scsi/{name}/*") for name in ("bfa", "be2iscsi", "lpfc", "megaraid", "qla2xxx", "qla4xxx")),
+    *(
+        ("exclude", f"{_DRIVERS}/scsi/{name}/*")
+        for name in ("bfa", "be2iscsi", "lpfc", "megaraid", "qla2xxx", "qla4xxx")
+    ),
     ("exclude", f"{_DRIVERS}/net/ethernet/*"),
     ("include", f"{_DRIVERS}/net/ethernet/broadcom"),
     ("include", f"{_DRIVERS}/net/ethernet/broadcom/genet*"),
@@ -86,8 +89,8 @@ UNUSED = (
     "e2scrub_reap.service",
     "wpa_supplicant.service",
 )
-"""Units that would write to the card, or surprise a device in the field, by themselves; and the supplicant that waits for
-NetworkManager: a device with wifi has ``wpa_supplicant@wlan0.service``, which its first boot switches on.
+"""Units that would write to the card, or surprise a device in the field, by themselves; and the supplicant that waits
+for NetworkManager: a device with wifi has ``wpa_supplicant@wlan0.service``, which its first boot switches on.
 """
 USED = ("systemd-networkd.service", "fedge-grow.service")
 """Units that are not on unless told."""

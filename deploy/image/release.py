@@ -71,7 +71,7 @@ def service(layer: Layer) -> None:
     with as_file(files("deploy")) as shipped:
         for name, place in _PLACES.items():
             layer.tree(place, shipped / name)
-        for script in sorted((shipped / "firstboot").glob("*.py")):
+        for script in sorted((shipped / "firstboot").glob("[a-z]*.py")):
             layer.file(f"{_SCRIPTS}/{script.name}", script.read_bytes())
         for unit in sorted((shipped / "systemd").iterdir()):
             if unit.name in _ELSEWHERE or unit.suffix not in (".service", ".path", ".timer"):

@@ -8,24 +8,24 @@ from deploy.image.card import BOOT_START, ROOT_START
 
 GUEST = Path(__file__).parent / "guest"
 _TEST = "/usr/local/lib/fedge-test"
+_UNITS = "/etc/systemd/system"
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 
 
 def additions(*, clock: bool) -> dict[str, Path]:
-    """Files that a test's guest has beside those of the card; ``clock``: whether its clock passes for one that was set."""
+    """What a test's guest has beside the card's own; ``clock``: whether its clock passes for one that was set."""
     found = {
         f"{_TEST}/probe.sh": GUEST / "probe.sh",
         f"{_TEST}/sitecustomize.py": GUEST / "sitecustomize.py",
         f"{_TEST}/journal.py": GUEST.parent.parent / "kills" / "journal.py",
-        "/etc/systemd/system/fedge-probe.service": GUEST / "fedge-probe.service",
-        "/etc/systemd/system/multi-user.target.wants/fedge-probe.service": GUEST / "fedge-probe.service",
-        "/etc/systemd/system/fedge-client.service.d/test.conf": GUEST / "client.conf",
+        f"{_UNITS}/fedge-probe.service": GUEST / "fedge-probe.service",
+        f"{_UNITS}/fedge-client.service.d/test.conf": GUEST / "client.conf",
     }
     return found | ({"/etc/tmpfiles.d/fedge-test.conf": GUEST / "clock.conf"} if clock else {})
 
 
 def put_in_root(image: Path, files: Mapping[str, Path]) -> None:
-    """Write files into the root file system; the folders that lead to them come by themselves."""
+    """Write files into the root file system; folders that lead there come by themselves, units are on."""
     lines, folders = [], {"/"}
     for place, source in files.items():
         parts = place.strip("/").split("/")
@@ -36,6 +36,8 @@ def put_in_root(image: Path, files: Mapping[str, Path]) -> None:
                 # It may be there: debugfs says so and goes on.
                 lines.append(f'mkdir "{folder}"')
         lines += [f'write "{source.absolute()}" "{place}"', f'sif "{place}" mode 0100644']
+        if place.startswith(_UNITS) and place.endswith(".service"):
+            lines.append(f'symlink "{_UNITS}/multi-user.target.wants/{parts[-1]}" "{place}"')
     _debugfs(image, lines, write=True)
 
 
@@ -56,7 +58,7 @@ def listed_on_boot(image: Path) -> list[str]:
 
 
 def take_from_root(image: Path, place: str, folder: Path) -> None:
-    """Copy a folder of the root to this machine, after its file system's journal was replayed as the next boot would."""
+    """Copy a folder of the root to this machine, once its file system is put right as the next boot would."""
     command = ["e2fsck", "-p", "-f", f"{image}?offset={ROOT_START}"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env={"PATH": _PATH})
     # 1 is: there was something to do, and it is done.

@@ -19,7 +19,7 @@ CARD = 4 << 30
 """Bytes of the emulated card; QEMU's slot wants a power of two."""
 _PROBE = re.compile(r"probe: rss ([0-9.]+) hwm ([0-9.]+) cpu ([0-9.]+)")
 _UP = 8192
-"""Bytes of an upload that get through before the power goes: more than what a client says beside it, less than it has."""
+"""Bytes of an upload that get through before the power goes: more than is said beside it, less than it has."""
 
 
 @dataclass

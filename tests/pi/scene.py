@@ -1,4 +1,4 @@
-"""What is on the host: an authority, a real mosquitto with the generated configuration, a server, and the line to the Pi."""
+"""What is on the host: an authority, a mosquitto with the generated configuration, a server, and the line to the Pi."""
 
 import re
 import subprocess

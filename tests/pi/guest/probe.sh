@@ -3,7 +3,7 @@
 ticks=$(getconf CLK_TCK)
 while sleep 1; do
     read -r pid </sys/fs/cgroup/system.slice/fedge-client.service/cgroup.procs || continue
-    [ -r "/proc/$pid/status" ] || continue
-    awk '/^VmHWM/ {high = $2} /^VmRSS/ {now = $2} END {printf "probe: rss %.1f hwm %.1f", now / 1024, high / 1024}' "/proc/$pid/status"
-    awk -v ticks="$ticks" '{printf " cpu %.1f\n", ($14 + $15) / ticks}' "/proc/$pid/stat"
+    # /proc/PID/stat has its times in fields 14 and 15; the program's name has no blanks here.
+    awk -v ticks="$ticks" '/^VmHWM/ {high = $2} /^VmRSS/ {now = $2} NF > 40 {cpu = ($14 + $15) / ticks}
+        END {printf "probe: rss %.1f hwm %.1f cpu %.1f\n", now / 1024, high / 1024, cpu}' "/proc/$pid/status" "/proc/$pid/stat"
 done 2>/dev/null

@@ -1,4 +1,4 @@
-"""In the guest, brought into the client by PYTHONPATH: it keeps a journal as the clients of tests/kills do, and says so."""
+"""In the guest, brought into the client by PYTHONPATH: a journal as the clients of tests/kills keep it."""
 
 import os
 import sys
