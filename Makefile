@@ -7,7 +7,7 @@ SECONDS ?= 300
 # Threads are fedge's to place; libraries that each start their own pool take the cores from one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads bench-attacks simulate-faults prove-kills clean
+.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads bench-attacks simulate-faults prove-kills test-pi clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make bench           every benchmark"
 	@echo "make simulate-faults  whole federations under faults, an hour of them; results in build/bench/faults.json"
 	@echo "make prove-kills     50 rounds in which server, clients and broker are killed; results in build/bench/kills.json"
+	@echo "make test-pi          a card's image, booted in QEMU as two boards, power cut in between; results in build/bench/pi.json"
 	@echo "make clean           remove build results and caches, keep $(VENV)"
 
 demo: $(VENV)/.demo
@@ -78,6 +79,11 @@ simulate-faults: $(VENV)/.dev
 # ARGS='--seed SEED' for the same kills again; ARGS='--keep FOLDER' leaves ledger, journals and logs there.
 prove-kills: $(VENV)/.dev
 	$(BIN)/python -m tests.kills $(ARGS)
+
+# Takes the Debian packages that .ci/run names, and half an hour. ARGS=--quick for minutes; ARGS=--suite for the device's
+# tests on aarch64; ARGS='--keep FOLDER' leaves cards and consoles there.
+test-pi: $(VENV)/.dev
+	$(BIN)/python -m tests.pi $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -54,7 +54,7 @@ files=$(find {shlex.quote(str(root))} | wc -l)
 size=$(((used * 106 / 100 + files / 256 + {spare} + 3) / 4 * 4))
 truncate -s 0 {shlex.quote(str(image))}
 truncate -s $(({ROOT_START} + size * {_MIB})) {shlex.quote(str(image))}
-mke2fs -q -F -t ext4 -b 4096 -m 1 -L fedge -U {_UUID} -J size=16 -i 16384 \
+mke2fs -q -F -t ext4 -b 4096 -m 1 -L fedge -U {_UUID} -i 16384 \
     -E offset={ROOT_START},hash_seed={_UUID},lazy_itable_init=0,lazy_journal_init=0,nodiscard \
     -d {shlex.quote(str(root))} {shlex.quote(str(image))} $((size * 256))
 """

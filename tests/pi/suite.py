@@ -18,6 +18,20 @@ ROOT = Path(__file__).parents[2]
 _TOOLS = ("pytest", "pytest-timeout", "hypothesis", "psutil", "onnx", "zstandard", "amqtt")
 _ROOMS = ("tests", "broker_server", "export", "deploy")
 """Beside the client, which is the release's own."""
+CHOSEN = (
+    "tests/edge_client/test_trainer.py",
+    "tests/edge_client/test_runtime.py",
+    "tests/edge_client/test_store.py",
+    "tests/edge_client/test_session.py",
+    "tests/edge_client/test_bundle.py",
+    "tests/edge_client/test_partial.py",
+    "tests/edge_client/test_feedback.py",
+    "tests/edge_client/codec",
+    "tests/edge_client/wire",
+    "tests/edge_client/trust",
+    "tests/edge_client/service",
+)
+"""What depends on the processor or on the runtime, first; the rest of tests/edge_client takes hours."""
 _UNIT = """\
 [Unit]
 Description=test: the device's tests
