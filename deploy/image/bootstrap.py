@@ -21,8 +21,6 @@ _EMULATOR = "qemu-user-static binfmt-support arch-test"
 _HOOKS = Path("/usr/share/mmdebstrap/hooks/merged-usr")
 # Host keys are each device's own, and making some under emulation takes 10 seconds: the package finds some already.
 _KEYS = ("rsa", "ecdsa", "ed25519")
-_RECIPE = 1
-"""Counts up with each change of what the hooks do."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Base:
 
     def key(self) -> str:
         """The hash of all of it."""
-        parts = [_RECIPE, self.sources, SUITE, ARCHITECTURE, COMPONENTS, PACKAGES, LEFT_OUT, UNUSED, USED]
+        parts = [self.sources, _PREPARE, _FINISH, SUITE, ARCHITECTURE, COMPONENTS, PACKAGES, LEFT_OUT, UNUSED, USED]
         return hashlib.sha256(json.dumps([*parts, _overlay().digest()]).encode()).hexdigest()
 
 

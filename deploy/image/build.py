@@ -1,22 +1,19 @@
 """`fedge flash --build`: the image that every card of a fleet begins with, kept while its parts stay."""
 
 import hashlib
+import inspect
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from deploy.image import card, layer, release
 from deploy.image.bootstrap import Base, ensure, sources
-from deploy.image.card import ROOT_START, assemble
-from deploy.image.layer import Layer
-from deploy.image.release import release, service, version
 
 BOARDS = "Raspberry Pi 3, 3+, 4, 400, Zero 2 W and the compute modules 3 and 4"
 NOT_A_PI_5 = (
     "a Raspberry Pi 5 does not boot it: Debian 12's kernel knows nothing of one. "
     "give fedge flash an image of Raspberry Pi OS Lite (64-bit) for it"
 )
-_RECIPE = 1
-"""Counts up with each change of how the image is laid out."""
 
 
 def build(
@@ -39,23 +36,23 @@ def build(
     """
     wheels = sorted(one for one in wheels if one.suffix == ".whl" and not one.name.startswith("pip-"))
     base = Base(sources(mirror))
-    parts = [f"{_RECIPE} {ROOT_START}", base.key()]
+    parts = [base.key(), *map(inspect.getsource, (layer, release, card))]
     parts += [f"{wheel.name} {hashlib.sha256(wheel.read_bytes()).hexdigest()}" for wheel in wheels]
-    device = Layer()
-    service(device)
+    device = layer.Layer()
+    release.service(device)
     key = hashlib.sha256("\n".join([*parts, device.digest()]).encode()).hexdigest()
-    image = cache / f"fedge-{version(wheels)}-{key[:16]}.img"
+    image = cache / f"fedge-{release.version(wheels)}-{key[:16]}.img"
     if image.exists():
         log(f"what the image is made of is unchanged: {image}")
         return image
     system = ensure(base, cache, log)
-    log(f"putting fedge {version(wheels)} and the system together")
+    log(f"putting fedge {release.version(wheels)} and the system together")
     with tempfile.TemporaryDirectory(dir=cache) as place:
         scratch = Path(place)
-        release(device, wheels, scratch)
+        release.release(device, wheels, scratch)
         client, made = scratch / "client.tar", scratch / "card.img"
         client.write_bytes(device.pack())
-        assemble(made, [system, client], scratch)
+        card.assemble(made, [system, client], scratch)
         made.replace(image)
     log(f"{image}: {image.stat().st_size >> 20} MiB, for {BOARDS}; {NOT_A_PI_5}")
     return image

@@ -53,7 +53,13 @@ def test_a_system_is_kept_until_something_that_it_is_made_of_changes(tmp_path, m
     kept.write_bytes(b"tar")
     assert ensure(base, tmp_path, lambda line: None) == kept
     others = [dataclasses.replace(base, sources=()).key()]
-    for name, value in (("PACKAGES", ("systemd",)), ("LEFT_OUT", ()), ("UNUSED", ()), ("_RECIPE", 0)):
+    for name, value in (
+        ("PACKAGES", ("systemd",)),
+        ("LEFT_OUT", ()),
+        ("UNUSED", ()),
+        ("_PREPARE", ""),
+        ("_FINISH", ""),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(bootstrap, name, value)
             others.append(base.key())
