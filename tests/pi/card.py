@@ -8,6 +8,7 @@ from deploy.image.card import BOOT_START, ROOT_START
 
 GUEST = Path(__file__).parent / "guest"
 _TEST = "/usr/local/lib/fedge-test"
+_PIECE = 1 << 20
 _UNITS = "/etc/systemd/system"
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 
@@ -38,7 +39,7 @@ def put_in_root(image: Path, files: Mapping[str, Path]) -> None:
         lines += [f'write "{source.absolute()}" "{place}"', f'sif "{place}" mode 0100644']
         if place.startswith(_UNITS) and place.endswith(".service"):
             lines.append(f'symlink "{_UNITS}/multi-user.target.wants/{parts[-1]}" "{place}"')
-    _debugfs(image, lines, write=True)
+    _debugfs(f"{image}?offset={ROOT_START}", lines, write=True)
 
 
 def put_on_boot(image: Path, files: Mapping[str, bytes], scratch: Path) -> None:
@@ -59,16 +60,21 @@ def listed_on_boot(image: Path) -> list[str]:
 
 def take_from_root(image: Path, place: str, folder: Path) -> None:
     """Copy a folder of the root to this machine, once its file system is put right as the next boot would."""
-    command = ["e2fsck", "-p", "-f", f"{image}?offset={ROOT_START}"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env={"PATH": _PATH})
+    folder.mkdir(parents=True, exist_ok=True)
+    # e2fsck opens what it has changed once more, and knows of no offset then.
+    copy = folder / "root.ext4"
+    size = f"bs={_PIECE}"
+    command = ["dd", f"if={image}", f"of={copy}", size, f"skip={ROOT_START // _PIECE}", "conv=sparse", "status=none"]
+    subprocess.run(command, check=True)
+    done = subprocess.run(["e2fsck", "-p", "-f", str(copy)], capture_output=True, text=True, env={"PATH": _PATH})
     # 1 is: there was something to do, and it is done.
     assert done.returncode in (0, 1), done.stdout + done.stderr
-    folder.mkdir(parents=True, exist_ok=True)
-    _debugfs(image, [f'rdump "{place}" "{folder.absolute()}"'])
+    _debugfs(str(copy), [f'rdump "{place}" "{folder.absolute()}"'])
+    copy.unlink()
 
 
-def _debugfs(image: Path, lines: Sequence[str], *, write: bool = False) -> None:
-    command = ["debugfs", *(["-w"] if write else []), "-f", "-", f"{image}?offset={ROOT_START}"]
+def _debugfs(disk: str, lines: Sequence[str], *, write: bool = False) -> None:
+    command = ["debugfs", *(["-w"] if write else []), "-f", "-", disk]
     done = subprocess.run(
         command, input="\n".join(lines) + "\n", check=True, capture_output=True, text=True, env={"PATH": _PATH}
     )
