@@ -27,18 +27,18 @@ def additions(*, clock: bool) -> dict[str, Path]:
 
 def put_in_root(image: Path, files: Mapping[str, Path]) -> None:
     """Write files into the root file system; folders that lead there come by themselves, units are on."""
-    lines, folders = [], {"/"}
+    lines: list[str] = []
+    folders = {"/"}
     for place, source in files.items():
-        parts = place.strip("/").split("/")
-        for depth in range(1, len(parts)):
-            folder = "/" + "/".join(parts[:depth])
-            if folder not in folders:
-                folders.add(folder)
+        switch = f"{_UNITS}/multi-user.target.wants/{Path(place).name}"
+        unit = place.startswith(_UNITS) and place.endswith(".service")
+        for folder in [*reversed(Path(place).parents), *(reversed(Path(switch).parents) if unit else [])]:
+            if str(folder) not in folders:
+                folders.add(str(folder))
                 # It may be there: debugfs says so and goes on.
                 lines.append(f'mkdir "{folder}"')
         lines += [f'write "{source.absolute()}" "{place}"', f'sif "{place}" mode 0100644']
-        if place.startswith(_UNITS) and place.endswith(".service"):
-            lines.append(f'symlink "{_UNITS}/multi-user.target.wants/{parts[-1]}" "{place}"')
+        lines += [f'symlink "{switch}" "{place}"'] if unit else []
     _debugfs(f"{image}?offset={ROOT_START}", lines, write=True)
 
 

@@ -33,6 +33,8 @@ class Board:
     device_tree: str = ""
     clock: bool = True
     """Whether it has a clock that runs without power."""
+    words: tuple[str, ...] = ()
+    """More of the kernel's command line."""
 
 
 BOARDS = {
@@ -49,6 +51,8 @@ BOARDS = {
         "ttyS1,115200",
         "bcm2837-rpi-3-b.dtb",
         clock=False,
+        # QEMU's board is reset when its watchdog is set, and not when it has run out.
+        words=("systemd.watchdog_sec=off", "modprobe.blacklist=bcm2835_wdt"),
     ),
 }
 
@@ -72,11 +76,12 @@ class Machine:
         """``relay``: the port on this machine that `BROKER` is; ``words``: more of the kernel's command line."""
         kind = BOARDS[board]
         line = f"console={kind.console} root=PARTUUID=fed6ed6e-02 rw rootwait net.ifnames=0 panic=-1 loglevel=4"
+        line += " systemd.show_status=0"
         cable = f"{sys.executable} -S {_CABLE} {relay}"
         host, port = BROKER
         command = ["nice", "-n", "5", "qemu-system-aarch64", *kind.machine, "-display", "none", "-monitor", "none"]
         command += ["-no-reboot", "-kernel", str(boot / "kernel"), "-initrd", str(boot / "initrd")]
-        command += ["-append", " ".join([line, *words])]
+        command += ["-append", " ".join([line, *kind.words, *words])]
         command += ["-dtb", str(boot / kind.device_tree)] if kind.device_tree else []
         command += ["-drive", f"file={image},format=raw,{kind.disk[0]}", *kind.disk[1:]]
         command += ["-netdev", f"user,id=net,restrict=on,guestfwd=tcp:{host}:{port}-cmd:{cable}"]
