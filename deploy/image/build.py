@@ -10,9 +10,10 @@ from deploy.image import card, layer, release
 from deploy.image.bootstrap import Base, ensure, sources
 
 BOARDS = "Raspberry Pi 3, 3+, 4, 400, Zero 2 W and the compute modules 3 and 4"
-NOT_A_PI_5 = (
-    "a Raspberry Pi 5 does not boot it: Debian 12's kernel knows nothing of one. "
-    "give fedge flash an image of Raspberry Pi OS Lite (64-bit) for it"
+NOT_FOR = (
+    "a Raspberry Pi 5 does not boot it, as Debian 12's kernel knows nothing of one, and some Zero 2 W (wifi chip "
+    "BCM43430/2) have no wifi with it, as Debian 12 lacks the chip's firmware: "
+    "give fedge flash an image of Raspberry Pi OS Lite (64-bit) for those"
 )
 
 
@@ -54,5 +55,5 @@ def build(
         client.write_bytes(device.pack())
         card.assemble(made, [system, client], scratch)
         made.replace(image)
-    log(f"{image}: {image.stat().st_size >> 20} MiB, for {BOARDS}; {NOT_A_PI_5}")
+    log(f"{image}: {image.stat().st_size >> 20} MiB, for {BOARDS}; {NOT_FOR}")
     return image
