@@ -63,6 +63,8 @@ def release(layer: Layer, wheels: Sequence[Path], scratch: Path) -> None:
     layer.link(f"{folder}/bin/python3", "/usr/bin/python3")
     layer.link(f"{folder}/bin/python", "python3")
     layer.file(f"{folder}/bin/fedge", _LAUNCHER.format(folder=folder).encode())
+    # As the first boot marks a release that it has installed in full.
+    layer.file(f"{folder}/.whole", b"")
     layer.link(f"{HOME}/current", f"releases/{version(wheels)}")
 
 

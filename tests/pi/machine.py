@@ -111,7 +111,7 @@ class Machine:
             self._coming.put(None)
         return None
 
-    def until(self, *words: str, seconds: float = 300.0) -> tuple[float, str]:
+    def until(self, *words: str, seconds: float = 1200.0) -> tuple[float, str]:
         """Read on until a line has one of these words."""
         said = self.heard(*words, seconds=seconds)
         last = "\n".join(line for _, line in self.lines[-15:])

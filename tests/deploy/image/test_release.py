@@ -39,6 +39,7 @@ def test_a_release_is_a_venv_of_the_systems_python_with_byte_code(tmp_path):
     files = packed(layer)
     library = f"{RELEASE}/lib/python3.11/site-packages"
     assert files["opt/fedge/current"] == "releases/7.1"
+    assert files[f"{RELEASE}/.whole"] == b""
     assert files[f"{RELEASE}/bin/python3"] == "/usr/bin/python3"
     assert files[f"{RELEASE}/bin/fedge"].startswith(f"#!/{RELEASE}/bin/python\n".encode())
     assert b"include-system-site-packages = false" in files[f"{RELEASE}/pyvenv.cfg"]
