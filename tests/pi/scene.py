@@ -47,7 +47,7 @@ target = "bits"
 value = 4.0
 [transfer]
 inline = 0
-chunk = 1024
+chunk = {chunk}
 spread = 0.2
 [evaluation]
 data = "test.npz"
@@ -59,7 +59,7 @@ rounds = {rounds}
 class Scene:
     """Everything that a Pi takes part in; in ``folder``, which stays."""
 
-    def __init__(self, folder: Path, bundle: Path, rounds: int, steps: int) -> None:
+    def __init__(self, folder: Path, bundle: Path, rounds: int, steps: int, *, chunk: int = 1024) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
         self._stack = ExitStack()
@@ -70,7 +70,7 @@ class Scene:
         broker = EmbeddedBroker.start(folder / "broker", kind="mosquitto", host="127.0.0.1", spec=spec)
         self._stack.enter_context(broker)
         url = broker.url.replace("127.0.0.1", "localhost")
-        (folder / "federation.toml").write_text(_TOML.format(name=NAME, url=url, steps=steps, rounds=rounds))
+        (folder / "federation.toml").write_text(_TOML.format(name=NAME, url=url, steps=steps, rounds=rounds, chunk=chunk))
         self.relay = Relay(int(broker.url.rpartition(":")[2]))
         self._stack.callback(self.relay.close)
         self._news = threading.Condition()
