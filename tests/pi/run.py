@@ -13,7 +13,7 @@ from broker_server.authority import Authority
 from tests.kills.account import Account
 from tests.pi.card import additions, put_in_root, put_on_boot, take_from_root
 from tests.pi.machine import BOARDS, Machine, boot_files
-from tests.pi.scene import DEVICE, NAME, Scene
+from tests.pi.scene import BATCH, DEVICE, NAME, SAMPLES, Scene
 
 CARD = 4 << 30
 """Bytes of the emulated card; QEMU's slot wants a power of two."""
@@ -78,6 +78,7 @@ def carry_out(
     board: str, image: Path, bundle: Path, folder: Path, *, cuts: int, steps: int, log: Callable[[str], None] = print
 ) -> Measured:
     """One board: enrol, take part, lose power ``cuts`` times (in training, then in an upload), go on, add up."""
+    assert steps * BATCH >= SAMPLES, f"{steps} steps do not see all samples, and the account goes by all of them"
     measured = Measured(board)
     rounds = cuts + 2
     with closing(Scene(folder / "host", bundle, rounds, steps)) as scene:

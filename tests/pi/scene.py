@@ -24,6 +24,8 @@ from tests.pi.relay import Relay
 
 ROOT = Path(__file__).parents[2]
 NAME, DEVICE = "digits", "pi-7"
+SAMPLES, BATCH = 640, 16
+"""Of the device, and in a step; a round has at least as many steps as go through all of them."""
 URL = f"mqtts://{BROKER[0]}:{BROKER[1]}"
 _ROUND = re.compile(r"round ([0-9]+) · ")
 _TOML = """\
@@ -39,7 +41,7 @@ cohort = 1
 deadline = 900.0
 [train]
 steps = {steps}
-batch_size = 16
+batch_size = {batch}
 [train.hypers]
 lr = 0.1
 [codec]
@@ -65,12 +67,14 @@ class Scene:
         self._stack = ExitStack()
         self.authority = Authority.init(folder / "authority", NAME, ["localhost", BROKER[0]], now=time.time())
         (folder / "digits.fedge").write_bytes(bundle.read_bytes())
-        self.samples = _write_digits(folder)
+        _write_digits(folder)
         spec = BrokerSpec(NAME, self.authority.folder)
         broker = EmbeddedBroker.start(folder / "broker", kind="mosquitto", host="127.0.0.1", spec=spec)
         self._stack.enter_context(broker)
         url = broker.url.replace("127.0.0.1", "localhost")
-        (folder / "federation.toml").write_text(_TOML.format(name=NAME, url=url, steps=steps, rounds=rounds, chunk=chunk))
+        (folder / "federation.toml").write_text(
+            _TOML.format(name=NAME, url=url, steps=steps, batch=BATCH, rounds=rounds, chunk=chunk)
+        )
         self.relay = Relay(int(broker.url.rpartition(":")[2]))
         self._stack.callback(self.relay.close)
         self._news = threading.Condition()
@@ -109,7 +113,7 @@ class Scene:
     def account(self, journal: Path) -> Account:
         """What came of it, with the journal that the device kept."""
         bundle = Bundle.open(self.folder / "digits.fedge")
-        return settle(bundle, self.folder / "state" / "ledger.db", {DEVICE: journal}, {DEVICE: self.samples})
+        return settle(bundle, self.folder / "state" / "ledger.db", {DEVICE: journal}, {DEVICE: SAMPLES})
 
     def finished(self, seconds: float = 120.0) -> None:
         """Wait until the server has ended by itself."""
@@ -137,13 +141,12 @@ def export_digits(path: Path) -> None:
     subprocess.run([*command, "--no-tune", "-o", str(path)], check=True, cwd=ROOT)
 
 
-def _write_digits(folder: Path) -> int:
-    """scikit-learn's digits: what the server measures with, and what the device has; how many the latter are."""
+def _write_digits(folder: Path) -> None:
+    """scikit-learn's digits: what the server measures with, and what the device has."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images, labels = digits.images.astype(np.uint8)[:, None], digits.target.astype(np.int64)
-    cut = 360
+    cut, end = 360, 360 + SAMPLES
     np.savez(folder / "test.npz", x=images[:cut], y=labels[:cut])
-    np.savez(folder / "digits.npz", x=images[cut:], y=labels[cut:])
-    return len(labels) - cut
+    np.savez(folder / "digits.npz", x=images[cut:end], y=labels[cut:end])
