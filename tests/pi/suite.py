@@ -53,7 +53,7 @@ cd /suite/repo
 for runtime in {runtimes}; do
     export PYTHONPATH="/suite/$runtime:/suite/tools:/suite/repo"
     echo "suite: $runtime: $(/opt/fedge/current/bin/python -c 'import onnxruntime; print(onnxruntime.__version__)')"
-    /opt/fedge/current/bin/python -m pytest -p no:cacheprovider -o addopts= -q --import-mode=importlib \\
+    /opt/fedge/current/bin/python -m pytest -p no:cacheprovider -o addopts= -q --color=no --import-mode=importlib \\
         --timeout 1800 --maxfail 20 {files} 2>&1
     echo "suite: $runtime: ended with $?"
 done
