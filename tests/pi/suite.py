@@ -49,6 +49,9 @@ _SCRIPT = """\
 #!/bin/sh
 mkdir -p /suite && mount -o ro /dev/vda /suite || mount -o ro /dev/vdb /suite
 export ORT_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 HOME=/root TMPDIR=/var/tmp
+export HYPOTHESIS_STORAGE_DIRECTORY=/var/tmp/hypothesis
+# Also for what tests start without this environment.
+echo /suite/tools >"$(echo /opt/fedge/current/lib/python3*/site-packages)/suite.pth"
 cd /suite/repo
 for runtime in {runtimes}; do
     export PYTHONPATH="/suite/$runtime:/suite/tools:/suite/repo"
