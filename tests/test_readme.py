@@ -1,5 +1,6 @@
 """The README's commands and snippets, executed in order in an empty folder, as a reader would."""
 
+import lzma
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import pytest
 from broker_server.authority import REGISTRY
 from broker_server.broker import EmbeddedBroker, find_mosquitto
 from broker_server.registry import Registry
+from tests import cards
 from tests.datasets import LOADERS, DataSet
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +27,8 @@ BLOCKS = re.findall(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", README, re.MULTILI
 ELSEWHERE = {"make test", "make lint"}
 # An authority, and a broker that asks for certificates.
 FLEET = re.compile(r"\bfleet\b|fedge (ca|revoke)")
+# Cards: the programs that handle images, besides.
+CARDS = re.compile(r"fedge flash|pip download")
 DATA = Path(os.environ.get("FEDGE_DATA", ROOT.parent / "shared" / "data"))
 SMALL = {
     "make bench-round": ("tests/bench/round.py", ""),
@@ -76,12 +80,14 @@ def kind(language: str, text: str) -> str:
     lines = set(text.strip().splitlines())
     if language == "sh" and lines <= ELSEWHERE:
         return "elsewhere"
-    if language == "sh" and any("bench" in line for line in lines):
+    if language == "sh" and any(re.search(r"\bmake bench|tests/bench|build/data", line) for line in lines):
         return "bench"
     if language == "sh" and lines == {"make demo"}:
         return "demo"
     if language == "sh" and any(line.startswith("fedge doctor --broker") for line in lines):
         return "doctor"
+    if CARDS.search(text):
+        return "cards"
     return "fleet" if FLEET.search(text) else "walk"
 
 
@@ -93,7 +99,8 @@ def test_every_block_is_of_a_kind_that_is_run():
     assert kinds.count("elsewhere") == 1
     assert kinds.count("doctor") == 1
     assert kinds.count("walk") >= 9
-    assert kinds.count("fleet") == 5
+    assert kinds.count("fleet") == 6
+    assert kinds.count("cards") == 3
 
 
 @pytest.mark.timeout(240)
@@ -101,6 +108,19 @@ def test_walk_through(tmp_path):
     """Model, export, training, federation, enrolment, phones: each block works on what the ones before have left."""
     ports = {"1883": str(free_port()), "8883": str(free_port())}
     kinds = {"walk"} if find_mosquitto() is None else {"walk", "fleet"}
+    own = environment(PYTHONPATH=str(tmp_path), BENCH_SECONDS="0.2")
+    if "fleet" in kinds and not cards.LACKING:
+        kinds.add("cards")
+        cards.card(tmp_path / "os.img", "cloud-init")
+        image = lzma.compress((tmp_path / "os.img").read_bytes(), preset=0)
+        (tmp_path / "raspios-lite-arm64.img.xz").write_bytes(image)
+        (tmp_path / "wifi.txt").write_text("a good passphrase\n", encoding="utf-8")
+        (tmp_path / "id_ed25519.pub").write_text(f"ssh-ed25519 {'A' * 68} me@here\n", encoding="utf-8")
+        cards.index(tmp_path / "index")
+        for name in ("fedge", "pip"):
+            cards.wheel(tmp_path / "index", name, "99.0")
+        own |= {"PIS": "2", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "index")}
+        own |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     for language, name, text in BLOCKS:
         if kind(language, text) not in kinds:
             continue
@@ -110,15 +130,20 @@ def test_walk_through(tmp_path):
             continue
         program = ["bash", "-euo", "pipefail", "-c"] if language == "sh" else [sys.executable, "-c"]
         # As in a terminal, where the folder of a script is on its path.
-        run([*program, text], tmp_path, environment(PYTHONPATH=str(tmp_path)), 120)
+        run([*program, text], tmp_path, own, 120)
     assert (tmp_path / "state" / "models" / "best" / "infer.onnx").exists()
     assert (tmp_path / "results.json").exists()
     if "fleet" in kinds:
         assert (tmp_path / "fleet-state" / "models" / "best" / "infer.onnx").exists()
         with Registry.open(tmp_path / "authority" / REGISTRY) as registry:
-            assert registry.standing(time.time()) == (("pi-0", "pi-1"), ("pi-2",))
+            assert registry.standing(time.time()) == (("pi-0",), ("pi-1", "pi-2"))
         # What joined was asked for its certificate, and said nothing without its signature.
         assert (tmp_path / "fleet-0" / "witness.msgpack").exists()
+        if "cards" in kinds:
+            claims = [
+                cards.boot_files(tmp_path / f"images/pi-{number}.img")["fedge/claim.fedgeclaim"] for number in (1, 2)
+            ]
+            assert claims[0] != claims[1]
         assert "require_certificate true" in (tmp_path / "broker" / "mosquitto.conf").read_text(encoding="utf-8")
 
 
