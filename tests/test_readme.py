@@ -103,7 +103,7 @@ def test_every_block_is_of_a_kind_that_is_run():
     assert kinds.count("cards") == 3
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_walk_through(tmp_path):
     """Model, export, training, federation, enrolment, phones: each block works on what the ones before have left."""
     ports = {"1883": str(free_port()), "8883": str(free_port())}
