@@ -24,6 +24,7 @@ Factor = Annotated[float, Meta(gt=0, le=1000)]
 Bytes = Annotated[int, Meta(ge=0, le=2**62)]
 ClientPattern = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.*?-]{1,64}\Z")]
 Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,63}\Z")]
+Option = bool | int | float | str
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -100,11 +101,44 @@ class Train(_Section, frozen=True):
 
 
 class Aggregation(_Section, frozen=True):
-    """``[aggregation]``: how updates become one, and how far the server moves along it."""
+    """``[aggregation]``: how updates become one."""
 
+    algorithm: str = "fedavg"
+    """One of the registry's (`aggregation.registry`), or ``module:attribute`` for one of your own."""
+    options: dict[Word, Option] = {}
+    """What the algorithm takes."""
     weights: Literal["samples", "uniform"] = "samples"
-    learning_rate: Annotated[float, Meta(gt=0, le=1000)] = 1.0
-    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    clients: dict[ClientPattern, Factor] = {}
+    """Weights times a factor for some clients, by id or by pattern (``pi-*``); the first that fits holds."""
+    norm: Annotated[float, Meta(ge=0, le=1e30)] = 0.0
+    """Norm bounding: an update with a larger norm (L2) is shortened to it; 0 is no bound."""
+
+
+class Schedule(_Section, frozen=True):
+    """``[server.schedule]``: the learning rate over the rounds (`aggregation.schedules`)."""
+
+    kind: Literal["constant", "step", "exponential", "linear", "cosine"] = "constant"
+    warmup: Count = 0
+    """Rounds in which it rises."""
+    factor: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    every: Positive = 10
+    """With step and exponential it falls by ``factor`` in so many rounds."""
+    rounds: Count = 0
+    """With linear and cosine it falls until then; 0 is ``stop.rounds``."""
+    least: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """With linear and cosine, the share of it that stays."""
+
+
+class ServerStep(_Section, frozen=True):
+    """``[server]``: how far the model moves along what updates became."""
+
+    optimizer: str = "sgd"
+    """One of the registry's (`aggregation.registry`), or ``module:attribute`` for one of your own."""
+    options: dict[Word, Option] = {}
+    """What the optimizer takes."""
+    learning_rate: Annotated[float, Meta(gt=0, le=1000)] | None = None
+    """Unless given 1 with sgd, and 0.01 with those that divide by what aggregates usually are."""
+    schedule: Schedule = Schedule()
 
 
 class Codec(_Section, frozen=True):
@@ -282,6 +316,7 @@ class Federation(_Section, frozen=True):
     round: Round = Round()
     train: Train = Train()
     aggregation: Aggregation = Aggregation()
+    server: ServerStep = ServerStep()
     codec: Codec = Codec()
     evaluation: Evaluation = Evaluation()
     stop: Stop = Stop()

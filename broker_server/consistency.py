@@ -2,10 +2,15 @@
 
 from typing import TYPE_CHECKING
 
+from broker_server.aggregation import registry
+from broker_server.aggregation.schedules import SPANNING
 from edge_client.codec.update import TARGETS
 from edge_client.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from broker_server.aggregation.algorithm import Algorithm
     from broker_server.config import Codec, Federation, Round  # which has its settings checked here
 
 _SYNCHRONOUS = ("cohort", "over_select", "minimum")
@@ -14,6 +19,8 @@ _BUFFERED = ("concurrency", "buffer", "staleness", "max_staleness")
 VALUES = {"nmse": 0.1, "cohort": 2.0}
 """By target of the codec, the value that it has where none is set."""
 _HIGHEST = TARGETS | {"cohort": 1000.0}
+_FINE = {"nmse": 0.01, "step": 0.35}
+"""By target of the codec, the highest value at which most elements are told, and not left out as too small."""
 
 
 def check_together(federation: "Federation") -> None:
@@ -30,6 +37,8 @@ def check_together(federation: "Federation") -> None:
     if federation.broker.password_file and not federation.broker.username:
         raise ConfigError("broker.password_file is set without broker.username; set both or none")
     _check_rates(federation.codec)
+    _check_algorithm(federation)
+    _check_server(federation)
     if simulation.speed[0] > simulation.speed[1]:
         raise ConfigError(f"simulation.speed is {list(simulation.speed)}; expected [slowest, fastest]")
     if simulation.data:
@@ -48,6 +57,58 @@ def check_together(federation: "Federation") -> None:
         raise ConfigError(
             "stop.target and stop.patience need an evaluation and there is none; "
             "set evaluation.data or evaluation.clients, and evaluation.every above 0"
+        )
+
+
+def _check_algorithm(federation: "Federation") -> None:
+    section, rounds, codec = federation.aggregation, federation.round, federation.codec
+    chosen = registry.algorithm(section.algorithm)
+    options = registry.options(chosen.options, section.options, "aggregation.options")
+    name = f'aggregation.algorithm = "{section.algorithm}"'
+    if rounds.mode == "buffered" and not chosen.buffered:
+        raise ConfigError(
+            f'{name} cannot be combined with round.mode = "buffered": its updates are of one version; '
+            f"expected {_those(lambda one: one.buffered)}, or synchronous rounds"
+        )
+    if rounds.mode == "synchronous" and rounds.minimum < (fewest := chosen.fewest(options)):
+        raise ConfigError(f"round.minimum is {rounds.minimum}; expected at least {fewest}, which {name} needs")
+    if codec.target == "cohort" and not chosen.mean:
+        raise ConfigError(
+            f'{name} cannot be combined with codec.target = "cohort", which plans the noise of a mean by weights; '
+            f"expected {_those(lambda one: one.mean)}, or another target"
+        )
+    if codec.target == "cohort" and section.clients:
+        raise ConfigError(
+            'aggregation.clients cannot be combined with codec.target = "cohort", which knows clients\' weights by '
+            "aggregation.weights alone; use another target"
+        )
+    if chosen.every_element and codec.kind == "quantized":
+        _check_fine(name, codec)
+
+
+def _check_fine(name: str, codec: "Codec") -> None:
+    """Where most elements of an update are left out as too small, the middle one of all clients' is zero."""
+    most = _FINE.get(codec.target, 0.0)
+    values = (codec.value or VALUES.get(codec.target, 0.0), *codec.clients.values())
+    if not max(values) <= most or codec.upload_seconds:
+        found = "codec.upload_seconds" if max(values) <= most else f'codec.target = "{codec.target}" at {max(values):g}'
+        allowed = " or ".join(f'codec.target = "{target}" with a value up to {fine}' for target, fine in _FINE.items())
+        raise ConfigError(
+            f"{name} cannot be combined with {found}, which leaves most elements out: their median is 0; expected "
+            f'codec.kind = "none", or {allowed}; or {_those(lambda one: not one.every_element)}'
+        )
+
+
+def _those(fits: "Callable[[Algorithm], bool]") -> str:
+    return " or ".join(f'"{name}"' for name, one in registry.ALGORITHMS.items() if fits(one))
+
+
+def _check_server(federation: "Federation") -> None:
+    section, falls = federation.server, federation.server.schedule
+    registry.options(registry.optimizer(section.optimizer).options, section.options, "server.options")
+    if falls.kind in SPANNING and not (falls.rounds or federation.stop.rounds):
+        raise ConfigError(
+            f'server.schedule.rounds is 0 and so is stop.rounds; expected one of them with kind = "{falls.kind}"'
         )
 
 

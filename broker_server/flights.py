@@ -18,6 +18,7 @@ from broker_server.config import Federation
 from broker_server.rates import update_plan
 from broker_server.records import Task
 from broker_server.roster import Member
+from broker_server.training import train_plan
 from broker_server.uploads import Grant, Uploads
 from edge_client.errors import WireError
 from edge_client.wire import messages as m
@@ -296,7 +297,7 @@ class Flights:
     def _invitation(
         self, flight: Flight, member: Member, versions: Mapping[int, bytes], void: Identity | None
     ) -> e.Action:
-        task, train = flight.task, self.settings.train
+        task = flight.task
         (client,) = task.cohort
         assert flight.way is not None
         return self._tell(
@@ -305,7 +306,7 @@ class Flights:
                 *flight.identity,
                 task.task,
                 task.kind,
-                m.TrainPlan(train.epochs, train.steps, train.batch_size, train.hypers),
+                train_plan(self.settings),
                 update_plan(self.settings, task, client, member.samples, member.uplink),
                 self.settings.federation.seed,
                 self._seconds(task),

@@ -202,6 +202,20 @@ class Ledger:
                 epoch, task, client, samples, data = row
                 yield (epoch, task), client, samples, data
 
+    def update(self, epoch: int, task: int, client: str) -> bytes:
+        """The update of a client to an open task.
+
+        Raises:
+            LedgerError: there is none.
+        """
+        row = self._database.one(
+            "SELECT data FROM updates WHERE epoch = ? AND task = ? AND client = ? AND data IS NOT NULL",
+            *(epoch, task, client),
+        )
+        if row is None:
+            raise LedgerError(f"{self.path}: there is no update of {client} to task {epoch}/{task} any more")
+        return bytes(row[0])
+
     def recorded(self, epoch: int, task: int) -> list[str]:
         """Clients whose update is recorded, in that order; also for closed tasks, until they are forgotten."""
         rows = self._database.all("SELECT client FROM updates WHERE epoch = ? AND task = ? ORDER BY id", epoch, task)

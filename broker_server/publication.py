@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from broker_server.aggregation.optimizer import ServerOptimizer, pack, unpack
+from broker_server.aggregation.optimizer import ServerOptimizer, State, pack, unpack
 from broker_server.coding import Coder
 from broker_server.config import Codec
 from broker_server.ledger import Ledger
@@ -16,7 +16,8 @@ from edge_client.bundle import Bundle
 from edge_client.codec.layout import Vector
 from edge_client.codec.model import Model, encode_model_delta, pack_model, unpack_model, untrained
 from edge_client.codec.quantize import rms
-from edge_client.codec.versions import CodedState, RawState, State
+from edge_client.codec.versions import CodedState, RawState
+from edge_client.codec.versions import State as ModelState
 from edge_client.errors import CodecError, LedgerError
 
 _FARTHEST = 1e12
@@ -36,7 +37,7 @@ class _Head:
     version: int
     model: Model
     remainder: Vector
-    optimizer: Vector
+    optimizer: State
     pace: float
     coder: Coder
 
@@ -125,12 +126,12 @@ class Publication:
         tasks and the round's result are one transaction.
         """
         head = self._head
-        step, optimizer = self._optimizer.step(head.optimizer, aggregate)
+        step, optimizer = self._optimizer.step(head.optimizer, aggregate, head.version)
         target = head.model.parameters(self._base).astype(np.float64)
         target += step
         clipped, pace, coder = 0, 0.0, head.coder
         if self._codec.kind == "none":
-            state: State = RawState(target.astype(np.float32))
+            state: ModelState = RawState(target.astype(np.float32))
             remainder = np.zeros(0, np.float32)
         else:
             if head.remainder.size:
@@ -156,7 +157,7 @@ class Publication:
                     round=result.round,
                     state=pack_model(model),
                     remainder=remainder.astype("<f4").tobytes(),
-                    optimizer=pack(optimizer),
+                    optimizer=pack(self._optimizer.name, optimizer),
                     pace=pace,
                     anchor=self._head.version - coder.age,
                 ),
@@ -200,7 +201,8 @@ class Publication:
                 "or use a new state folder"
             ) from error
         remainder = np.frombuffer(latest.remainder, "<f4").astype(np.float32)
-        return _Head(latest.version, model, remainder, unpack(latest.optimizer, start), latest.pace, coder)
+        optimizer = unpack(latest.optimizer, self._optimizer.name, start)
+        return _Head(latest.version, model, remainder, optimizer, latest.pace, coder)
 
     def _untrained(self) -> Model:
         return untrained(self._layout, self._buffers)

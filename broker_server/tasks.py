@@ -16,6 +16,7 @@ from broker_server.rates import update_plan
 from broker_server.records import Task
 from broker_server.selection import Candidate, select
 from broker_server.tally import Tally
+from broker_server.training import train_plan
 from broker_server.uploads import Grant, Uploads
 from edge_client.errors import WireError
 from edge_client.wire import messages as m
@@ -303,14 +304,14 @@ class OpenTask:
         return [e.Record(*self.identity, client, data)]
 
     def _invitation(self, client: str, held: int) -> e.Action:
-        task, train = self.task, self.settings.train
+        task = self.task
         return self._tell(
             client,
             m.Invitation(
                 *self.identity,
                 task.round,
                 task.kind,
-                m.TrainPlan(train.epochs, train.steps, train.batch_size, train.hypers),
+                train_plan(self.settings),
                 self._plans[client],
                 self.settings.federation.seed,
                 self.seconds,

@@ -16,10 +16,11 @@ import msgspec
 import numpy as np
 
 from broker_server import events as e
+from broker_server.aggregation import registry
 from broker_server.aggregation.buffers import BufferAggregator
-from broker_server.aggregation.optimizer import sgd
-from broker_server.aggregation.staleness import discount
-from broker_server.aggregation.streaming import fedavg
+from broker_server.aggregation.gathering import Gathering
+from broker_server.aggregation.weighting import Report as Contribution
+from broker_server.algorithms import aggregator, server_optimizer, stage
 from broker_server.artifacts import Report, write_artifacts
 from broker_server.config import Federation
 from broker_server.database import Lock
@@ -37,7 +38,7 @@ from edge_client.wire import transfer
 from edge_client.wire.messages import BlobRef
 
 _MODE = "mode"
-"""The note that holds the ``round.mode`` of the open tasks."""
+"""The note that holds the ``round.mode`` of the open tasks, and what their updates must say."""
 _SAMPLES_LIMIT = 2**29
 """More samples than this of one client are refused: their product with an update would not be exact any more."""
 _FLEET = "fleet"
@@ -80,15 +81,21 @@ class Worker:
             if held_out
             else None
         )
+        rule, optimizer = aggregator(settings, self.bundle.manifest), server_optimizer(settings)
+        self._needs = registry.algorithm(settings.aggregation.algorithm).needs
         self._ledger = Ledger.open(
             ledger_path(settings), federation=settings.federation.name, bundle=self.bundle.digest, lock=lock
         )
-        optimizer = sgd(settings.aggregation.learning_rate, settings.aggregation.momentum)
         self._publication = Publication(self.bundle, self._ledger, settings.codec, optimizer)
-        self._aggregator = fedavg(settings.aggregation.weights)
-        self._buffers = BufferAggregator.of(self.bundle.manifest)
-        self._begin_sum()
         self._layouts = update_layouts(self.bundle.manifest)
+        self._gathering = Gathering(
+            rule,
+            stage(settings),
+            BufferAggregator.of(self.bundle.manifest),
+            self._layouts,
+            lambda task, client: self._ledger.update(*task, client),
+            self._state,
+        )
         self.spool = Spool(self._state / "uploads", limit=max_update_bytes(self._layouts))
         self._tasks: dict[tuple[int, int], Task] = {}
         self._blobs: dict[bytes, bytes] = {}
@@ -130,7 +137,7 @@ class Worker:
         self._tasks = {(task.epoch, task.task): task for task in restored.open_tasks}
         for identity, client, samples, data in self._ledger.updates():
             _, scalars, vectors = self._decode(data, self._tasks[identity])
-            self._add(vectors, samples, identity)
+            self._add(identity, client, samples, scalars, vectors)
             yield e.Recorded(*identity, client, samples, scalars)
 
     def perform_all(self, actions: Sequence[e.Action]) -> list[e.Event | None]:
@@ -159,13 +166,11 @@ class Worker:
             case e.Prepare(held, version):
                 return e.Prepared(held, version, self._blob(self._publication.delta(held, version)))
             case e.Aggregate(closes, result, keep):
-                aggregate = self._aggregator.finish(self._sum)
-                buffers = self._buffers.finish(self._buffer_sum) if "buffers" in self._layouts else None
+                aggregate, buffers = self._gathering.finish()
                 clipped = self._publication.advance(aggregate, result, closes=closes, keep=keep, buffers=buffers)
                 for identity in closes:
                     self._tasks.pop(identity)
                     self.spool.discard(identity)
-                self._begin_sum()
                 return e.Aggregated(
                     self._publication.version, self._publication.digest, clipped, self._publication.pace
                 )
@@ -173,8 +178,8 @@ class Worker:
                 self._ledger.close_task(epoch, number, outcome)
                 self._tasks.pop((epoch, number))
                 self.spool.discard((epoch, number))
-                if (epoch, number) in self._added:
-                    self._begin_sum()
+                if (epoch, number) in self._gathering:
+                    self._gathering.clear()
                 return e.Closed(epoch, number)
             case e.Evaluate(version):
                 assert self._held_out is not None
@@ -243,37 +248,36 @@ class Worker:
             return e.Damaged(*identity, action.client)
         added = self._ledger.record(*identity, action.client, data, samples)
         if added:
-            self._add(vectors, samples, identity)
+            self._add(identity, action.client, samples, scalars, vectors)
         return e.Recorded(action.epoch, action.task, action.client, samples, scalars)
 
     def _reopen(self) -> tuple[Task, ...]:
         """The tasks to go on with; others are void: of an evaluation without rounds, which is done anew, or of a mode
         that was changed."""
         mode, tasks = self._settings.round.mode, self._ledger.open_tasks()
+        asked = " ".join((mode, *self._needs))
         kept = tasks[-1:] if mode == "synchronous" else [task for task in tasks if task.kind == "train"]
         with self._ledger.group():
-            if self._ledger.get(_MODE) not in (None, mode):
+            if self._ledger.get(_MODE) not in (None, asked):
                 kept = []
-            self._ledger.put(_MODE, mode)
+            self._ledger.put(_MODE, asked)
             for task in tasks:
                 if task not in kept:
                     self._ledger.close_task(task.epoch, task.task, "void")
         return tuple(kept)
 
-    def _begin_sum(self) -> None:
-        self._sum = self._aggregator.init(self.bundle.layout.size)
-        self._buffer_sum = self._buffers.init()
-        self._added: set[tuple[int, int]] = set()
-
-    def _add(self, vectors: Mapping[str, Vector], samples: int, identity: tuple[int, int]) -> None:
+    def _add(
+        self,
+        identity: tuple[int, int],
+        client: str,
+        samples: int,
+        scalars: Mapping[str, float],
+        vectors: Mapping[str, Vector],
+    ) -> None:
         if "delta" in vectors:
             # The version grows only when a sum is finished: a replay finds the same staleness.
             age = self._publication.version - self._tasks[identity].version
-            weight = discount(age, self._settings.round.staleness)
-            self._sum = self._aggregator.add(self._sum, vectors["delta"], samples, weight)
-            self._added.add(identity)
-        if "buffers" in vectors:
-            self._buffer_sum = self._buffers.add(self._buffer_sum, vectors["buffers"], samples)
+            self._gathering.add(identity, Contribution(client, samples, scalars, age), vectors)
 
     def _decode(self, data: bytes, task: Task) -> tuple[int, dict[str, float], dict[str, Vector]]:
         """Samples, scalars and, of a training task, the vectors of an update.
@@ -291,6 +295,12 @@ class Worker:
                 found = f"values up to {highest:.1e}" if math.isfinite(highest) else "NaN or infinite values"
                 raise CodecError(f"update holds {found}: training diverged; a lower learning rate may help")
         finite = {name: value for name, value in update.scalars.items() if math.isfinite(value)}
+        for name in self._needs if task.kind == "train" else ():
+            if not 0 <= finite.get(name, -1.0) <= _VALUE_LIMIT:
+                raise CodecError(
+                    f"update says {update.scalars.get(name, 'nothing')} of its {name}; expected 0 to {_VALUE_LIMIT:g}, "
+                    f"which {self._settings.aggregation.algorithm} needs: update fedge on the device"
+                )
         return self._settings.limits.count(int(samples)), finite, update.vectors
 
     def _bound(self, vectors: Mapping[str, Vector]) -> None:

@@ -19,7 +19,7 @@ from edge_client.manifest import update_layouts
 from edge_client.shelf import Shelf
 from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
-from edge_client.wire.messages import Invitation, UpdatePlan
+from edge_client.wire.messages import RECEIVED_LOSS, Invitation, UpdatePlan
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,10 @@ class Worker:
             sums = trainer.evaluate(vector, self.test, buffers=model.buffers)
             scalars = {f"sum.{name}": value for name, value in sums.items()} | {"samples": float(self.test.samples)}
             return encode_update({}, {}, scalars, CodecSettings()).data, None
+        measured: dict[str, float] = {}
+        if invitation.plan.measure:
+            received = trainer.evaluate(vector, self.train, buffers=model.buffers)
+            measured[RECEIVED_LOSS] = received["loss"] / max(1.0, received["count"])
         result = trainer.train(
             vector, self.train, invitation.plan, seed=self._seed(invitation), stop=stop, buffers=model.buffers
         )
@@ -116,12 +120,16 @@ class Worker:
             # One that cannot be used costs a little accuracy once, and must not cost every task from now on.
             with contextlib.suppress(CodecError):
                 add_residual(delta, stored, bundle.layout, invitation.version)
-        scalars = {
-            "samples": float(result.samples),
-            "steps": float(result.steps),
-            "seconds": result.seconds,
-            "loss": result.loss,
-        } | {f"sum.{name}": value for name, value in result.metrics.items()}
+        scalars = (
+            measured
+            | {
+                "samples": float(result.samples),
+                "steps": float(result.steps),
+                "seconds": result.seconds,
+                "loss": result.loss,
+            }
+            | {f"sum.{name}": value for name, value in result.metrics.items()}
+        )
         vectors = {"delta": delta} | ({"buffers": result.buffers} if "buffers" in layouts else {})
         encoded = self._encoded(vectors, layouts, scalars, plan)
         if not np.isfinite(delta).all():

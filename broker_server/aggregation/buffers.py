@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from broker_server.aggregation.streaming import PartialSum, fedavg
+from broker_server.aggregation.fedavg import fedavg
+from broker_server.aggregation.streaming import PartialSum
+from broker_server.aggregation.weighting import Report
 from edge_client.codec.layout import Vector
 from edge_client.errors import CodecError
 from edge_client.manifest import Manifest
 
-_MEAN = fedavg("samples")
+_MEAN = fedavg()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ class BufferAggregator:
         """
         if buffers.shape != self.whole.shape:
             raise CodecError(f"update has {buffers.size} buffer values; expected {self.whole.size}")
-        return BufferSum(_MEAN.add(state.mean, buffers, samples), np.maximum(state.highest, buffers))
+        mean = _MEAN.add(state.mean, buffers, Report(samples=samples, weight=float(samples)))
+        return BufferSum(mean, np.maximum(state.highest, buffers))
 
     def finish(self, state: BufferSum) -> Vector:
         """The aggregate, ``[m] float32``.

@@ -6,11 +6,13 @@ number of clients; ``merge`` combines the partial sums of several servers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from broker_server.aggregation.weighting import Report
 from edge_client.codec.layout import Vector
 from edge_client.errors import CodecError, TrainingError
 
@@ -23,18 +25,20 @@ class PartialSum:
     """What has been added so far."""
 
     total: npt.NDArray[np.float64]
-    """``[n_params] float64``: sum of weight times update."""
-    weight: float = 0.0
-    """Sum of the weights."""
+    """``[n_params] float64``: sum of updates, each times its factor."""
+    sums: tuple[float, ...] = ()
+    """Sums of what each update brings to the divisor; none before the first."""
     updates: int = 0
     samples: int = 0
 
 
-class Add(Protocol):
-    """Adds one more update."""
+class Share(NamedTuple):
+    """How one update enters a sum."""
 
-    def __call__(self, state: PartialSum, update: Vector, samples: int, discount: float = 1.0) -> PartialSum:
-        """``update`` (``[n_params] float32``) of that many samples, counted ``discount`` (0 to 1) times."""
+    factor: float
+    """It is added so many times."""
+    sums: tuple[float, ...]
+    """What it adds to `PartialSum.sums`; as many numbers for every update."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,47 +50,50 @@ class Aggregator:
 
     init: Callable[[int], PartialSum]
     """``init(n_params)``: the empty sum."""
-    add: Add
-    """``add(state, update, samples)``: one more update, ``[n_params] float32``, of that many samples."""
+    add: Callable[[PartialSum, Vector, Report], PartialSum]
+    """``add(state, update, report)``: one more update, ``[n_params] float32``."""
     merge: Callable[[PartialSum, PartialSum], PartialSum]
     """``merge(state, other)``: both together; ``other`` is left alone."""
     finish: Callable[[PartialSum], Vector]
     """``finish(state)``: the aggregate, ``[n_params] float32``."""
 
 
-def fedavg(weights: Literal["samples", "uniform"] = "samples") -> Aggregator:
-    """The weighted mean of updates, ``sum(p_k * update_k)`` (FedAvg, McMahan et al. 2017).
+def weighted_sum(share: Callable[[Vector, Report], Share], divisor: Callable[[tuple[float, ...]], float]) -> Aggregator:
+    """The sum of all updates, each times its ``share(update, report)``, over ``divisor(sums)``.
 
-    ``p_k = n_k / sum(n)`` with "samples", ``1 / clients`` with "uniform". Sums are kept in float64, in which a product
-    of a float32 and a sample count below 2^29 is exact. Updates must be finite: one NaN would take the sum with it.
-    A discount shortens what its update adds and not the divisor, so that a mean of old updates is a shorter step
-    (FedBuff, Nguyen et al. 2022).
+    Sums are kept in float64, in which a product of a float32 and a whole number below 2^29 is exact. Updates must be
+    finite: one NaN would take the sum with it.
 
     Raises (from the functions of the record):
         CodecError: ``add`` and ``merge``, when lengths or dtypes differ.
-        TrainingError: ``add``, for a negative sample count; ``finish``, when all weights together are zero.
+        TrainingError: ``finish``, when nothing was added, or all of it weighs nothing.
     """
 
-    def add(state: PartialSum, update: Vector, samples: int, discount: float = 1.0) -> PartialSum:
+    def add(state: PartialSum, update: Vector, report: Report) -> PartialSum:
         if update.shape != state.total.shape or update.dtype != np.float32:
             raise CodecError(
                 f"update is {update.dtype} {list(update.shape)}; expected float32 {list(state.total.shape)}"
             )
-        if samples < 0:
-            raise TrainingError(f"update counts {samples} samples; expected none or more")
-        weight = float(samples) if weights == "samples" else 1.0
+        factor, sums = share(update, report)
         products = np.empty(min(_BLOCK, update.size), np.float64)
         for start in range(0, update.size, _BLOCK):
             block = update[start : start + _BLOCK]
-            scaled = np.multiply(block, weight * discount, out=products[: block.size], dtype=np.float64)
+            scaled = np.multiply(block, factor, out=products[: block.size], dtype=np.float64)
             state.total[start : start + _BLOCK] += scaled
-        return PartialSum(state.total, state.weight + weight, state.updates + 1, state.samples + samples)
+        return PartialSum(state.total, _together(state.sums, sums), state.updates + 1, state.samples + report.samples)
 
-    return Aggregator(_init, add, _merge, _mean)
+    def finish(state: PartialSum) -> Vector:
+        over = divisor(state.sums) if state.updates else 0.0
+        if not over > 0:
+            raise TrainingError(
+                f"{state.updates} updates weigh nothing together ({state.samples} samples); "
+                'expected at least one sample, or aggregation.weights = "uniform"'
+            )
+        mean = np.empty(state.total.shape, np.float32)
+        np.divide(state.total, over, out=mean, casting="same_kind")
+        return mean
 
-
-def _init(size: int) -> PartialSum:
-    return PartialSum(np.zeros(size, np.float64))
+    return Aggregator(lambda size: PartialSum(np.zeros(size, np.float64)), add, _merge, finish)
 
 
 def _merge(state: PartialSum, other: PartialSum) -> PartialSum:
@@ -94,16 +101,12 @@ def _merge(state: PartialSum, other: PartialSum) -> PartialSum:
         raise CodecError(f"partial sums hold {state.total.size} and {other.total.size} parameters; expected the same")
     np.add(state.total, other.total, out=state.total)
     return PartialSum(
-        state.total, state.weight + other.weight, state.updates + other.updates, state.samples + other.samples
+        state.total,
+        _together(state.sums, other.sums),
+        state.updates + other.updates,
+        state.samples + other.samples,
     )
 
 
-def _mean(state: PartialSum) -> Vector:
-    if state.weight <= 0:
-        raise TrainingError(
-            f"{state.updates} updates weigh nothing together ({state.samples} samples); "
-            'expected at least one sample, or aggregation.weights = "uniform"'
-        )
-    mean = np.empty(state.total.shape, np.float32)
-    np.divide(state.total, state.weight, out=mean, casting="same_kind")
-    return mean
+def _together(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(a + b for a, b in zip_longest(one, other, fillvalue=0.0))

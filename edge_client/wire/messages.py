@@ -17,6 +17,8 @@ from edge_client.wire.envelope import Natural
 INLINE_LIMIT = 16 * 1024
 """Bytes of a blob that may travel inside a message."""
 CHUNK_MIN, CHUNK_MAX = 1024, 1024 * 1024
+RECEIVED_LOSS = "loss.received"
+"""The scalar of an update that holds the mean loss of the model as received, where `TrainPlan.measure` asks for it."""
 
 FederationName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -51,6 +53,8 @@ class TrainPlan(Struct, frozen=True, array_like=True):
     hypers: Annotated[
         dict[Annotated[str, Meta(max_length=64)], Annotated[float, Meta(ge=-1e30, le=1e30)]], Meta(max_length=64)
     ] = {}
+    measure: bool = False
+    """Before it trains, the client measures the model as received on what it trains on: `RECEIVED_LOSS`."""
 
 
 class UpdatePlan(Struct, frozen=True, array_like=True):

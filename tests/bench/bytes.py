@@ -34,7 +34,7 @@ from curves import Curve, compare
 from federations import BUILD, ROUNDS, RUNS, BenchError, Run, Sections, data, export, machine, simulate, write_json
 from loopback import Loopback, loopback
 
-from broker_server.aggregation.optimizer import sgd
+from broker_server.aggregation.optimizer import trace
 from edge_client.codec.layout import Vector
 from edge_client.wire import messages as m
 from edge_client.wire import transfer
@@ -46,7 +46,7 @@ CASES = ("fashion-mnist", "mnist-writers", "shakespeare")
 SEEDS = 3
 SHARES = (1 / 25, 1 / 100, 1 / 400)
 """Sparsities that the paper of STC uses."""
-MOMENTUM: Sections = {"aggregation": {"momentum": 0.5}}
+MOMENTUM: Sections = {"server": {"options": {"momentum": 0.5}}}
 SETTINGS: dict[str, Sections] = {
     "fashion-mnist": MOMENTUM,
     "mnist-writers": MOMENTUM,
@@ -168,7 +168,7 @@ class Case:
         return Curve(found["accuracy"], np.cumsum(found["bytes"]).tolist())
 
     def _fedavg(self, seed: int, momentum: float) -> Iterator[Vector]:
-        federation, optimizer = self.loopback(seed), sgd(1.0, momentum)
+        federation, optimizer = self.loopback(seed), trace(momentum)
         model = federation.bundle.initial()
         state = optimizer.init(model.size)
         for number in range(1, self.budget + 1):
@@ -176,7 +176,7 @@ class Case:
             for _, delta, samples in federation.deltas(model, number):
                 total += samples * delta.astype(np.float64)
                 weight += samples
-            step, state = optimizer.step(state, (total / weight).astype(np.float32))
+            step, state = optimizer.step(state, (total / weight).astype(np.float32), number - 1)
             model = model + step
             yield model
 
@@ -246,7 +246,7 @@ def measure(case: Case, seeds: int) -> dict[str, Any]:
     runs = [case.fedge(seed, sections) for seed in range(seeds)]
     fp32 = [case.fp32(seed) for seed in range(seeds)]
     curves = {"fp32": fp32, "fedge": [curve for _, curve in runs]}
-    momentum = float(str(sections.get("aggregation", {}).get("momentum", 0.0)))
+    momentum = 0.5 if "server" in sections else 0.0
     if momentum:
         curves["momentum"] = [case.fp32(seed, momentum) for seed in range(seeds)]
     tries = {share: compare(curves | {"stc": [case.stc(0, share)] * seeds}, case.budget) for share in SHARES}

@@ -22,7 +22,8 @@ import msgspec
 import numpy as np
 from stored import Update
 
-from broker_server.aggregation.streaming import fedavg
+from broker_server.aggregation.fedavg import fedavg
+from broker_server.aggregation.weighting import Report
 from edge_client.codec.layout import Layout, TensorSpec
 from edge_client.codec.update import CodecSettings, EncodedUpdate, decode_update, encode_update
 
@@ -75,7 +76,7 @@ def main() -> None:
     total = aggregator.init(update.vector.size)
 
     def receive() -> None:
-        aggregator.add(total, decode_update(encoded.data, {"delta": update.layout}).vectors["delta"], 1)
+        aggregator.add(total, decode_update(encoded.data, {"delta": update.layout}).vectors["delta"], Report())
 
     found = {
         "bits": 8 * len(encoded.data) / update.vector.size,

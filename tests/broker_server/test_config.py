@@ -61,7 +61,7 @@ tls_key = "server.key"
 cohort = 7
 over_select = 1.5
 deadline = 60
-minimum = 2
+minimum = 6
 clients = 20
 [train]
 epochs = 2
@@ -71,9 +71,26 @@ batch_size = 16
 lr = 0.05
 mu = 1
 [aggregation]
+algorithm = "multi-krum"
 weights = "uniform"
+norm = 3.5
+[aggregation.options]
+attackers = 0.3
+keep = 4
+[aggregation.clients]
+"pi-*" = 2
+[server]
+optimizer = "yogi"
 learning_rate = 0.5
-momentum = 0.9
+[server.options]
+beta2 = 0.9
+[server.schedule]
+kind = "cosine"
+warmup = 2
+factor = 0.25
+every = 7
+rounds = 40
+least = 0.1
 [codec]
 kind = "none"
 target = "bits"
@@ -191,12 +208,74 @@ BAD = {
     "too low": ("[round]\nover_select = 0.9", r"round\.over_select is 0\.9; expected a number from 1 to 10"),
     "too high": ("[transfer]\nchunk = 2000000", r"transfer\.chunk is 2000000; .* from 1,024 to 1,048,576"),
     "open bound": (
-        "[aggregation]\nmomentum = 1.0",
-        r"aggregation\.momentum is 1\.0; expected a number from 0 to below 1",
+        "[server]\noptions = { momentum = 1.0 }",
+        r"server\.options\.momentum is 1\.0; expected a number from 0 to below 1",
     ),
     "above": (
-        "[aggregation]\nlearning_rate = 0",
-        r"aggregation\.learning_rate is 0; expected a number above 0 to 1,000",
+        "[server]\nlearning_rate = 0",
+        r"server\.learning_rate is 0; expected a number above 0 to 1,000",
+    ),
+    "no such algorithm": (
+        '[aggregation]\nalgorithm = "fedagv"',
+        r'aggregation\.algorithm is "fedagv"; expected one of "fedavg", "fednova", .*"geometric-median", or module',
+    ),
+    "no such module": (
+        '[aggregation]\nalgorithm = "no_such_module:RULE"',
+        r'aggregation\.algorithm is "no_such_module:RULE": ModuleNotFoundError: .*; expected one of "fedavg", ',
+    ),
+    "something else of a module": (
+        '[server]\noptimizer = "broker_server.ledger:BEST"',
+        r'server\.optimizer is "broker_server\.ledger:BEST", which is a str; expected a Optimizer',
+    ),
+    "no such optimizer": (
+        '[server]\noptimizer = "lamb"',
+        r'server\.optimizer is "lamb"; expected one of "sgd", "adam", "yogi", "adagrad", or module:attribute',
+    ),
+    "of another algorithm": (
+        '[aggregation]\nalgorithm = "median"\noptions = { trim = 0.1 }\n[codec]\nkind = "none"',
+        r"aggregation\.options\.trim is not a known key; known here: $",
+    ),
+    "all trimmed": (
+        '[aggregation]\nalgorithm = "trimmed-mean"\noptions = { trim = 0.5 }\n[codec]\nkind = "none"',
+        r"aggregation\.options\.trim is 0\.5; expected a number from 0 to below 0\.5",
+    ),
+    "median without rounds": (
+        '[round]\nmode = "buffered"\n[aggregation]\nalgorithm = "median"\n[codec]\nkind = "none"',
+        r'algorithm = "median" cannot be combined with round\.mode = "buffered": its updates are of one version; '
+        r'expected "fedavg" or "fednova", or synchronous rounds',
+    ),
+    "median of what is mostly left out": (
+        '[aggregation]\nalgorithm = "median"',
+        r'algorithm = "median" cannot be combined with codec\.target = "nmse" at 0\.1, which leaves most elements out: '
+        r'.*expected codec\.kind = "none", or codec\.target = "nmse" with a value up to 0\.01 or .*; or "fedavg" or ',
+    ),
+    "median where one client is coarse": (
+        '[aggregation]\nalgorithm = "median"\n[codec]\nvalue = 0.01\nclients = { "pi-*" = 0.2 }',
+        r'algorithm = "median" cannot be combined with codec\.target = "nmse" at 0\.2',
+    ),
+    "median where slow clients are coarse": (
+        '[aggregation]\nalgorithm = "median"\n[codec]\nvalue = 0.01\nupload_seconds = 5',
+        r'algorithm = "median" cannot be combined with codec\.upload_seconds',
+    ),
+    "median of so many bits": (
+        '[aggregation]\nalgorithm = "median"\n[codec]\ntarget = "bits"\nvalue = 1',
+        r'algorithm = "median" cannot be combined with codec\.target = "bits" at 1',
+    ),
+    "noise of what is no mean": (
+        '[aggregation]\nalgorithm = "fednova"\n[codec]\ntarget = "cohort"',
+        r'algorithm = "fednova" cannot be combined with codec\.target = "cohort", .*expected "fedavg", or another',
+    ),
+    "noise by weights of one's own": (
+        '[aggregation.clients]\n"pi-*" = 2\n[codec]\ntarget = "cohort"',
+        r'aggregation\.clients cannot be combined with codec\.target = "cohort"',
+    ),
+    "too few for krum": (
+        '[aggregation]\nalgorithm = "krum"\noptions = { attackers = 0.4 }\n[round]\ncohort = 20\nminimum = 10',
+        r'round\.minimum is 10; expected at least 11, which aggregation\.algorithm = "krum" needs',
+    ),
+    "falls for ever": (
+        '[server.schedule]\nkind = "linear"\n[stop]\nrounds = 0',
+        r'server\.schedule\.rounds is 0 and so is stop\.rounds; expected one of them with kind = "linear"',
     ),
     "choice": ('[codec]\nkind = "zip"', r'codec\.kind is \'zip\'; expected one of "none", "quantized"'),
     "hyper": ('[train.hypers]\nlr = "x"', r"train\.hypers\.lr is 'x'; expected a number"),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from broker_server.aggregation.optimizer import sgd
+from broker_server.aggregation.optimizer import ServerOptimizer, adaptive, chain, scale_by, trace
 from broker_server.config import Codec
 from broker_server.ledger import BEST, Ledger
 from broker_server.publication import Publication
@@ -15,6 +15,17 @@ from tests.toy import toy_bundle
 CODECS = [Codec(), Codec(model_step=1.0), Codec(kind="none")]
 BUNDLE = Bundle.from_bytes(toy_bundle(features=10, classes=8, hidden=12))
 SIZE = BUNDLE.layout.size
+
+
+def sgd(rate: float = 1.0, momentum: float = 0.0) -> ServerOptimizer:
+    return chain(trace(momentum), scale_by(lambda _: rate))
+
+
+OPTIMIZERS = {
+    "fedavg": sgd(),
+    "momentum": sgd(1.0, 0.9),
+    "yogi, falling": chain(adaptive("yogi", 0.9, 0.99, 1e-3), scale_by(lambda count: 0.01 / (count + 1))),
+}
 
 
 def open_ledger(folder) -> Ledger:
@@ -91,9 +102,8 @@ def test_a_delta_from_any_version_leads_to_the_same_bits(ledger, codec):
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=["coarse", "fine", "none"])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_restart_gives_the_same_bits(tmp_path, codec, momentum):
-    optimizer = sgd(1.0, momentum)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_restart_gives_the_same_bits(tmp_path, codec, optimizer):
     with_restarts, without = tmp_path / "a", tmp_path / "b"
     walk = [step for seed in range(4) for step in steps(6, seed)]  # over several anchors
     with open_ledger(without) as ledger:
@@ -156,7 +166,7 @@ def test_a_forgotten_version_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("codec", "optimizer", "words"),
-    [(Codec(kind="none"), sgd(), "codec.kind"), (Codec(), sgd(1.0, 0.5), "aggregation.momentum")],
+    [(Codec(kind="none"), sgd(), "codec.kind"), (Codec(), sgd(1.0, 0.5), r"was \[server\] changed")],
 )
 def test_a_ledger_of_other_settings_is_refused(ledger, codec, optimizer, words):
     advance(Publication(BUNDLE, ledger, Codec(), sgd()), ledger, steps(1)[0])

@@ -204,9 +204,9 @@ class Oracle:
             total += delta * share / (1 + age) ** rounds.staleness
             weight += share
         mean = total / weight if weight else total
-        view.velocity = self.settings.aggregation.momentum * view.velocity + mean
-        step = view.velocity if self.settings.aggregation.momentum else mean
-        target = view.model + self.settings.aggregation.learning_rate * step
+        momentum = float(self.settings.server.options.get("momentum", 0.0))
+        view.velocity = momentum * view.velocity + mean
+        target = view.model + (view.velocity if momentum else mean)
         model = unpack_model(state, self.bundle.layout)
         published = model.parameters(self._base)
         left = np.frombuffer(remainder, "<f4").astype(np.float64) if remainder else 0.0

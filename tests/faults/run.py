@@ -265,7 +265,8 @@ def _settings(plan: Plan, folder: Path) -> Federation:
         "round": _rounds(plan),
         "train": {"epochs": 1},
         "codec": {"kind": plan.kind, "feedback": plan.feedback},
-        "aggregation": {"weights": plan.weights, "momentum": plan.momentum},
+        "aggregation": {"weights": plan.weights},
+        "server": {"options": {"momentum": plan.momentum}},
         "evaluation": {
             "every": plan.every,
             "clients": plan.evaluators,
