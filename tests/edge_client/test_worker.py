@@ -226,6 +226,18 @@ def test_an_update_can_be_made_as_long_as_what_was_learned(tmp_path):
     assert pi.store.residual() is None
 
 
+def test_where_it_is_asked_for_the_model_as_received_is_measured_on_what_is_trained_on(worker, trainer):
+    plan = m.TrainPlan(epochs=2, batch_size=8, measure=True)
+    answer = worker.perform(invitation(plan=plan, update=m.UpdatePlan("none")), trainer, never)
+    sums = trainer.evaluate(BUNDLE.initial(), worker.train)
+    scalars = decode_scalars(answer.update)
+    assert scalars[m.RECEIVED_LOSS] == pytest.approx(sums["loss"] / 40, rel=1e-6)
+    assert scalars[m.RECEIVED_LOSS] > scalars["loss"] > 0
+    plain = worker.perform(invitation(2, update=m.UpdatePlan("none")), trainer, never)
+    assert m.RECEIVED_LOSS not in decode_scalars(plain.update)
+    np.testing.assert_array_equal(delta_of(answer.update), delta_of(plain.update), "training is the same")
+
+
 def test_an_update_that_is_not_finite_leaves_the_residual_as_it_is(worker, trainer):
     worker.perform(invitation(1, update=m.UpdatePlan(target="step", value=4.0)), trainer, never)
     worker.store.settle(1, 1, recorded=True)

@@ -86,6 +86,15 @@ def test_the_bytes_of_a_message_do_not_change():
     assert m.encode(m.Receipt(1, 2, "late")).hex() == "94010994" + "0102" + "a4" + b"late".hex() + "a0" + "c400"
 
 
+def test_a_plan_of_before_measures_is_understood_and_a_longer_one_by_who_knows_less():
+    fields = list(msgspec.structs.astuple(change(INVITATION, plan=m.TrainPlan(2, 0, 16, {"lr": 0.1}, True))))
+    fields[4:6] = ([2, 0, 16, {"lr": 0.1}], list(msgspec.structs.astuple(fields[5])))
+    fields[11] = list(msgspec.structs.astuple(fields[11]))
+    assert m.decode(envelope(fields, number=7)) == INVITATION
+    fields[4] = [*fields[4], False, "of a version to come"]
+    assert m.decode(envelope(fields, number=7)) == INVITATION
+
+
 def test_a_hello_of_before_uplinks_is_understood_and_a_longer_one_by_who_knows_less():
     before = change(EXAMPLES[0], uplink=1e6, condition=m.Condition())
     fields = list(msgspec.structs.astuple(before))
