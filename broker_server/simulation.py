@@ -45,10 +45,12 @@ async def simulate(
     on_round: Callable[[Round], None] = lambda _: None,
     *,
     insecure: bool = False,
+    fleet: str = "edge_client.emulator",
 ) -> Simulated:
     """Run the whole federation, to its end.
 
-    Bytes are counted by the phones' transports, MQTT framing included. ``insecure`` as for `connection.broker`.
+    Bytes are counted by the phones' transports, MQTT framing included. ``insecure`` as for `connection.broker`;
+    ``fleet`` is the module that runs as the phones' process.
 
     Raises:
         ConfigError: ``[simulation]`` names no data.
@@ -79,8 +81,8 @@ async def simulate(
             fit = partial(enter, address=address, log=log, attempts=5, tls=tls, keyring=keyring)
             server = Server(settings, log, link, on_round=finished, lock=lock, fit=fit, keyring=keyring)
             serving = asyncio.ensure_future(server.run())
-            fleet = await _start(settings, address, data)
-            told = asyncio.ensure_future(_report(fleet))
+            phones = await _start(settings, address, data, fleet)
+            told = asyncio.ensure_future(_report(phones))
             try:
                 await asyncio.wait((serving, told), return_when=asyncio.FIRST_COMPLETED)
                 if not serving.done():
@@ -92,11 +94,11 @@ async def simulate(
                 raise TransportError(f"the emulated phones did not end within {_LAST_WORDS:.0f} s") from error
             finally:
                 serving.cancel()
-                if fleet.stdin is not None:
-                    fleet.stdin.close()
-                if fleet.returncode is None:
-                    fleet.terminate()
-                await asyncio.gather(fleet.wait(), told, serving, return_exceptions=True)
+                if phones.stdin is not None:
+                    phones.stdin.close()
+                if phones.returncode is None:
+                    phones.terminate()
+                await asyncio.gather(phones.wait(), told, serving, return_exceptions=True)
     peak = peak_rss_mib() + report.peak_rss_mib
     return Simulated(outcome, rounds, time.monotonic() - started, report, peak)
 
@@ -129,7 +131,7 @@ def _reserve(settings: Federation) -> tuple[Federation, str]:
     return msgspec.structs.replace(settings, evaluation=held_out), str(folder / "train.npz")
 
 
-async def _start(settings: Federation, address: Address, data: str) -> asyncio.subprocess.Process:
+async def _start(settings: Federation, address: Address, data: str, module: str) -> asyncio.subprocess.Process:
     simulation, state = settings.simulation, Path(settings.federation.state)
     spec = FleetSpec(
         url="",
@@ -156,7 +158,7 @@ async def _start(settings: Federation, address: Address, data: str) -> asyncio.s
     fleet = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "edge_client.emulator",
+        module,
         str(path),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,

@@ -19,6 +19,8 @@ from edge_client.errors import TrainingError
 Rows = npt.NDArray[np.float32]
 """``[clients, elements] float32``: some elements of all updates, in ledger order."""
 Doubles = npt.NDArray[np.float64]
+_COLUMNS = 1 << 14
+"""Elements that are widened to float64 at once, of all clients."""
 
 
 class Blocks(Protocol):
@@ -73,7 +75,9 @@ def combination(choose: Callable[[Doubles, Sequence[Report]], Doubles], fewest: 
         members = np.flatnonzero(coefficients)
         aggregate = np.zeros(blocks.size, np.float32)
         for where, rows in blocks.read(members.tolist()):
-            aggregate[where] = coefficients[members] @ rows.astype(np.float64)
+            part = aggregate[where]
+            for columns, wide in _widened(rows):
+                part[columns] = coefficients[members] @ wide
         return aggregate
 
     return CohortAggregator(finish)
@@ -84,8 +88,8 @@ def inner_products(blocks: Blocks) -> Doubles:
     count = len(blocks.reports)
     products = np.zeros((count, count))
     for _, rows in blocks.read():
-        wide = rows.astype(np.float64)
-        products += wide @ wide.T
+        for _, wide in _widened(rows):
+            products += wide @ wide.T
     return products
 
 
@@ -93,6 +97,12 @@ def square_distances(products: Doubles) -> Doubles:
     """``[clients, clients]``: the square of the distance of each two updates, from their inner products."""
     own = np.diag(products)
     return np.maximum(own[:, None] + own[None, :] - 2 * products, 0.0)
+
+
+def _widened(rows: Rows) -> Iterator[tuple[slice, Doubles]]:
+    for start in range(0, rows.shape[1], _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        yield columns, rows[:, columns].astype(np.float64)
 
 
 def _expect(blocks: Blocks, fewest: int) -> None:

@@ -17,7 +17,7 @@ from edge_client.codec.layout import Vector
 from edge_client.errors import CodecError, TrainingError
 
 # One block's float64 products stay in the second-level cache: adding is then bound by reading update and sum once.
-_BLOCK = 1 << 14
+_BLOCK = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,10 @@ def weighted_sum(share: Callable[[Vector, Report], Share], divisor: Callable[[tu
         products = np.empty(min(_BLOCK, update.size), np.float64)
         for start in range(0, update.size, _BLOCK):
             block = update[start : start + _BLOCK]
-            scaled = np.multiply(block, factor, out=products[: block.size], dtype=np.float64)
+            # Widened first and multiplied in place: a product that casts as it goes takes a third longer.
+            scaled = products[: block.size]
+            scaled[:] = block
+            scaled *= factor
             state.total[start : start + _BLOCK] += scaled
         return PartialSum(state.total, _together(state.sums, sums), state.updates + 1, state.samples + report.samples)
 

@@ -124,6 +124,38 @@ def test_a_fleet_without_rounds(tmp_path):
         assert [version for version, _, _ in ledger.versions()] == list(range(1, 13))
 
 
+@pytest.mark.parametrize(
+    ("attack", "algorithm", "holds"),
+    [("sign flip", "fedavg", False), ("sign flip", "multi-krum", True), ("label flip", "geometric-median", True)],
+)
+def test_a_quarter_of_the_phones_attacks(tmp_path, monkeypatch, attack, algorithm, holds):
+    monkeypatch.setenv("FEDGE_ATTACK", attack)
+    monkeypatch.setenv("FEDGE_ATTACKERS", "0.25")
+    options = {"attackers": 0.25} if algorithm == "multi-krum" else {}
+    config = settings(
+        tmp_path,
+        aggregation={"algorithm": algorithm, "options": options},
+        round={"cohort": 8, "minimum": 7},
+        simulation={"split": "iid"},
+        stop={"rounds": 3},
+    )
+    result = asyncio.run(asyncio.wait_for(simulate(config, lambda line: None, fleet="tests.attackers"), 60))
+    assert [done.clients for done in result.rounds] == [8] * 3
+    assert (result.rounds[-1].metrics["accuracy"] > 0.6) is holds
+
+
+def test_what_an_algorithm_asks_of_clients_reaches_them(tmp_path):
+    config = settings(
+        tmp_path,
+        aggregation={"algorithm": "qfedavg"},
+        server={"optimizer": "yogi", "learning_rate": 0.1},
+        stop={"rounds": 4},
+    )
+    result = run(config)
+    assert [done.clients for done in result.rounds] == [4] * 4
+    assert result.rounds[-1].metrics["loss"] < result.rounds[0].metrics["loss"]
+
+
 @pytest.mark.skipif(find_mosquitto() is None, reason="needs the Debian package mosquitto")
 def test_three_hundred_phones_need_no_thread_each(tmp_path):
     small = {"clients": 300, "split": "iid", "test_fraction": 0.0, "slots": 2}
