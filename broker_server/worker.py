@@ -93,7 +93,7 @@ class Worker:
             stage(settings),
             BufferAggregator.of(self.bundle.manifest),
             self._layouts,
-            lambda task, client: self._ledger.update(*task, client),
+            self._ledger.update,
             self._state,
         )
         self.spool = Spool(self._state / "uploads", limit=max_update_bytes(self._layouts))

@@ -24,7 +24,7 @@ class Gathering:
         buffers: how buffers become one, where they are added up. A rule over all updates is there because clients are
             not trusted: it goes with the median of each buffer.
         layouts: those of an update's vectors.
-        load: the encoded update of a client for a task.
+        load: the encoded update to a task (epoch and number) of a client.
         scratch: a folder for what does not fit into memory.
     """
 
@@ -34,7 +34,7 @@ class Gathering:
         stage: Stage,
         buffers: BufferAggregator,
         layouts: Mapping[str, Layout],
-        load: Callable[[Identity, str], bytes],
+        load: Callable[[int, int, str], bytes],
         scratch: Path,
     ) -> None:
         self._rule = rule
@@ -91,7 +91,7 @@ class Gathering:
 
         def load(member: int) -> bytes:
             task, report = members[member]
-            return self._load(task, report.client)
+            return self._load(*task, report.client)
 
         reports = [report for _, report in members]
         if name == "buffers":

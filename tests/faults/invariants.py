@@ -188,7 +188,7 @@ class Oracle:
             self.world.violated(f"version {version} is made of {len(members)} updates; expected {rounds.buffer}")
         if rounds.mode == "synchronous" and len(tasks) != 1:
             self.world.violated(f"version {version} is made of the tasks {sorted(tasks)}; expected one")
-        total, weight = np.zeros(self._base.size), 0.0
+        total, weight, deltas = np.zeros(self._base.size), 0.0, []
         for key, known in members.items():
             if key in view.counted:
                 self.doubled += 1
@@ -203,7 +203,10 @@ class Oracle:
             delta = decode_update(known.data, self._layouts).vectors["delta"].astype(np.float64)
             total += delta * share / (1 + age) ** rounds.staleness
             weight += share
+            deltas.append(delta)
         mean = total / weight if weight else total
+        if self.settings.aggregation.algorithm == "median" and deltas:
+            mean = np.median(deltas, axis=0)
         momentum = float(self.settings.server.options.get("momentum", 0.0))
         view.velocity = momentum * view.velocity + mean
         target = view.model + (view.velocity if momentum else mean)

@@ -149,7 +149,7 @@ def _replayed_twice() -> Patches:
 
 
 def _ageless() -> Patches:
-    return [mock.patch("broker_server.worker.discount", return_value=1.0)]
+    return [mock.patch("broker_server.algorithms.discounted", return_value=lambda report, update: report)]
 
 
 def _overfull() -> Patches:

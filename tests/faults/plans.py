@@ -92,6 +92,8 @@ class Plan:
     faults: tuple[Fault, ...]
     buffered: Buffered | None = None
     """None: synchronous rounds."""
+    algorithm: str = "fedavg"
+    """Or ``median``, which reads all updates of a round from the ledger."""
 
     @property
     def quiet(self) -> float:
@@ -168,6 +170,7 @@ def draw(seed: int, size: Size = "mixed") -> Plan:
         queue=rng.choice([20, 100, 1000]),
         training=training,
         faults=tuple(sorted(faults, key=lambda fault: fault.at)),
+        algorithm="median" if random.Random(f"{seed}/algorithm").random() < 0.2 else "fedavg",
     )
 
 
@@ -180,7 +183,7 @@ def without_rounds(plan: Plan) -> Plan:
         staleness=rng.choice([0.0, 0.5, 0.5, 2.0]),
         most=rng.choice([0, 1, 3, 20, 20]),
     )
-    return replace(plan, buffered=buffered)
+    return replace(plan, buffered=buffered, algorithm="fedavg")
 
 
 def either(seed: int, size: Size = "mixed") -> Plan:

@@ -265,7 +265,7 @@ def _settings(plan: Plan, folder: Path) -> Federation:
         "round": _rounds(plan),
         "train": {"epochs": 1},
         "codec": {"kind": plan.kind, "feedback": plan.feedback},
-        "aggregation": {"weights": plan.weights},
+        "aggregation": {"weights": plan.weights, "algorithm": plan.algorithm},
         "server": {"options": {"momentum": plan.momentum}},
         "evaluation": {
             "every": plan.every,

@@ -39,7 +39,14 @@ def shrink(plan: Plan, fails: Callable[[Plan], bool], *, most: int = 300) -> Pla
 
 def _simpler(plan: Plan) -> Iterator[Plan]:
     """The plan without what most failures do not need, one thing at a time."""
-    for change in ({"strangers": 0}, {"every": 0}, {"momentum": 0.0}, {"buffers": False}, {"over_select": 1.0}):
+    for change in (
+        {"strangers": 0},
+        {"every": 0},
+        {"momentum": 0.0},
+        {"buffers": False},
+        {"over_select": 1.0},
+        {"algorithm": "fedavg"},
+    ):
         yield replace(plan, **change)  # type: ignore[arg-type]
     rounds = plan.rounds
     while rounds > 2:

@@ -37,6 +37,7 @@ def plan(kind: str, who: str, boundary: int) -> Plan:
         queue=1000,
         training=1.0,
         faults=(Fault(0.0, kind, who, 5.0, 0.5, boundary),),
+        algorithm="fedavg",
     )
 
 
