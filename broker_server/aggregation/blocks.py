@@ -16,8 +16,8 @@ from edge_client.codec.layout import Layout, Vector
 from edge_client.codec.update import UpdateReader
 from edge_client.errors import LedgerError
 
-ROOM = 1 << 26
-"""Bytes of all updates' elements that are in memory at once."""
+ROOM = 1 << 25
+"""Bytes of all updates' elements that are read at once; while the next are read, those of before may still be there."""
 
 
 @dataclass(frozen=True)
