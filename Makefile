@@ -7,7 +7,7 @@ SECONDS ?= 300
 # Threads are fedge's to place; libraries that each start their own pool take the cores from one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads bench-attacks simulate-faults prove-kills test-pi clean
+.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads bench-attacks bench-aggregation simulate-faults prove-kills test-pi clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-codec     bits and distortion of updates beside other codecs'; results in build/bench/codec.json"
 	@echo "make bench-uploads   memory of server and broker while 300 clients upload at once; results in build/bench/uploads.json"
 	@echo "make bench-attacks   attacks on real brokers and a real server, and what refused them; results in build/bench/attacks.json"
+	@echo "make bench-aggregation  speed and memory of aggregation rules; results in build/bench/aggregation.json"
 	@echo "make bench           every benchmark"
 	@echo "make simulate-faults  whole federations under faults, an hour of them; results in build/bench/faults.json"
 	@echo "make prove-kills     50 rounds in which server, clients and broker are killed; results in build/bench/kills.json"
@@ -65,11 +66,14 @@ bench-uploads: $(VENV)/.dev
 bench-attacks: $(VENV)/.dev
 	$(BIN)/python tests/bench/attacks.py $(ARGS)
 
+bench-aggregation: $(VENV)/.dev
+	$(BIN)/python tests/bench/aggregation.py $(ARGS)
+
 # NNCodec is built from its source distribution, in an environment of its own.
 bench-codec: $(VENV)/.dev
 	$(BIN)/python tests/bench/codec.py $(ARGS)
 
-bench: bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads bench-attacks
+bench: bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads bench-attacks bench-aggregation
 	for run in fashion-mnist mnist-writers shakespeare; do $(BIN)/python tests/bench/real.py $$run || exit 1; done
 
 # ARGS='--seconds 60' for a taste; ARGS='--first SEED --trace' shows what happens in one run.

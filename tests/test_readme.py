@@ -38,6 +38,7 @@ SMALL = {
     ),
     "make bench-memory": ("tests/bench/memory.py", "digits --seconds 0.05"),
     "make bench-uploads": ("tests/bench/uploads.py", "--clients 10 --size 200000"),
+    "make bench-aggregation": ("tests/bench/aggregation.py", "--params 50000 --clients 5"),
     "make bench-attacks": ("tests/bench/attacks.py", "--quick"),
 }
 """What benchmarks run, and with what they take seconds."""
