@@ -20,7 +20,8 @@ VALUES = {"nmse": 0.1, "cohort": 2.0}
 """By target of the codec, the value that it has where none is set."""
 _HIGHEST = TARGETS | {"cohort": 1000.0}
 _FINE = {"nmse": 0.01, "step": 0.35}
-"""By target of the codec, the highest value at which most elements are told, and not left out as too small."""
+"""By target of the codec, the highest value at which most elements are told, and not left out as too small: of 15
+updates of Laplacian elements the median was 4 % (energy) apart from that of exact ones, at an nmse of 0.1 35 %."""
 
 
 def check_together(federation: "Federation") -> None:
