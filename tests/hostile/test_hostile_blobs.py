@@ -76,11 +76,11 @@ def update() -> bytes:
 @given(SEEDS)
 def test_an_update_that_is_not_one_is_refused_and_the_sum_stays_finite(server, seed):
     client = f"x{seed}"
-    before = server._sum.updates
+    before = server._gathering._sum.updates
     answer = server.perform(e.Record(1, 1, client, changed(update(), seed)))
     assert isinstance(answer, e.Refused | e.Recorded)
-    assert server._sum.updates in (before, before + isinstance(answer, e.Recorded))
-    assert np.isfinite(server._sum.total).all()
+    assert server._gathering._sum.updates in (before, before + isinstance(answer, e.Recorded))
+    assert np.isfinite(server._gathering._sum.total).all()
 
 
 @pytest.fixture(scope="module")
