@@ -196,7 +196,8 @@ def main() -> None:
                 f"{row['memory_mib']:.0f} MiB, updates of {row['update_bytes'] / 1e6:.2f} MB",
                 flush=True,
             )
-    write_json(BUILD / "bench" / "aggregation.json", found)
+            # After each: the next ones take minutes.
+            write_json(BUILD / "bench" / "aggregation.json", found)
 
 
 if __name__ == "__main__":
