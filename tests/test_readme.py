@@ -15,6 +15,7 @@ import pytest
 
 from broker_server.authority import REGISTRY
 from broker_server.broker import EmbeddedBroker, find_mosquitto
+from broker_server.config import load
 from broker_server.registry import Registry
 from tests import cards
 from tests.datasets import LOADERS, DataSet
@@ -102,6 +103,13 @@ def test_every_block_is_of_a_kind_that_is_run():
     assert kinds.count("walk") >= 9
     assert kinds.count("fleet") == 6
     assert kinds.count("cards") == 3
+
+
+def test_the_robust_rules_are_part_of_a_federation_file_that_is_taken(tmp_path):
+    files = {name: text for _, name, text in BLOCKS if name}
+    federation = re.sub(r"^(cohort|minimum) = \d+", r"\1 = 8", files["federation.toml"], flags=re.MULTILINE)
+    (tmp_path / "federation.toml").write_text(f"{federation}\n{files['robust.toml']}", encoding="utf-8")
+    assert load(tmp_path / "federation.toml").aggregation.algorithm == "multi-krum"
 
 
 @pytest.mark.timeout(480)
