@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -66,10 +66,11 @@ def repack(name: str, folder: Path) -> Path:
     Raises:
         FlashError: it is not installed, or holds programs for this machine.
     """
-    try:
-        found = distribution(name)
-    except PackageNotFoundError as error:
-        raise FlashError(f"{name} is not installed here as a package; pip install {name}") from error
+    # In a source tree there may be another of the name, which says nothing of its wheel.
+    installed = sorted(distributions(name=name), key=lambda one: not one.read_text("WHEEL"))
+    if not installed:
+        raise FlashError(f"{name} is not installed here as a package; pip install {name}")
+    found = installed[0]
     if "Root-Is-Purelib: true" not in (found.read_text("WHEEL") or ""):
         raise FlashError(f"{name} is not installed here from a wheel that any machine can use")
     info = f"{name}-{found.version}.dist-info"

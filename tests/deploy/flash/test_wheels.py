@@ -71,3 +71,11 @@ def test_fedge_is_packed_with_its_units_and_the_same_each_time(tmp_path):
 def test_what_is_not_installed_cannot_be_packed(tmp_path):
     with pytest.raises(FlashError, match="pip install no-such-thing"):
         wheels.repack("no-such-thing", tmp_path)
+
+
+def test_a_source_tree_on_the_path_does_not_hide_what_is_installed(tmp_path, monkeypatch):
+    egg = tmp_path / "fedge.egg-info"
+    egg.mkdir()
+    (egg / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: fedge\nVersion: 0.0.1\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "-0.0.1-" not in wheels.repack("fedge", tmp_path).name
