@@ -9,11 +9,10 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from broker_server.authority import Authority
 from tests.kills.account import Account
 from tests.pi.card import additions, put_in_root, put_on_boot, take_from_root
 from tests.pi.machine import BOARDS, Machine, boot_files
-from tests.pi.scene import BATCH, DEVICE, NAME, SAMPLES, Scene
+from tests.pi.scene import BATCH, DEVICE, SAMPLES, Scene
 
 CARD = 4 << 30
 """Bytes of the emulated card; QEMU's slot wants a power of two."""
@@ -119,11 +118,10 @@ def carry_out(
 
 
 def wrong_claim(board: str, image: Path, bundle: Path, folder: Path) -> str:
-    """What the console says where a card has the claim of another federation's authority."""
+    """What the console says where a card has a claim with which another device has enrolled."""
     with closing(Scene(folder / "host", bundle, 1, 1)) as scene:
-        stranger = Authority.init(folder / "stranger", NAME, ["localhost"], now=time.time())
         pi = Pi(board, image, folder / "pi", scene.relay.port)
-        pi.fill(scene.card(scene.claim(stranger)), None)
+        pi.fill(scene.card(scene.used_claim()), None)
         with pi.power() as machine:
             return machine.until("NOT ENROLLED", "is enrolled")[1]
 

@@ -1,5 +1,6 @@
 """What is on the host: an authority, a mosquitto with the generated configuration, a server, and the line to the Pi."""
 
+import asyncio
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from broker_server.authority import Authority
@@ -16,6 +18,8 @@ from broker_server.broker_config.spec import BrokerSpec
 from deploy.flash.boot import folder as boot_folder
 from deploy.flash.settings import CardSettings
 from edge_client.bundle import Bundle
+from edge_client.trust.claim import Claim
+from edge_client.trust.enrol import enroll
 from tests.federation import claims
 from tests.kills.account import Account, settle
 from tests.kills.run import Life
@@ -71,7 +75,7 @@ class Scene:
         spec = BrokerSpec(NAME, self.authority.folder)
         broker = EmbeddedBroker.start(folder / "broker", kind="mosquitto", host="127.0.0.1", spec=spec)
         self._stack.enter_context(broker)
-        url = broker.url.replace("127.0.0.1", "localhost")
+        self._url = url = broker.url.replace("127.0.0.1", "localhost")
         (folder / "federation.toml").write_text(
             _TOML.format(name=NAME, url=url, steps=steps, batch=BATCH, rounds=rounds, chunk=chunk)
         )
@@ -93,10 +97,20 @@ class Scene:
             for name, data in files.items()
         }
 
-    def claim(self, authority: Authority | None = None) -> bytes:
-        """A new claim; of another authority, one that this federation has never heard of."""
-        (made,) = claims(authority or self.authority, URL)
-        path = self.folder / f"{made.user[1:]}-{time.monotonic_ns()}.fedgeclaim"
+    def claim(self) -> bytes:
+        """A new claim."""
+        (made,) = claims(self.authority, URL)
+        return self._saved(made)
+
+    def used_claim(self) -> bytes:
+        """One with which another device has enrolled, here on the host."""
+        (made,) = claims(self.authority, self._url)
+        asyncio.run(enroll(made, "pi-8", self.folder / "pi-8", self.said.append, patience=60.0))
+        # The same for who is on the other side of the line.
+        return self._saved(msgspec.structs.replace(made, broker=URL).signed(self.authority.signing.sign))
+
+    def _saved(self, made: Claim) -> bytes:
+        path = self.folder / f"{made.user[1:]}.fedgeclaim"
         made.save(path)
         return path.read_bytes()
 
