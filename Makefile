@@ -91,7 +91,7 @@ test-pi: $(VENV)/.dev
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find edge_client broker_server export tests -name __pycache__ -prune -exec rm -rf {} +
+	find edge_client broker_server export deploy tests -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp stands for an installation; what it was made from is what it depends on.
 $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
