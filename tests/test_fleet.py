@@ -26,7 +26,7 @@ from edge_client.trust.keys import SigningKey
 from edge_client.trust.release import seal
 from tests.deploy.update.bench import BROKEN, wheel
 from tests.office import Office
-from tests.pi import DEAF, Pi
+from tests.rooted import DEAF, Pi
 from tests.toy import toy_bundle
 
 TOML = """\
