@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 
+from deploy.flash.wheels import repack
 from tests.pi.card import put_in_root
 from tests.pi.run import Pi
 from tests.pi.scene import DEVICE, ROOT, Scene
@@ -65,8 +66,10 @@ def _fleet(scene: Scene, *arguments: object) -> str:
 def _release(folder: Path, wheels: Mapping[str, Path]) -> Path:
     """The wheels of a client that can be loaded, and that ends when it is to run."""
     folder.mkdir()
+    # Debian's python3 has no ensurepip.
+    repack("pip", folder)
     for name, path in wheels.items():
-        if name.endswith(".whl") and not name.startswith("fedge-"):
+        if name.endswith(".whl") and not name.startswith(("fedge-", "pip-")):
             shutil.copy(path, folder)
     (ours,) = (path for name, path in wheels.items() if name.startswith("fedge-"))
     version = ours.name.split("-")[1]
