@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,21 @@ from tests.pi.machine import BOARDS, missing
 from tests.pi.run import Measured, carry_out, wrong_claim
 from tests.pi.scene import export_digits
 from tests.pi.suite import CHOSEN, run_suite
+from tests.pi.update import broken_update
 
 MOST_MIB = 120.0
 """Resident memory that the client may have while it trains the digits CNN."""
 
 
-def prepared(cache: Path) -> tuple[Path, Path]:
-    """The image, with this tree's client in it, and the digits' bundle."""
+def prepared(cache: Path) -> tuple[Path, Path, Mapping[str, Path]]:
+    """The image, with this tree's client in it, the digits' bundle, and the client's wheels."""
     cache.mkdir(parents=True, exist_ok=True)
     client = wheels.collect(f"{PYTHON[0]}.{PYTHON[1]}", cache)
     image = build(list(client.values()), cache=cache / "image", log=_say)
     bundle = cache / "digits.fedge"
     if not bundle.exists():
         export_digits(bundle)
-    return image, bundle
+    return image, bundle, client
 
 
 def main() -> int:
@@ -53,7 +54,7 @@ def main() -> int:
     if lacking := missing():
         print(f"not found: {lacking}; install qemu-system-arm, mtools and e2fsprogs", file=sys.stderr)
         return 2
-    image, bundle = prepared(told.cache)
+    image, bundle, client = prepared(told.cache)
     with tempfile.TemporaryDirectory(dir=told.cache) as scratch:
         folder = told.keep or Path(scratch)
         if told.suite is not None:
@@ -72,6 +73,8 @@ def main() -> int:
             if not told.quick:
                 found["wrong_claim"] = wrong_claim("virt", image, bundle, folder / "wrong-claim")
                 _say(found["wrong_claim"])
+                update = folder / "broken-update"
+                found["broken_update"] = broken_update("virt", image, bundle, update, client, log=_say)
             sound = _sound(found)
     _write(told.output, found)
     _say(f"{told.output}: {'all adds up' if sound else 'SOMETHING IS WRONG'}")
@@ -98,7 +101,8 @@ def summed(runs: Sequence[Measured], image: Path) -> dict[str, Any]:
 def _sound(found: dict[str, Any]) -> bool:
     right = not found["lost"] and not found["doubled"] and not any(run["wrong"] for run in found["runs"])
     refused = "NOT ENROLLED" in found.get("wrong_claim", "NOT ENROLLED")
-    return right and refused and 0 < found["client_rss_mib"] <= MOST_MIB
+    returned = "back to" in found.get("broken_update", "back to")
+    return right and refused and returned and 0 < found["client_rss_mib"] <= MOST_MIB
 
 
 def _write(output: Path, found: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A new client that cannot live, on an emulated Pi: it is installed, ends again and again, and the one before comes back."""
+"""A new client that cannot live, on an emulated Pi: it ends again and again, and the one before comes back."""
 
 import re
 import shutil
@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 
-from deploy.flash.wheels import repack
 from tests.pi.card import put_in_root
 from tests.pi.run import Pi
-from tests.pi.scene import DEVICE, ROOT, Scene
+from tests.pi.scene import BATCH, DEVICE, ROOT, SAMPLES, Scene
 
 BROKEN = "0.1.1"
 _DIES = b"""
@@ -36,7 +35,7 @@ def broken_update(
     log: Callable[[str], None] = print,
 ) -> str:
     """What the device says when it has gone back; after that, the old client has trained once more."""
-    with closing(Scene(folder / "host", bundle, 1_000, 20, chunk=65_536)) as scene:
+    with closing(Scene(folder / "host", bundle, 1_000, SAMPLES // BATCH, chunk=65_536)) as scene:
         pi = Pi(board, image, folder / "pi", scene.relay.port)
         pi.fill(scene.card(), scene.folder / "digits.npz")
         console = folder / "console.conf"
@@ -66,10 +65,8 @@ def _fleet(scene: Scene, *arguments: object) -> str:
 def _release(folder: Path, wheels: Mapping[str, Path]) -> Path:
     """The wheels of a client that can be loaded, and that ends when it is to run."""
     folder.mkdir()
-    # Debian's python3 has no ensurepip.
-    repack("pip", folder)
     for name, path in wheels.items():
-        if name.endswith(".whl") and not name.startswith(("fedge-", "pip-")):
+        if name.endswith(".whl") and not name.startswith("fedge-"):
             shutil.copy(path, folder)
     (ours,) = (path for name, path in wheels.items() if name.startswith("fedge-"))
     version = ours.name.split("-")[1]
