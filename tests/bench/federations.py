@@ -160,8 +160,14 @@ def simulate(run: Run, folder: Path, *, bundle: Path, settings: Sections, timeou
 
 def toml(sections: Sections) -> str:
     """Sections as TOML; numbers, texts and booleans look in it as they do in JSON."""
+
+    def written(value: object) -> str:
+        if isinstance(value, Mapping):
+            return "{ " + ", ".join(f"{key} = {written(inner)}" for key, inner in value.items()) + " }"
+        return json.dumps(value)
+
     return "\n\n".join(
-        "\n".join([f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())])
+        "\n".join([f"[{name}]", *(f"{key} = {written(value)}" for key, value in values.items())])
         for name, values in sections.items()
     )
 

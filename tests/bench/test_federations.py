@@ -18,10 +18,12 @@ SPEC.loader.exec_module(federations)
 def test_a_federation_file_says_what_the_run_says(name, tmp_path):
     run = federations.RUNS[name]
     sections = {"federation": {"name": "bench", "bundle": "model.fedge"}} | dict(run.sections)
+    sections |= {"server": {"options": {"momentum": 0.5}}}
     path = tmp_path / "federation.toml"
     path.write_text(federations.toml(sections))
     federation = load(path)
     assert federation.round.cohort == run.sections["round"]["cohort"]
+    assert federation.server.options == {"momentum": 0.5}
     assert federation.train.hypers == run.sections["train.hypers"]
     assert federation.simulation.split == run.sections["simulation"]["split"]
 
