@@ -16,6 +16,8 @@ from edge_client.errors import ConfigError
 from edge_client.trust.keys import SigningKey
 from edge_client.wire.enrolment import CERTIFICATE_LIMIT, REQUEST_LIMIT
 
+_WHOLE_BITS = b"\x03\x41\x00"
+"""How DER begins a bit string of 64 bytes, an Ed25519 signature."""
 _WRONG = (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature, x509.InvalidVersion)
 """What the library raises for bytes that are not what they should be."""
 _PEM = b"-----BEGIN CERTIFICATE-----"
@@ -104,6 +106,8 @@ def read_request(csr: bytes, client: str) -> bytes:
         names = [str(name.value) for name in found.subject]
         kinds = [name.oid for name in found.subject]
         signed = found.signature_algorithm_oid == SignatureAlgorithmOID.ED25519 and found.is_signature_valid
+        # A bit string may also say that some of its last bits are none, and one request would have several forms.
+        signed = signed and csr.endswith(_WHOLE_BITS + found.signature)
     except _WRONG as error:
         raise ConfigError("the certificate request cannot be read; expected PKCS #10 in DER") from error
     if not isinstance(key, Ed25519PublicKey):

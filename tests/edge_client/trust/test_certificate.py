@@ -80,6 +80,16 @@ def test_a_request_in_which_one_byte_was_changed_is_refused(position, change):
         read_request(bytes(changed), "pi-7")
 
 
+def test_a_request_has_one_form():
+    """The byte before the signature says how many of its last bits do not count; where they are 0, it may lie."""
+    while True:
+        even = make_request(SigningKey.generate(), "pi-7")
+        if even[-1] % 2 == 0:
+            break
+    with pytest.raises(ConfigError, match="is not signed"):
+        read_request(even[:-65] + b"\x01" + even[-64:], "pi-7")
+
+
 @settings(max_examples=300)
 @given(st.binary(max_size=400), st.integers(0, len(REQUEST)), st.integers(0, len(REQUEST)))
 def test_no_bytes_make_reading_do_more_than_refuse(noise, start, length):
