@@ -295,7 +295,8 @@ class Device:
                 self._act(action)
 
     def _about(self) -> Condition:
-        self.greeted = True
+        # Where no offer comes, hellos are said too, to a server that may never have been heard.
+        self.greeted = self.greeted or self._session.epoch > 0
         return self.condition()
 
     def _keep(self, ref: BlobRef, index: int, data: bytes) -> None:

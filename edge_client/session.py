@@ -85,12 +85,11 @@ class ClientSession:
             return None
         if self._offer is None:
             return self._ask_at
-        times = [self._deadline, self._ask_at, self._outbox.wake]
+        times = [self._deadline, self._ask_at, self._outbox.wake, self._fetching.wake]
         if self._ready:
             times.append(self._greeting.at)
         if not self._busy:
             times.append(self._install_at)
-        times.append(self._fetching.wake)
         return min((time for time in times if time is not None), default=None)
 
     @property
@@ -205,7 +204,7 @@ class ClientSession:
             return
         check_blob(offer.bundle, self.settings.blob_limit)
         self._ask_at = None
-        greeted = self._offer is not None and self._greeting.at is not None and self._epoch == offer.epoch
+        greeted = self._offer is not None and self._greeting.at is not None and self.epoch == offer.epoch
         self._offer = offer
         self._outbox.cut(self.settings.inline, min(self.settings.chunk, offer.bundle.chunk))
         if offer.finished:
@@ -388,13 +387,14 @@ class ClientSession:
             yield self._say(upload)
 
     @property
-    def _epoch(self) -> int:
+    def epoch(self) -> int:
+        """The server's, by the offer that is believed; 0 where there is none."""
         return 0 if self._offer is None else self._offer.epoch
 
     def _hello(self) -> e.Publish:
         held = self._bundle, self._version, self._digest, self._samples
         about = self._available, self._traffic, self.settings.software, self.settings.uplink or self._outbox.speed
-        return self._say(m.Hello(self._epoch, self.boot, *held, *about, self.condition()))
+        return self._say(m.Hello(self.epoch, self.boot, *held, *about, self.condition()))
 
     def _say(self, message: m.Message) -> e.Publish:
-        return e.Publish(self._topics.up(self.settings.client), self.voice.say(message, self._epoch))
+        return e.Publish(self._topics.up(self.settings.client), self.voice.say(message, self.epoch))

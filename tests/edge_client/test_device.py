@@ -156,6 +156,25 @@ def decoded(update):
     return decode_update(update, {"delta": BUNDLE.layout})
 
 
+def test_a_hello_into_silence_does_not_say_that_a_server_was_heard(tmp_path, workshop, lines):
+    """By that a new release of the client proves itself."""
+
+    async def play():
+        async with federation() as (broker, server):
+            made = device(broker, tmp_path, workshop, lines)
+            made._session.settings = dataclasses.replace(made._session.settings, patience=0.01)
+            made._session._patience = dataclasses.replace(made._session._patience, first=0.01)
+            async with alive(made):
+                assert (await server.said(m.Hello)).epoch == 0
+                assert not made.greeted
+                server.offer()
+                while not (await server.said(m.Hello)).epoch:
+                    pass
+                assert made.greeted
+
+    asyncio.run(play())
+
+
 def test_a_device_fetches_trains_uploads_and_goes_on(tmp_path, workshop, lines):
     async def play():
         async with federation() as (broker, server):
