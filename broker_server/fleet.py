@@ -87,7 +87,7 @@ class FleetCare:
         self._unwritten[client] = now, said
         self._news = self._news or before.said != said
         seat = self._seats.get(client)
-        if seat is not None and seat.state == "asked":
+        if seat is not None and (seat.state == "asked" or (seat.state == "taken" and self._forgotten(said))):
             # It may not have heard: brokers lose messages, and it may have been somewhere else.
             self._ask(client)
 
@@ -206,6 +206,12 @@ class FleetCare:
     def _ask(self, client: str) -> None:
         if self._rollout is not None and self._rollout.state != "stopped":
             self._feed(e.Say(client, self._rollout.release))
+
+    def _forgotten(self, said: Said) -> bool:
+        """Whether a device that has begun knows nothing of it any more: it was started anew while it fetched."""
+        progress, rollout = said.condition.progress, self._rollout
+        begun = rollout is not None and progress is not None and progress.release == rollout.name
+        return rollout is not None and said.software != rollout.version and not begun
 
     def _fits(self, platform: str) -> bool:
         try:
