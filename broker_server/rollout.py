@@ -125,6 +125,9 @@ def step(
         for client, device in devices.items()
         if _eligible(rollout, device, fits) and _free(rollout, all_seats.get(client))
     }
+    if not open_ and all(seat.state == "missed" for seat in all_seats.values()):
+        # There is nobody else: without them it would neither go on nor end.
+        open_ = {client for client in all_seats if client in devices and _eligible(rollout, devices[client], fits)}
     while True:
         members = [seat for seat in all_seats.values() if seat.wave == rollout.wave and seat.state != "missed"]
         failed = [seat for seat in members if seat.state == "failed"]

@@ -118,6 +118,22 @@ def test_one_that_says_nothing_more_has_failed_and_one_that_never_answered_has_n
     assert fleet.rollout.state == "stopped"
 
 
+def test_where_none_was_reached_they_are_asked_again_when_they_are_back():
+    fleet = Fleet(count=2)
+    for _ in range(2):
+        (asked,) = fleet.step()
+        fleet.now += 1801
+        assert fleet.step() == []  # whoever is left has not been heard for half an hour either
+        left = next(client for client in fleet.devices if client != asked)
+        fleet.devices[left] = fleet.device(left)
+    assert fleet.states() == ["missed", "missed"]
+    fleet.devices = {asked: fleet.device(asked)}
+    assert fleet.step() == [asked]
+    fleet.says(asked, "healthy")
+    fleet.step()
+    assert fleet.rollout.state == "done"
+
+
 def test_one_that_fetches_over_a_slow_link_is_waited_for_as_long_as_it_says_so():
     fleet = Fleet(count=1)
     (only,) = fleet.step()
