@@ -167,19 +167,22 @@ class DropFolder:
 
     def _retained(self, files: list[_File]) -> list[_File]:
         """Remove what retention does not keep; files that are being written stay."""
-        now, kept, left = self._wall(), [], sum(file.size for file in files)
+        # One that alone is more than may stay goes itself, and takes no other with it.
+        most, now, kept = self._retention.size, self._wall(), list[_File]()
+        left = sum(file.size for file in files if file.size <= most)
         for file in sorted(files, key=lambda file: (file.changed, file.name)):
             age = now - file.changed / 1e9
             old = 0 < self._retention.seconds < age and now >= BELIEVABLE
-            much = 0 < self._retention.size < left
+            much = 0 < most < (left if file.size <= most else file.size)
             if (old or much) and self._whole(file):
                 try:
                     file.path.unlink(missing_ok=True)
                 except OSError as error:
                     self._say(f"{file.path}: {error.strerror}; retention needs a folder that its group may write to")
-                else:
-                    left -= file.size
-                    continue
+                    kept.append(file)
+                # Others do not go in the place of one that cannot be removed.
+                left -= file.size if file.size <= most else 0
+                continue
             kept.append(file)
         return sorted(kept, key=lambda file: file.name)
 

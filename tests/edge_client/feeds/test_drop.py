@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,6 +202,36 @@ def test_retention_by_size_removes_the_oldest(tmp_path):
     (world.folder / "5.npz.part").write_bytes(bytes(10 * size))
     assert world.samples == 20
     assert sorted(path.name for path in world.folder.iterdir()) == ["2.npz", "3.npz", "5.npz.part"]
+
+
+def test_a_file_larger_than_all_that_may_stay_takes_no_other_with_it(tmp_path):
+    world = World(tmp_path)
+    size = world.put("0.npz", age=1000).stat().st_size
+    world.drop._retention = Retention(size=2 * size)
+    world.put("1.npz", age=900)
+    (world.folder / "huge.npz").write_bytes(bytes(10 * size))
+    os.utime(world.folder / "huge.npz", (NOW - 1, NOW - 1))
+    assert world.samples == 20  # it is being written
+    os.utime(world.folder / "huge.npz", (NOW - 100, NOW - 100))
+    assert world.samples == 20
+    assert sorted(path.name for path in world.folder.iterdir()) == ["0.npz", "1.npz"]
+
+
+def test_others_do_not_go_in_the_place_of_a_file_that_cannot_be_removed(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    size = world.put("0.npz", age=1000).stat().st_size
+    world.drop._retention = Retention(size=size)
+    world.put("1.npz", age=900)
+    unlink = Path.unlink
+
+    def refuse(path, missing_ok=False):
+        if path.name == "0.npz":
+            raise PermissionError(13, "Permission denied")
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert world.samples == 20
+    assert sorted(path.name for path in world.folder.iterdir()) == ["0.npz", "1.npz"]
 
 
 def test_retention_by_age_waits_for_a_believable_clock(tmp_path):
