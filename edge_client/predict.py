@@ -96,7 +96,10 @@ class Model:
     def classes(self, **inputs: object) -> list[str]:
         """For each sample the label of its highest score, or its number where the bundle names no labels."""
         (output,) = self.description.outputs[:1]
-        best = self.predict(**inputs)[output.name].argmax(-1).ravel()
+        # Classes come last, or first as PyTorch has them where there are several targets for a sample.
+        several = [target.shape for target in self.description.targets if len(target.shape) == len(output.shape) - 1]
+        first = bool(several) and output.shape[:-1] != several[0]
+        best = self.predict(**inputs)[output.name].argmax(1 if first else -1).ravel()
         labels = output.labels or next((target.labels for target in self.description.targets), ())
         return [labels[index] if index < len(labels) else str(index) for index in best.tolist()]
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from edge_client.data import Arrays, read_npz, read_table
 from edge_client.errors import DataError
+from edge_client.manifest import Feature
 
 
 @click.command()
@@ -30,7 +31,7 @@ def predict(samples: Path, model: Path, output: Path | None) -> None:
     from edge_client.predict import Model
 
     opened = Model.open(model)
-    given = _inputs(samples, opened.description.inputs[0].name, opened.description.inputs[0].shape)
+    given = _inputs(samples, opened.description.inputs[0], opened.description.targets)
     inputs = {feature.name: given.get(feature.name) for feature in opened.description.inputs}
     found = opened.predict(**inputs)
     if output is not None:
@@ -44,11 +45,22 @@ def predict(samples: Path, model: Path, output: Path | None) -> None:
     click.echo(f"version {opened.version} of {opened.description.name!r}", err=True)
 
 
-def _inputs(path: Path, name: str, shape: tuple[int, ...]) -> Arrays:
+def _inputs(path: Path, feature: Feature, targets: tuple[Feature, ...]) -> Arrays:
     if path.suffix != ".csv":
         return read_npz(path)
     header, table = read_table(path)
-    wanted = int(np.prod(shape))
-    if len(header) < wanted:
-        raise DataError(f"{path}: {len(header)} columns; input {name!r} has {wanted}, before any others")
-    return {name: table[:, :wanted].reshape(-1, *shape)}
+    # What was trained on has the targets too, in columns that may come first.
+    named = {name for target in targets for name in _columns(target)}
+    columns = [place for place, name in enumerate(header) if name not in named]
+    wanted = int(np.prod(feature.shape))
+    if len(columns) < wanted:
+        raise DataError(
+            f"{path}: {len(columns)} columns without the targets'; input {feature.name!r} has {wanted}, before others"
+        )
+    return {feature.name: table[:, columns[:wanted]].reshape(-1, *feature.shape).astype(feature.dtype)}
+
+
+def _columns(target: Feature) -> list[str]:
+    if not target.shape:
+        return [target.name]
+    return [f"{target.name}.{place}" for place in range(int(np.prod(target.shape)))]

@@ -12,8 +12,9 @@ from edge_client import shelf as module
 from edge_client.bundle import Bundle
 from edge_client.codec.model import Model
 from edge_client.errors import BundleError, DataError, StoreError
+from edge_client.manifest import Feature
 from edge_client.predict import Model as Predictor
-from edge_client.shelf import Shelf
+from edge_client.shelf import Description, Shelf
 from tests.edge_client.codec.conftest import coded
 from tests.toy import toy_bundle, toy_data
 
@@ -187,10 +188,31 @@ def test_inputs_that_do_not_fit(tmp_path, inputs, expected):
         Predictor.open(tmp_path).predict(**inputs)
 
 
+def test_classes_are_found_where_the_bundle_has_them(tmp_path):
+    """PyTorch has them first where there are several targets for a sample."""
+    scores = np.zeros((2, 3, 4), np.float32)
+    scores[0, 2, :], scores[1, 1, 3] = 1.0, 1.0
+    wanted = ["2", "2", "2", "2", "0", "0", "0", "1"]
+    for array in (scores, scores.transpose(0, 2, 1)):
+        output, target = Feature("logits", array.shape[1:], "float32"), Feature("y", (4,), "int64")
+        about = Description(1, "", "", "toy", (Feature("x", (1,), "float32"),), (output,), (target,), ())
+
+        class Session:
+            def get_outputs(self):
+                return [output]
+
+            def run(self, names, fed, array=array):
+                return [array]
+
+        assert Predictor(about, tmp_path, Session()).classes(x=np.zeros((2, 1))) == wanted
+
+
 def test_the_command_prints_a_class_for_each_sample(tmp_path):
     Shelf(tmp_path / "model").put(BUNDLE, model(1), 3)
     np.savez(tmp_path / "in.npz", x=X)
-    np.savetxt(tmp_path / "in.csv", X, delimiter=",", header="a,b,c,d", comments="", fmt="%.9g")
+    # As for training: the target's column is none of the input's.
+    labelled = np.column_stack([np.full(len(X), 1.0), X])
+    np.savetxt(tmp_path / "in.csv", labelled, delimiter=",", header="y,a,b,c,d", comments="", fmt="%.9g")
     classes = [str(best) for best in expected(model(1)).argmax(1)]
     program = [sys.executable, "-c", "from edge_client.cli import main; main()"]
     for name in ("in.npz", "in.csv"):
