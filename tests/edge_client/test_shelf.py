@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,14 +198,8 @@ def test_classes_are_found_where_the_bundle_has_them(tmp_path):
         output, target = Feature("logits", array.shape[1:], "float32"), Feature("y", (4,), "int64")
         about = Description(1, "", "", "toy", (Feature("x", (1,), "float32"),), (output,), (target,), ())
 
-        class Session:
-            def get_outputs(self):
-                return [output]
-
-            def run(self, names, fed, array=array):
-                return [array]
-
-        assert Predictor(about, tmp_path, Session()).classes(x=np.zeros((2, 1))) == wanted
+        session = SimpleNamespace(get_outputs=[output].copy, run=lambda names, fed, found=array: [found])
+        assert Predictor(about, tmp_path, session).classes(x=np.zeros((2, 1))) == wanted
 
 
 def test_the_command_prints_a_class_for_each_sample(tmp_path):
