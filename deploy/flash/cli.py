@@ -91,6 +91,8 @@ def flash(
     in_place = is_device(Path(source))
     if sum((output is not None, device is not None, in_place)) > 1:
         raise ConfigError("-o, --device, and a card as SOURCE: name one place to write to")
+    if output is not None and is_device(output):
+        raise ConfigError(f"-o {output} is a device, and -o writes a file; name the card with --device {output}")
     most = target.size_of(max_size)
     wanted = output is not None or device is not None or (in_place and (server or claim or claims) is not None)
     cards = batch.plan(hostname, count, claim, claims) if wanted else []

@@ -243,6 +243,12 @@ def test_cards_are_written_one_after_the_other(flash, place, tmp_path, reader):
     assert (tmp_path / "sdx").read_bytes()[-MIB:] == b"\xff" * MIB
 
 
+def test_a_device_is_no_file_to_write_to(flash, place, tmp_path, reader, monkeypatch):
+    monkeypatch.setattr(image, "is_device", lambda path: path.name == "sdx")
+    assert "--device sdx" in flash(place / "client.img", "-o", "sdx", *CLAIM)
+    assert (tmp_path / "sdx").read_bytes() == b"\xff" * (60 * MIB)
+
+
 def test_a_card_in_use_is_not_touched(flash, place, tmp_path, reader):
     reader["places"] = ("/media/card",)
     assert "in use" in flash(place / "client.img", "--device", "sdx", *CLAIM)
