@@ -94,12 +94,13 @@ class Updater:
     def _judge(self, staged: Path, name: str) -> None:
         found: dict[str, Any] = {"record": name, "version": ""}
         try:
-            found = self._admitted(staged)
+            found |= self._admitted(staged)
             if found["error"]:
                 raise RefusedError(found["error"])
             self._report(found["record"], found["version"], "staged", "being installed")
             self._install(found)
-        except (RefusedError, OSError) as error:
+        except (RefusedError, OSError, ValueError, LookupError, TypeError) as error:
+            # The last three: what judges says something else than an answer.
             self.machine.log(f"release {found['version']} is not installed: {error}")
             self._report(found["record"], found["version"], "refused", str(error))
             self._note(replace(self._journal, seen=name))

@@ -50,6 +50,15 @@ def test_a_good_release_is_installed_and_kept_once_it_has_heard_the_server(devic
     assert device.machine.started == ["0.2.0"]
 
 
+def test_where_what_judges_gives_no_answer_the_release_is_refused_and_that_is_said(device, tmp_path, monkeypatch):
+    release(device, tmp_path)
+    for number, said in enumerate(("", "[]", "{}", '{"error": ""}', '{"error": "", "version": "0.2.0", "files": 3}')):
+        (device.base / "journal.json").unlink(missing_ok=True)
+        monkeypatch.setattr(device.machine, "judge", lambda *_, said=said: json.loads(said))
+        assert device.update()["stage"] == "refused", number
+        assert device.runs == "0.1.0"
+
+
 def test_one_that_cannot_be_imported_never_takes_the_place_of_the_client(device, tmp_path):
     release(device, tmp_path, code=BROKEN)
     said = device.update()
