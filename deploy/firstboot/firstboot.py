@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import grp
 import hashlib
+import json
 import os
 import pwd
 import shutil
@@ -74,6 +75,7 @@ def take_over(places: Places, run: Run) -> None:
         personalise(places, read_toml(card), run)
         forget(card)
     take(places, places.card / "device.toml", places.at("/etc/fedge/device.toml"), owner=None)
+    believe(places, places.card / "claim.fedgeclaim")
     take(places, places.card / "claim.fedgeclaim", places.at("/var/lib/fedge/claim.fedgeclaim"), owner=USER)
     if (places.card / "wheels").is_dir():
         # Without their list they are what an earlier boot was cut off at removing.
@@ -90,6 +92,24 @@ def take(places: Places, source: Path, target: Path, owner: str | None) -> None:
     write(target, source.read_bytes(), 0o600, owner=owner if places.live else None)
     say(f"took over {source.name}")
     forget(source)
+
+
+def believe(places: Places, claim: Path) -> None:
+    """Write down whose releases this device believes, from the claim on the card: who holds the card decides.
+
+    From nowhere else: the claim is the service's user's from then on, who must not become root by writing another one.
+    """
+    try:
+        said = json.loads(claim.read_text())
+        kept = json.dumps({"federation": said["federation"], "pins": said["pins"]})
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        say(f"{claim.name} on the boot partition is damaged ({error}): this device will not believe any release")
+        return
+    target = places.at("/opt/fedge/trust.json")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write(target, kept.encode(), 0o644)
 
 
 def personalise(places: Places, card: dict[str, Any], run: Run) -> None:

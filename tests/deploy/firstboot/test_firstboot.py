@@ -88,6 +88,24 @@ def test_what_is_taken_over_is_in_its_place_and_nobody_elses(root):
     assert {"ssid=67;97;102;195;169;", "psk=0123", "key-mgmt=wpa-psk"} <= set(network.read_text().splitlines())
 
 
+def test_whose_releases_are_believed_comes_from_the_card_and_not_from_the_clients_user(root):
+    card, trust = root / "boot/firmware/fedge", root / "opt/fedge/trust.json"
+    said = {"federation": "toys", "pins": ["00" * 32]}
+    (card / "claim.fedgeclaim").write_text(json.dumps(said | {"key": "secret"}))
+    take_over(root)
+    assert json.loads(trust.read_text()) == said
+    assert trust.stat().st_mode & 0o777 == 0o644
+    (root / "var/lib/fedge/claim.fedgeclaim").write_text(json.dumps(said | {"federation": "mine"}))
+    take_over(root)
+    assert json.loads(trust.read_text()) == said
+    # Another card decides anew; one that is damaged leaves it.
+    (card / "claim.fedgeclaim").write_text(json.dumps(said | {"federation": "others"}))
+    take_over(root)
+    (card / "claim.fedgeclaim").write_text("damaged")
+    take_over(root)
+    assert json.loads(trust.read_text()) == said | {"federation": "others"}
+
+
 def test_without_networkmanager_it_is_wpa_supplicant(root):
     (root / "etc/NetworkManager").rmdir()
     take_over(root)
