@@ -34,6 +34,9 @@ for file in "$here"/units/*; do
     [ -z "$targets" ] || units="$units $unit"
 done
 sync
+# Where this could be cut off and not be started again, somebody asks for what comes last.
+: >"$root/usr/local/lib/fedge/.whole"
+sync
 
 if [ "${1:-}" = now ]; then
     systemctl daemon-reload

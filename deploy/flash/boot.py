@@ -16,6 +16,10 @@ FOLDER = "fedge"
 """On the boot partition, which a Raspberry Pi mounts at /boot/firmware."""
 CLAIM = f"{FOLDER}/claim.fedgeclaim"
 _MOUNT = f"/boot/firmware/{FOLDER}"
+_WHOLE = "/usr/local/lib/fedge/.whole"
+"""Is there when ``install.sh`` has done its work."""
+_BEGUN = "/var/lib/cloud/instance/sem/*scripts_user*"
+"""Is there as soon as cloud-init has begun with runcmd, which it then never does again."""
 _GROUPS = "users,adm,dialout,audio,netdev,video,plugdev,input,gpio,spi,i2c,render,sudo"
 _NOT_A_DEVICES = "fedge-server.service"
 
@@ -113,6 +117,9 @@ def _user_data(settings: CardSettings) -> bytes:
         lines += [f"  - {quoted(key)}" for key in settings.ssh_keys]
         lines += ["enable_ssh: true"]
     lines += ["runcmd:", f"- [sh, {_MOUNT}/install.sh, now]"]
+    # That is said to be done before it is begun: what a power cut has ended is gone on with at each boot.
+    begun = f"[ ! -e {_WHOLE} ] && ls {_BEGUN} >/dev/null 2>&1"
+    lines += ["bootcmd:", f"- [sh, -c, {quoted(f'if {begun}; then sh {_MOUNT}/install.sh now; fi')}]"]
     return ("\n".join(lines) + "\n").encode()
 
 

@@ -89,6 +89,7 @@ def test_programs_units_and_settings_are_put_in_place_and_switched_on(card, tool
         found
     )
     assert not any("fedge-server" in name or ".new" in name for name in found)
+    assert "usr/local/lib/fedge/.whole" in found
     for unit in UNITS:
         parsed = configparser.RawConfigParser(strict=False)
         parsed.read_string(found[f"etc/systemd/system/{unit}"].decode())

@@ -1,5 +1,8 @@
 """What is written to the boot partition for each way in which a system is set up."""
 
+import json
+import re
+import subprocess
 import tomllib
 
 import pytest
@@ -94,6 +97,25 @@ def test_cloud_init_is_told_all_of_it():
     instance = found["meta-data"].decode().split("instance-id: ")[1].strip()
     assert found["cmdline.txt"].decode().split()[-2] == f"ds=nocloud;i={instance}"
     assert b"rpi-imager" not in found["cmdline.txt"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_power_cut_has_ended_of_cloud_inits_runcmd_is_gone_on_with(tmp_path, begun, whole):
+    """cloud-init notes that it has run it before it runs it (`Semaphores` of its helpers.py)."""
+    (line,) = re.findall(r"^bootcmd:\n- \[sh, -c, (.*)\]$", written("cloud-init")["user-data"].decode(), re.MULTILINE)
+    for name, there in (
+        ("var/lib/cloud/instance/sem/config_scripts_user", begun),
+        ("usr/local/lib/fedge/.whole", whole),
+        ("boot/firmware/fedge/install.sh", True),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        if there:
+            (tmp_path / name).write_text('echo "installs $1"')
+    command = re.sub(r"/(var|usr|boot)/", rf"{tmp_path}/\1/", json.loads(line))
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == ("installs now\n" if begun and not whole else "")
 
 
 def test_another_card_is_another_instance():
