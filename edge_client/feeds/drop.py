@@ -146,6 +146,15 @@ class DropFolder:
         self.shards.keep(shard, arrays)
 
     def _read(self, file: _File) -> Arrays:
+        try:
+            return self._parsed(file)
+        except DataError:
+            raise
+        except Exception as error:
+            # Whatever strangers' files do to those who read them, also to memory: they must not end the client.
+            raise DataError(f"{file.path}: cannot be read ({type(error).__name__}: {error})") from error
+
+    def _parsed(self, file: _File) -> Arrays:
         path, suffix = file.path, file.path.suffix.lower()
         if file.size > _LARGEST:
             raise DataError(f"{path}: {file.size >> 20} MiB; a file may have {_LARGEST >> 20}: make several of it")

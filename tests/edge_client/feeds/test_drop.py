@@ -9,6 +9,7 @@ import pytest
 
 from edge_client.bundle import Bundle
 from edge_client.data import DataSource
+from edge_client.feeds import drop as module
 from edge_client.feeds.drop import DropFolder, Retention
 from edge_client.feeds.shards import ShardSource
 from tests.toy import toy_bundle, toy_data
@@ -154,6 +155,24 @@ def test_a_bad_file_is_named_once_and_tried_again_when_it_changes(world, name):
         path.write_bytes(b"a,b,c,d,y\n1,2,3,4,0\n")
         os.utime(path, (NOW - 30, NOW - 30))
         assert world.samples == 11
+
+
+def test_no_file_ends_the_client_whatever_it_does_to_those_who_read_it(world, monkeypatch):
+    world.put("good.npz")
+    np.savez_compressed(world.folder / "torn.npz", **toy_data(500, seed=1))
+    data = bytearray((world.folder / "torn.npz").read_bytes())
+    data[200:300] = bytes(byte ^ 0x55 for byte in data[200:300])
+    world.put("torn.npz", bytes(data))
+    assert world.samples == 10
+    assert "torn.npz" in world.lines[-1]
+
+    def swell(path, *more):
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    monkeypatch.setattr(module, "read_table", swell)
+    world.put("huge.csv", b"y,a\n")
+    assert world.samples == 10
+    assert "huge.csv: cannot be read (MemoryError: Unable" in world.lines[-1]
 
 
 def test_a_file_that_changes_is_read_anew_and_one_that_is_gone_is_forgotten(world):
