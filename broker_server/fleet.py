@@ -63,6 +63,9 @@ class FleetCare:
     _news: bool = field(init=False, default=False)
     _written: float = field(init=False, default=0.0)
     _stepped: float = field(init=False, default=0.0)
+    _step: "asyncio.Future[None] | None" = field(init=False, default=None)
+    """What goes on with the rollout, to its end also where the server ends meanwhile."""
+    _closing: bool = field(init=False, default=False)
 
     async def start(self, feed: Callable[[e.Event], None], chunk: int) -> None:
         """Open the file, and tell the coordinator who pauses; ``feed`` hands it an event.
@@ -99,7 +102,9 @@ class FleetCare:
                 await self._refresh()
                 if self._news or loop.time() - self._stepped >= _STEP:
                     self._news, self._stepped = False, loop.time()
-                    await self._advance()
+                    self._step = asyncio.ensure_future(self._advance())
+                    # Cut off in between, it would be on the disk, and nobody would ever have been told.
+                    await asyncio.shield(self._step)
                 if self._unwritten and loop.time() - self._written >= _GROUP:
                     self._written = loop.time()
                     await self._write()
@@ -111,6 +116,9 @@ class FleetCare:
 
     async def close(self) -> None:
         """Write what is not written yet, and let the file go."""
+        self._closing = True
+        if self._step is not None:
+            await asyncio.gather(self._step, return_exceptions=True)
         try:
             if self._open:
                 await self._write()
@@ -171,16 +179,16 @@ class FleetCare:
         after, changed = step(before, self._seats, self._devices, now, self._fits)
         if after == before and not changed:
             return
-        self._rollout, number = after, self._number
-        self._seats |= changed
+        number = self._number
         # On the disk before anybody is asked: a server that forgets whom it has asked would ask too many.
         await self._there(lambda: self._inventory.keep(number, after, changed))
+        self._rollout, self._seats = after, self._seats | changed
         await self._write()
         self._tell(before, after, changed)
         for client, seat in changed.items():
             if seat.state == "asked":
                 self._ask(client)
-        if after.state == "stopped":
+        if after.state == "stopped" and not self._closing:
             self._steer(bool(self._steered and self._steered.everyone))
 
     def _tell(self, before: Rollout, after: Rollout, changed: Mapping[str, Seat]) -> None:
@@ -204,7 +212,8 @@ class FleetCare:
         await self._there(lambda: self._inventory.keep(number, stopped))
 
     def _ask(self, client: str) -> None:
-        if self._rollout is not None and self._rollout.state != "stopped":
+        # A server that ends says nothing any more; the next one asks with the device's hello.
+        if self._rollout is not None and self._rollout.state != "stopped" and not self._closing:
             self._feed(e.Say(client, self._rollout.release))
 
     def _forgotten(self, said: Said) -> bool:
