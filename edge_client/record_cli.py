@@ -37,7 +37,9 @@ def record(folder: Path, kind: str, limit: int, sync: float, call: str | None, e
     """
     if not 0 <= sync <= 86_400 or not 0 <= every <= 86_400:
         raise ConfigError(f"--sync {sync}, --every {every}: expected seconds, at most a day")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell's background job ignores SIGINT from the start, unless it says otherwise.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     recorded = skipped = 0
     with Recorder(folder, limit=limit << 20, sync=sync) as recorder:
         try:
