@@ -223,6 +223,35 @@ class Database:
         return int(found)
 
 
+class SharedFile:
+    """What a server and commands write together, in a file that `Database.share` opens."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        """Everything inside is read and written together, while nobody else writes; all or nothing."""
+        with self._database.group():
+            yield
+
+    def revision(self) -> int:
+        """A number that is another one whenever somebody else has changed something; cheap to ask for."""
+        row = self._database.one("PRAGMA data_version")
+        assert row is not None
+        return int(row[0])
+
+
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turn sqlite3's errors into LedgerErrors that say what to do."""

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Self
 
 import msgspec
 
-from broker_server.database import Database, Migrations
+from broker_server.database import Database, Migrations, SharedFile
 from broker_server.rollout import Rollout, Seat
 from edge_client.errors import LedgerError
 from edge_client.wire.messages import Condition, Hello
@@ -72,15 +72,12 @@ class Device(NamedTuple):
     retired: float | None = None
 
 
-class Inventory:
+class Inventory(SharedFile):
     """For one thread; others, and other processes, may have the same file open.
 
     Raises (from everything):
         LedgerError: the file is damaged, or the disk refuses.
     """
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
 
     @classmethod
     def open(cls, state: Path) -> Self:
@@ -90,28 +87,6 @@ class Inventory:
             if not path.exists():
                 Database.write_to(path, _MIGRATIONS).close()
             return cls(Database.share(path, _MIGRATIONS))
-
-    def close(self) -> None:
-        """Close the file; closing twice is harmless."""
-        self._database.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    @contextmanager
-    def group(self) -> Iterator[None]:
-        """Everything inside is read and written together, while nobody else writes; all or nothing."""
-        with self._database.group():
-            yield
-
-    def revision(self) -> int:
-        """A number that is another one whenever somebody else has changed something; cheap to ask for."""
-        row = self._database.one("PRAGMA data_version")
-        assert row is not None
-        return int(row[0])
 
     # Devices.
 

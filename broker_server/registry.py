@@ -5,12 +5,11 @@ the request: waiting for approval, approved, issued or refused.
 """
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
-from broker_server.database import Database, Migrations
+from broker_server.database import Database, Migrations, SharedFile
 from edge_client.errors import ConfigError
 
 State = Literal["open", "pending", "approved", "issued", "refused"]
@@ -82,15 +81,12 @@ _CLAIM = "SELECT user, public, serial, made, expires, state, client, device, ask
 _DEVICE = "SELECT serial, client, public, der, issued, expires, revoked FROM certificates"
 
 
-class Registry:
+class Registry(SharedFile):
     """For one thread; others, and other processes, may have the same file open.
 
     Raises (from everything):
         LedgerError: the file is damaged, or the disk refuses.
     """
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
 
     @classmethod
     def create(cls, path: Path) -> Self:
@@ -119,28 +115,6 @@ class Registry:
         if not path.is_file():
             raise ConfigError(f"{path}: there is no registry of devices; make an authority with `fedge ca init`")
         return cls(Database.share(path, _MIGRATIONS))
-
-    def close(self) -> None:
-        """Close the file; closing twice is harmless."""
-        self._database.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    @contextmanager
-    def group(self) -> Iterator[None]:
-        """Everything inside is read and written together, while nobody else writes; all or nothing."""
-        with self._database.group():
-            yield
-
-    def revision(self) -> int:
-        """A number that is another one whenever somebody else has changed something; cheap to ask for."""
-        row = self._database.one("PRAGMA data_version")
-        assert row is not None
-        return int(row[0])
 
     # Devices.
 
