@@ -10,7 +10,7 @@ import fcntl
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +30,8 @@ WITNESS = "witness.msgpack"
 _INDEX = "index.msgpack"
 _SCHEMA = 1
 _OURS = re.compile(
-    r"(index\.msgpack|(update|residual)-[0-9]+\.bin|model-[0-9a-f]{64}\.bin|bundle-[0-9a-f]{64}\.fedge)(\.new)?\Z"
+    r"(index\.msgpack|(update|residual|memory-[a-z]{1,16})-[0-9]+\.bin|model-[0-9a-f]{64}\.bin"
+    r"|bundle-[0-9a-f]{64}\.fedge)(\.new)?\Z"
 )
 
 
@@ -45,6 +46,8 @@ class _Last(msgspec.Struct, frozen=True):
     before: str
     after: str
     settled: bool = False
+    memories: dict[str, tuple[str, str]] = {}
+    """By name, the files of what settles with the update: before it, and if it is recorded."""
 
 
 class _Index(msgspec.Struct, frozen=True):
@@ -55,12 +58,15 @@ class _Index(msgspec.Struct, frozen=True):
     residual: str = ""
     last: _Last | None = None
     serial: int = 0
+    memories: dict[str, str] = {}
+    """By name, the file of what the device remembers. A client that does not know this field forgets them."""
 
     def files(self) -> set[str]:
         """Names in the client's folder that this index refers to."""
-        named = {_INDEX, _model_file(self.digest), _bundle_file(self.bundle), self.residual}
+        named = {_INDEX, _model_file(self.digest), _bundle_file(self.bundle), self.residual, *self.memories.values()}
         if self.last is not None:
             named |= {self.last.update, self.last.before, self.last.after}
+            named.update(*self.last.memories.values())
         return named - {""}
 
 
@@ -167,6 +173,12 @@ class Store:
         with self._lock:  # settling removes the file of the one that it replaces
             return self._load(self._index.residual) if self._index.residual else None
 
+    def recall(self, name: str) -> bytes | None:
+        """What the device remembers under ``name``; None when there is nothing."""
+        with self._lock:
+            file = self._index.memories.get(name)
+            return self._load(file) if file else None
+
     def partial(self) -> Assembly | None:
         """The blob that was on its way when the client ended."""
         return self._download.assembly()
@@ -190,19 +202,41 @@ class Store:
             self._commit(msgspec.structs.replace(self._index, version=version, digest=digest))
 
     def commit(
-        self, epoch: int, task: int, update: bytes, residual: bytes | None, *, version: int, digest: bytes
+        self,
+        epoch: int,
+        task: int,
+        update: bytes,
+        residual: bytes | None,
+        *,
+        version: int,
+        digest: bytes,
+        settles: Mapping[str, bytes] | None = None,
+        keeps: Mapping[str, bytes] | None = None,
     ) -> None:
         """Store an encoded update and the residual that is to follow if it is recorded, in one step.
 
         No bytes are no residual. ``residual`` None leaves the one that there is, whatever becomes of the update.
+
+        ``settles`` are memories by name (up to 16 lower-case letters) that follow the update as the residual does;
+        ``keeps`` are there from now on, whatever becomes of it. No bytes forget a memory; names that are in neither
+        stay as they are.
         """
         with self._lock:
             serial = self._index.serial + 1
             name = self._put(f"update-{serial}.bin", update)
             before = self._index.residual
             after = before if residual is None else self._put(f"residual-{serial}.bin", residual) if residual else ""
-            last = _Last(epoch, task, name, before, after)
-            self._commit(msgspec.structs.replace(self._index, version=version, digest=digest, last=last, serial=serial))
+            memories = dict(self._index.memories)
+            memories |= {key: self._remember(key, serial, data) for key, data in (keeps or {}).items()}
+            pairs = {
+                key: (memories.get(key, ""), self._remember(key, serial, data)) for key, data in (settles or {}).items()
+            }
+            last = _Last(epoch, task, name, before, after, memories=pairs)
+            self._commit(
+                msgspec.structs.replace(
+                    self._index, version=version, digest=digest, last=last, serial=serial, memories=memories
+                )
+            )
 
     def settle(self, epoch: int, task: int, *, recorded: bool) -> None:
         """The fate of the last update is known; of any other one there is nothing left to settle.
@@ -214,8 +248,13 @@ class Store:
             if last is None or (last.epoch, last.task) != (epoch, task) or (last.settled and recorded):
                 return
             kept = last.after if recorded else last.before
+            pairs = {key: pair[recorded] for key, pair in last.memories.items()}
             settled = msgspec.structs.replace(last, update="", settled=True)
-            self._commit(msgspec.structs.replace(self._index, residual=kept, last=settled))
+            self._commit(
+                msgspec.structs.replace(
+                    self._index, residual=kept, last=settled, memories={**self._index.memories, **pairs}
+                )
+            )
 
     def _read(self) -> _Index:
         path = self._folder / _INDEX
@@ -243,6 +282,9 @@ class Store:
         for entry in os.scandir(self._folder):
             if entry.name not in named and _OURS.match(entry.name) and entry.is_file():
                 os.unlink(entry.path)
+
+    def _remember(self, key: str, serial: int, data: bytes) -> str:
+        return self._put(f"memory-{key}-{serial}.bin", data) if data else ""
 
     def _put(self, name: str, data: bytes) -> str:
         self._save(self._folder / name, data)

@@ -1,4 +1,4 @@
-"""One task on a device: bring the model to the task's version, train or evaluate, encode what came of it."""
+"""One task on a device: bring the model to the task's version, learn, encode and keep what came of it."""
 
 import contextlib
 import hashlib
@@ -8,18 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_client.bundle import Bundle
-from edge_client.codec.layout import Layout, Vector
+from edge_client.codec.layout import Layout
 from edge_client.codec.model import Model, apply_model_delta, untrained
 from edge_client.codec.update import CodecSettings, EncodedUpdate, encode_update
 from edge_client.data import DataSource
 from edge_client.errors import CodecError, FedgeError, StoreError, TrainingError
 from edge_client.events import Failed, Finished, Work
 from edge_client.feedback import add_residual, lengthening, pack_residual
+from edge_client.learning.assessment import assess
+from edge_client.learning.assignment import Assignment, Learned
+from edge_client.learning.local import train
 from edge_client.manifest import update_layouts
 from edge_client.shelf import Shelf
 from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
-from edge_client.wire.messages import RECEIVED_LOSS, Invitation, UpdatePlan
+from edge_client.wire.messages import Invitation, UpdatePlan
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Worker:
                 # A disk without room for it does not keep the device from training.
                 with contextlib.suppress(StoreError):
                     self.shelf.put(trainer.bundle, model, invitation.version)
-            update, residual = self._result(invitation, model, trainer, stop)
+            learned = self._learned(invitation, model, trainer, stop)
+            update, residual = self._encoded(invitation, learned, trainer.bundle)
             if model.digest() != digest:
                 self.copies.save(model.digest(), model, digest)
             self.store.commit(
@@ -58,6 +62,8 @@ class Worker:
                 residual,
                 version=invitation.version,
                 digest=model.digest(),
+                settles=learned.settles,
+                keeps=learned.keeps,
             )
         except CodecError as error:
             # The copy cannot be trusted any more: the next task starts from the bundle's weights.
@@ -94,74 +100,60 @@ class Worker:
             raise CodecError(f"the copy of the model with digest {digest.hex()[:12]} is lost")
         return model
 
-    def _result(
-        self, invitation: Invitation, model: Model, trainer: Trainer, stop: Callable[[], bool]
-    ) -> tuple[bytes, bytes | None]:
-        bundle, plan = trainer.bundle, invitation.update
-        layouts = update_layouts(bundle.manifest)
-        # One vector is the received model, then the trained one, then the difference.
-        vector = model.parameters(bundle.initial())
-        if invitation.kind == "evaluate":
-            sums = trainer.evaluate(vector, self.test, buffers=model.buffers)
-            scalars = {f"sum.{name}": value for name, value in sums.items()} | {"samples": float(self.test.samples)}
-            return encode_update({}, {}, scalars, CodecSettings()).data, None
-        measured: dict[str, float] = {}
-        if invitation.plan.measure:
-            received = trainer.evaluate(vector, self.train, buffers=model.buffers)
-            measured[RECEIVED_LOSS] = received["loss"] / max(1.0, received["count"])
-        result = trainer.train(
-            vector, self.train, invitation.plan, seed=self._seed(invitation), stop=stop, buffers=model.buffers
+    def _learned(self, invitation: Invitation, model: Model, trainer: Trainer, stop: Callable[[], bool]) -> Learned:
+        task = Assignment(
+            invitation.plan,
+            self._seed(invitation),
+            model,
+            trainer,
+            self.train,
+            self.test,
+            self.store.recall,
+            stop,
         )
-        if stop():
-            raise TrainingError("stopped: the server has moved on")
-        delta = np.subtract(vector, model.parameters(bundle.initial()), out=vector)
+        return train(task) if invitation.kind == "train" else assess(task)
+
+    def _encoded(self, invitation: Invitation, learned: Learned, bundle: Bundle) -> tuple[bytes, bytes | None]:
+        """The update, and what its encoding left over: no bytes are nothing, None leaves what there is."""
+        if invitation.kind == "evaluate":
+            return encode_update({}, {}, learned.scalars, CodecSettings()).data, None
+        plan, delta = invitation.update, learned.vectors["delta"]
+        layouts = update_layouts(bundle.manifest)
         stored = self.store.residual() if plan.feedback == "residual" else None
         if stored is not None:
             # One that cannot be used costs a little accuracy once, and must not cost every task from now on.
             with contextlib.suppress(CodecError):
                 add_residual(delta, stored, bundle.layout, invitation.version)
-        scalars = (
-            measured
-            | {
-                "samples": float(result.samples),
-                "steps": float(result.steps),
-                "seconds": result.seconds,
-                "loss": result.loss,
-            }
-            | {f"sum.{name}": value for name, value in result.metrics.items()}
-        )
-        vectors = {"delta": delta} | ({"buffers": result.buffers} if "buffers" in layouts else {})
-        encoded = self._encoded(vectors, layouts, scalars, plan)
+        encoded = _at_rate(learned, layouts, plan)
         if not np.isfinite(delta).all():
             return encoded.data, None  # it will be refused
         if plan.feedback == "residual":
             return encoded.data, pack_residual(encoded.residual, bundle.layout, invitation.version)
         if plan.feedback == "length" and (factor := lengthening(delta, encoded.residual)) > 1:
             delta *= np.float32(factor)
-            encoded = self._encoded(vectors, layouts, scalars, plan)
+            encoded = _at_rate(learned, layouts, plan)
         return encoded.data, b""
-
-    def _encoded(
-        self,
-        vectors: Mapping[str, Vector],
-        layouts: Mapping[str, Layout],
-        scalars: Mapping[str, float],
-        plan: UpdatePlan,
-    ) -> EncodedUpdate:
-        """The update at the plan's rate, or at the one that its limit leaves."""
-        try:
-            settings = CodecSettings(plan.kind, plan.target, plan.value)
-        except ValueError as error:
-            raise TrainingError(f"the plan's rate cannot be kept: {error}; set [codec] of the federation") from error
-        if plan.kind == "none" or not plan.limit:
-            return encode_update(vectors, layouts, scalars, settings)
-        slow = CodecSettings("quantized", "bytes", float(plan.limit))
-        if plan.target == "bytes":
-            return encode_update(vectors, layouts, scalars, min(settings, slow, key=lambda rate: rate.value))
-        encoded = encode_update(vectors, layouts, scalars, settings)
-        return encoded if len(encoded.data) <= plan.limit else encode_update(vectors, layouts, scalars, slow)
 
     def _seed(self, invitation: Invitation) -> int:
         """Each client and round shuffles its own way, and the same way again, also after restarts of the server."""
         text = f"{invitation.seed}/{invitation.round}/{self.client}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def _at_rate(learned: Learned, layouts: Mapping[str, Layout], plan: UpdatePlan) -> EncodedUpdate:
+    """The update at the plan's rate, or at the one that its limit leaves."""
+    try:
+        settings = CodecSettings(plan.kind, plan.target, plan.value)
+    except ValueError as error:
+        raise TrainingError(f"the plan's rate cannot be kept: {error}; set [codec] of the federation") from error
+
+    def at(rate: CodecSettings) -> EncodedUpdate:
+        return encode_update(learned.vectors, layouts, learned.scalars, rate)
+
+    if plan.kind == "none" or not plan.limit:
+        return at(settings)
+    slow = CodecSettings("quantized", "bytes", float(plan.limit))
+    if plan.target == "bytes":
+        return at(min(settings, slow, key=lambda rate: rate.value))
+    encoded = at(settings)
+    return encoded if len(encoded.data) <= plan.limit else at(slow)

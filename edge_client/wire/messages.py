@@ -41,6 +41,14 @@ class BlobRef(Struct, frozen=True, array_like=True):
     inline: Annotated[bytes, Meta(max_length=INLINE_LIMIT)] | None = None
 
 
+class PersonalPlan(Struct, frozen=True, array_like=True):
+    """What a client learns for itself alone, beside what it learns for all."""
+
+
+class ReportPlan(Struct, frozen=True, array_like=True):
+    """What a client tells of its data and its model beside sums of metrics."""
+
+
 class TrainPlan(Struct, frozen=True, array_like=True):
     """How a client trains: ``epochs`` over its data, or exactly ``steps`` mini-batches where that is not zero.
 
@@ -55,6 +63,18 @@ class TrainPlan(Struct, frozen=True, array_like=True):
     ] = {}
     measure: bool = False
     """Before it trains, the client measures the model as received on what it trains on: `RECEIVED_LOSS`."""
+    method: Literal["sgd", "scaffold", "feddyn"] = "sgd"
+    """Whether gradients are corrected by what the client remembers, and by whose rule."""
+    seconds: Annotated[float, Meta(ge=0, le=1e8)] = 0.0
+    """Training ends with the first step after so many seconds; 0 is no bound."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls over the steps of the task."""
+    validation: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Share of its training data that the client keeps aside to see when to stop."""
+    patience: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    """Epochs in a row without a better loss on ``validation`` that end training, with the best model; 0 is never."""
+    personal: PersonalPlan = PersonalPlan()
+    report: ReportPlan = ReportPlan()
 
 
 class UpdatePlan(Struct, frozen=True, array_like=True):

@@ -27,13 +27,22 @@ def seen(folder, **options):
     return store.held(), store.bundle(), store.residual()
 
 
+def remembered(folder):
+    store = Store(folder)
+    return store.recall("variate"), store.recall("head")
+
+
 def prepared(folder):
     """A client with a bundle, a version, a recorded residual and an update without a receipt."""
     store = Store(folder)
     store.install(A, b"bundle a")
-    store.commit(1, 1, b"update 1", b"residual 1", version=1, digest=V1)
+    store.commit(
+        1, 1, b"update 1", b"residual 1", version=1, digest=V1, settles={"variate": b"c1"}, keeps={"head": b"h1"}
+    )
     store.settle(1, 1, recorded=True)
-    store.commit(1, 2, b"update 2", b"residual 2", version=1, digest=V1)
+    store.commit(
+        1, 2, b"update 2", b"residual 2", version=1, digest=V1, settles={"variate": b"c2"}, keeps={"head": b"h2"}
+    )
     return store
 
 
@@ -90,6 +99,9 @@ OPERATIONS = {
     "install": lambda store: store.install(B, b"bundle b"),
     "install again": lambda store: store.install(A, b"bundle a"),
     "commit": lambda store: store.commit(1, 3, b"update 3", b"residual 3", version=2, digest=V2),
+    "commit with memories": lambda store: store.commit(
+        1, 3, b"update 3", b"residual 3", version=2, digest=V2, settles={"variate": b"c"}, keeps={"head": b"h"}
+    ),
     "commit without residual": lambda store: store.commit(1, 3, b"update 3", None, version=2, digest=V2),
     "recorded": lambda store: store.settle(1, 2, recorded=True),
     "refused": lambda store: store.settle(1, 2, recorded=False),
@@ -101,7 +113,7 @@ OPERATIONS = {
 def test_a_power_cut_leaves_the_old_state_or_the_new_one(tmp_path, name):
     old, new = prepared(tmp_path / "old"), prepared(tmp_path / "new")
     OPERATIONS[name](new)
-    before, after = seen(old.folder), seen(new.folder)
+    before, after = ((seen(one.folder), remembered(one.folder)) for one in (old, new))
     found, cuts = [], 0
     while True:
         store = prepared(tmp_path / str(cuts))
@@ -113,7 +125,7 @@ def test_a_power_cut_leaves_the_old_state_or_the_new_one(tmp_path, name):
                 done = False
             else:
                 done = True
-        state = seen(store.folder)
+        state = seen(store.folder), remembered(store.folder)
         assert state in (before, after)
         found.append(state == after)
         names = {entry.name for entry in os.scandir(store.folder)}
@@ -308,3 +320,38 @@ def test_a_folder_that_cannot_be_claimed_is_named(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match=r"state folder .*file.*must be writable"), claimed(tmp_path / "file"):
         pass
+
+
+@pytest.mark.parametrize(("recorded", "variate"), [(True, b"c2"), (False, b"c1")])
+def test_some_memories_follow_the_receipt_and_others_stay_whatever_it_says(tmp_path, recorded, variate):
+    store = prepared(tmp_path)
+    assert remembered(tmp_path) == (b"c1", b"h2")
+    store.settle(1, 2, recorded=recorded)
+    assert store.recall("variate") == variate
+    assert remembered(tmp_path) == (variate, b"h2")
+
+
+def test_what_was_recorded_goes_back_when_its_task_turns_out_void(tmp_path):
+    store = prepared(tmp_path)
+    store.settle(1, 2, recorded=True)
+    store.settle(1, 2, recorded=False)
+    assert remembered(tmp_path) == (b"c1", b"h2")
+
+
+def test_memories_stay_that_a_task_does_not_name_and_go_where_it_gives_no_bytes(tmp_path):
+    store = prepared(tmp_path)
+    store.settle(1, 2, recorded=True)
+    store.commit(1, 3, b"update 3", None, version=1, digest=V1)
+    store.settle(1, 3, recorded=True)
+    assert remembered(tmp_path) == (b"c2", b"h2")
+    store.commit(1, 4, b"update 4", None, version=1, digest=V1, settles={"variate": b""}, keeps={"head": b""})
+    assert remembered(tmp_path) == (b"c2", None)
+    store.settle(1, 4, recorded=True)
+    assert remembered(tmp_path) == (None, None)
+
+
+def test_another_bundle_forgets_all_memories(tmp_path):
+    store = prepared(tmp_path)
+    store.install(B, b"bundle b")
+    assert remembered(tmp_path) == (None, None)
+    assert not list(tmp_path.glob("memory-*"))

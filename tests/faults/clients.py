@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,16 @@ class WatchedStore(Store):
         super().__init__(node.folder)
 
     def commit(
-        self, epoch: int, task: int, update: bytes, residual: bytes | None, *, version: int, digest: bytes
+        self,
+        epoch: int,
+        task: int,
+        update: bytes,
+        residual: bytes | None,
+        *,
+        version: int,
+        digest: bytes,
+        settles: Mapping[str, bytes] | None = None,
+        keeps: Mapping[str, bytes] | None = None,
     ) -> None:
         self._node.guard(self._life)
         name, oracle = self._node.name, self._oracle
@@ -44,7 +53,9 @@ class WatchedStore(Store):
         view = oracle.commits(name, (epoch, task), residual)
         self._watched(
             view,
-            lambda: super(WatchedStore, self).commit(epoch, task, update, residual, version=version, digest=digest),
+            lambda: super(WatchedStore, self).commit(
+                epoch, task, update, residual, version=version, digest=digest, settles=settles, keeps=keeps
+            ),
         )
 
     def settle(self, epoch: int, task: int, *, recorded: bool) -> None:

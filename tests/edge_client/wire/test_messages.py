@@ -91,7 +91,7 @@ def test_a_plan_of_before_measures_is_understood_and_a_longer_one_by_who_knows_l
     fields[4:6] = ([2, 0, 16, {"lr": 0.1}], list(msgspec.structs.astuple(fields[5])))
     fields[11] = list(msgspec.structs.astuple(fields[11]))
     assert m.decode(envelope(fields, number=7)) == INVITATION
-    fields[4] = [*fields[4], False, "of a version to come"]
+    fields[4] = [*msgspec.to_builtins(m.TrainPlan(2, 0, 16, {"lr": 0.1})), "of a version to come"]
     assert m.decode(envelope(fields, number=7)) == INVITATION
 
 
