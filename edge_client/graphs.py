@@ -149,6 +149,8 @@ class Task:
         for tensor, where in self._buffer_layout.slices():
             self._buffers[tensor.name][...] = buffers[where].reshape(tensor.shape)
         inputs: dict[str, Array] = {f"hyper.{name}": np.array(value, np.float32) for name, value in hypers.items()}
+        self.rate = inputs.get("hyper.lr", np.zeros((), np.float32))
+        """The learning rate of the next step: may be written to between steps."""
         inputs |= {"step": self._count, "seed": np.array(seed, np.int64)}
         outputs: dict[str, Array] = {"loss": self.loss, **_prefix("sum.", self.metrics)}
         if not self._counts:

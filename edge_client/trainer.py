@@ -12,6 +12,7 @@ import numpy as np
 from edge_client import runtime
 from edge_client.bundle import Bundle
 from edge_client.codec.layout import Vector
+from edge_client.course import Clock, Course
 from edge_client.data import DataSource
 from edge_client.errors import BundleError, DataError, TrainingError
 from edge_client.graphs import Evaluation, Feed, Step
@@ -29,6 +30,10 @@ class TrainResult:
     samples: int
     """Different samples that the run saw."""
     steps: int
+    distance: float
+    """Sum of the learning rates of these steps."""
+    epochs: int
+    """Epochs that the run began."""
     seconds: float
     loss: float
     """Mean over what the last epoch counted, each at the weights of its step; NaN where nothing was trained."""
@@ -42,13 +47,15 @@ class Trainer:
     """Trains and evaluates one bundle. One thread at a time may use it; trainers in different threads run in parallel.
 
     The session that trains is made when first needed, one that evaluates for each model. ``threads`` is the number of
-    threads inside one operator; with ``spin`` they stay awake for the length of a step.
+    threads inside one operator; with ``spin`` they stay awake for the length of a step. ``clock`` counts seconds.
 
     Raises:
         BundleError: the bundle asks for a newer onnxruntime, or its graphs do not fit its manifest (on first use).
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 1, spin: bool = False) -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int = 1, spin: bool = False, clock: Clock = time.perf_counter
+    ) -> None:
         manifest = bundle.manifest
         if not runtime.at_least(manifest.least_runtime):
             raise BundleError(
@@ -63,6 +70,7 @@ class Trainer:
         self.bundle = bundle
         self._threads = threads
         self._spin = spin
+        self._clock = clock
         self._feeds: dict[int, Feed] = {}
 
     @cached_property
@@ -106,8 +114,8 @@ class Trainer:
             self._check_control(control)
         feed = self._feed(plan.batch_size)
         task = self._step.begin(model, self._buffers(buffers), hypers, control=control, seed=_graph_seed(seed))
-        started = time.perf_counter()
-        steps, seen, finished = 0, 0, False
+        course, rate = Course.of(plan, source.samples, self._clock), task.rate.item()
+        steps, seen, finished, distance = 0, 0, False, 0.0
         sums = dict.fromkeys(("loss", *task.metrics), 0.0)
         for epoch in itertools.count():
             before = steps
@@ -117,14 +125,17 @@ class Trainer:
                     break
                 if steps == before:
                     sums = dict.fromkeys(sums, 0.0)
-                task.run(feed, rows, last=steps + 1 == plan.steps or (final and not more))
+                task.rate[...] = rate * course.factor(steps)
+                distance += task.rate.item()
+                last = steps + 1 == plan.steps or (final and not more) or course.closing(steps)
+                task.run(feed, rows, last=last)
                 for name, value in task.metrics.items():
                     sums[name] += value.item()
                 # The graph's loss is a mean, and the last batch may be smaller.
                 sums["loss"] += task.loss.item() * task.metrics["count"].item()
                 steps += 1
                 seen += rows
-                if steps == plan.steps:
+                if finished := steps == plan.steps or course.over():
                     break
             else:
                 if steps == before:
@@ -138,10 +149,12 @@ class Trainer:
             buffers=task.buffers(),
             samples=min(seen, source.samples),
             steps=steps,
-            seconds=time.perf_counter() - started,
+            distance=distance,
+            epochs=epoch + 1,
+            seconds=course.elapsed(),
             loss=sums["loss"] / sums["count"] if sums["count"] else math.nan,
             metrics=sums,
-            finished=finished or steps == plan.steps > 0,
+            finished=finished,
         )
 
     def evaluate(

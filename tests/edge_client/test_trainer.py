@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from edge_client.bundle import Bundle
+from edge_client.course import Course
 from edge_client.data import ArraySource
 from edge_client.errors import BundleError, CodecError, DataError, TrainingError
 from edge_client.trainer import Trainer, _epoch_seed
@@ -205,6 +206,55 @@ def test_stopped_at_once_is_the_received_model():
     np.testing.assert_array_equal(result.local, bundle.initial())
     assert (result.steps, result.samples, result.finished) == (0, 0, False)
     assert math.isnan(result.loss)
+
+
+def test_the_distance_is_the_sum_of_the_learning_rates_of_the_steps():
+    bundle, source = Bundle.from_bytes(toy_bundle()), ArraySource(toy_data(64))
+    plan = TrainPlan(epochs=2, batch_size=16, hypers={"lr": 0.25})
+    result = Trainer(bundle).train(bundle.initial(), source, plan, seed=SEED)
+    assert (result.steps, result.epochs, result.distance) == (8, 2, 2.0)
+    falling = msgspec.structs.replace(plan, schedule="linear")
+    result = Trainer(bundle).train(bundle.initial(), source, falling, seed=SEED)
+    assert result.distance == pytest.approx(0.25 * sum(1 - step / 8 for step in range(8)), rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_is_another_learning_rate_in_each_step(schedule):
+    bundle, source = Bundle.from_bytes(toy_bundle(hidden=3)), ArraySource(toy_data(47))
+    plan = TrainPlan(epochs=2, batch_size=10, hypers={"lr": 0.5, "weight_decay": 0.1}, schedule=schedule)
+    result = Trainer(bundle).train(bundle.initial(), source, plan, seed=SEED)
+    views, done = bundle.layout.views(bundle.initial()), 0
+    still = {name: np.zeros_like(view) for name, view in views.items()}
+    for epoch in range(2):
+        for batch in source.batches(10, seed=_epoch_seed(SEED, epoch)):
+            rate = 0.5 * Course(10, schedule=schedule).factor(done)
+            views, *_ = reference_step(views, still, views, batch["x"], batch["y"], lr=rate, weight_decay=0.1)
+            done += 1
+    np.testing.assert_allclose(result.local, bundle.layout.flatten(views), rtol=2e-5, atol=2e-6)
+
+
+class Ticking:
+    """A clock that goes on by a second with each step, before which a run asks whether to stop."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def step(self):
+        self.now += 1.0
+        return False
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.5, 1), (1.0, 1), (4.5, 5), (7.0, 7), (1000.0, 12)])
+def test_training_ends_with_the_first_step_after_its_seconds(seconds, steps):
+    bundle, source, clock = Bundle.from_bytes(toy_bundle()), ArraySource(toy_data(64)), Ticking()
+    plan = TrainPlan(epochs=3, batch_size=16, seconds=seconds)
+    trainer = Trainer(bundle, clock=clock)
+    result = trainer.train(bundle.initial(), source, plan, seed=SEED, stop=clock.step)
+    assert (result.steps, result.finished, result.seconds) == (steps, True, steps)
+    vector, *_ = numpy_training(bundle, source, TrainPlan(steps=steps, batch_size=16), SEED)
+    np.testing.assert_allclose(result.local, vector, rtol=1e-5, atol=1e-6)
 
 
 def test_divergence_is_reported_not_raised():
