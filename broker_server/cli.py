@@ -22,7 +22,7 @@ from broker_server.entrance import enter
 from broker_server.fleet import FleetCare
 from broker_server.ledger import BEST, Ledger
 from broker_server.records import Round, Task
-from broker_server.report import human_bytes, table
+from broker_server.report import brief, human_bytes, table
 from broker_server.server import Outcome, Server, locked
 from broker_server.simulation import Simulated
 from broker_server.simulation import simulate as run_simulation
@@ -288,7 +288,7 @@ def _writable(path: Path) -> None:
 
 
 def _line(done: Round) -> str:
-    shown = "".join(f" · {name} {value:.4f}" for name, value in sorted(done.metrics.items()))
+    shown = "".join(f" · {text}" for text in brief(done.metrics))
     traffic = f"up {human_bytes(done.bytes_up)} · down {human_bytes(done.bytes_down)}"
     return f"round {done.round} · {done.clients} clients · {done.seconds:.1f} s · {traffic}{shown}"
 

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from broker_server.consistency import VALUES, check_together
+from broker_server.metrics import higher_is_better
 from broker_server.validation import check_keys
 from edge_client.errors import ConfigError
 
@@ -204,8 +205,8 @@ class Stop(_Section, frozen=True):
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether a larger value of ``metric`` is the better one: not so for losses and errors."""
-        return not ("loss" in self.metric or "error" in self.metric)
+        """Whether a larger value of ``metric`` is the better one: not so for losses, errors and spreads."""
+        return higher_is_better(self.metric)
 
     def better(self, value: float, best: float | None) -> bool:
         """Whether ``value`` beats ``best``; NaN never does, anything else beats None."""

@@ -59,6 +59,10 @@ def check_together(federation: "Federation") -> None:
             "stop.target and stop.patience need an evaluation and there is none; "
             "set evaluation.data or evaluation.clients, and evaluation.every above 0"
         )
+    if (stop.target is not None or stop.patience) and stop.metric.startswith("client_") and not evaluation.clients:
+        raise ConfigError(
+            f"stop.metric is {stop.metric!r}, which clients measure, and none are asked to; set evaluation.clients"
+        )
 
 
 def _check_algorithm(federation: "Federation") -> None:

@@ -1,10 +1,12 @@
 """A run for people: a table of its rounds and a plot of accuracy and bytes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+from broker_server.metrics import MEAN, SPREAD, WORST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,16 +58,35 @@ def human_bytes(count: float) -> str:
     return f"{count:.{2 if count < 9.995 else 1 if count < 99.95 else 0}f} {UNITS[power]}"
 
 
+def beside(metric: str, metrics: Collection[str]) -> dict[str, str]:
+    """Which of ``metrics`` say how ``metric`` is spread over clients, each with a heading for it."""
+    base = metric if metric.startswith("train_") else "client_" + metric.removeprefix("client_")
+    found = {base + MEAN: "by client", base + WORST: "worst 10 %", base + SPREAD: "spread"}
+    return {name: heading for name, heading in found.items() if name in metrics}
+
+
+def brief(metrics: Mapping[str, float]) -> list[str]:
+    """Metrics in words, by name; what clients have measured with how it is spread over them, in brackets."""
+    told = []
+    for name, value in sorted(metrics.items()):
+        if name.endswith((MEAN, WORST, SPREAD)):
+            continue
+        spread = "" if name.startswith("train_") else _spread(name, metrics)
+        told.append(f"{name} {value:.4f}{spread}")
+    return told
+
+
 def table(rounds: Sequence[RoundRow], *, metric: str = "accuracy", title: str | None = None) -> "Table":
-    """A rich table: a line a round, and the sums below."""
+    """A rich table: a line a round, and the sums below; where clients evaluate, also how fair the metric is to them."""
     from rich.table import Table
 
     shown = Table(title=title, show_footer=True, header_style="bold", footer_style="bold")
     up, down = (sum(getattr(row, name) for row in rounds) for name in ("bytes_up", "bytes_down"))
-    last = next((row.metrics[metric] for row in reversed(rounds) if metric in row.metrics), None)
+    values = {metric: metric} | beside(metric, {name for row in rounds for name in row.metrics})
+    last = {name: next((row.metrics[name] for row in reversed(rounds) if name in row.metrics), None) for name in values}
     columns = {
         "round": str(len(rounds)),
-        metric: _value(last),
+        **{heading: _value(last[name]) for name, heading in values.items()},
         "clients": str(sum(row.clients for row in rounds)),
         "seconds": f"{sum(row.seconds for row in rounds):.1f}",
         "up": human_bytes(up),
@@ -76,7 +97,7 @@ def table(rounds: Sequence[RoundRow], *, metric: str = "accuracy", title: str | 
     for row in rounds:
         shown.add_row(
             str(row.round),
-            _value(row.metrics.get(metric)),
+            *(_value(row.metrics.get(name)) for name in values),
             str(row.clients),
             f"{row.seconds:.2f}",
             human_bytes(row.bytes_up),
@@ -220,6 +241,13 @@ def _style(axes: "Axes", title: str, rounds: Sequence[RoundRow]) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color("#c9cdd8")
+
+
+def _spread(name: str, metrics: Mapping[str, float]) -> str:
+    found = {
+        word: metrics[name + end] for word, end in (("worst 10 %", WORST), ("spread", SPREAD)) if name + end in metrics
+    }
+    return f" ({', '.join(f'{word} {value:.4f}' for word, value in found.items())})" if found else ""
 
 
 def _value(value: float | None) -> str:

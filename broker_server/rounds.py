@@ -38,7 +38,7 @@ class OpenRound:
             seconds=0.0,
             bytes_up=0,
             bytes_down=0,
-            metrics=tally.metrics("train_"),
+            metrics=tally.metrics("train_") | tally.fairness("train_"),
         )
         return self.result
 
@@ -50,9 +50,9 @@ class OpenRound:
     def tested(self, tally: Tally) -> None:
         """Clients have evaluated its model; where the server has not, theirs are its metrics."""
         if self.result is not None:
-            told = tally.metrics("client_")
-            plain = {name.removeprefix("client_"): value for name, value in told.items()}
-            self.result = msgspec.structs.replace(self.result, metrics={**plain, **self.result.metrics, **told})
+            told = tally.metrics("client_") | tally.fairness("client_")
+            metrics = {**tally.metrics(""), **self.result.metrics, **told}
+            self.result = msgspec.structs.replace(self.result, metrics=metrics)
 
     def finished(self, up: int, down: int, now: float) -> Round | None:
         """What it came to, from what is counted by now; None when it made no model."""

@@ -384,7 +384,7 @@ def check_names(settings: Federation, bundle: Bundle) -> None:
                 f"known there: {', '.join(sorted(known))}"
             )
     stop, metrics = settings.stop, names(bundle.manifest.metrics)
-    if (stop.target is not None or stop.patience) and stop.metric.removeprefix("client_") not in metrics:
+    if (stop.target is not None or stop.patience) and stop.metric not in metrics:
         raise ConfigError(
             f"stop.metric is {stop.metric!r}, which bundle {bundle.manifest.name!r} does not report; "
             f"known there: {', '.join(sorted(metrics))}"

@@ -327,6 +327,10 @@ BAD = {
     "client name": ('[codec.clients]\n"a/b" = 1', r"name in codec\.clients is 'a/b'; expected a text that matches"),
     "too few phones": ('[simulation]\ndata = "x.npz"\nclients = 9', r"round\.cohort is 10; .* simulation\.clients, 9"),
     "nothing to measure": ("[stop]\ntarget = 0.9", r"need an evaluation and there is none; set evaluation\.data or"),
+    "nobody to measure": (
+        '[evaluation]\ndata = "test.npz"\n[stop]\nmetric = "client_accuracy_worst"\ntarget = 0.9',
+        r"stop\.metric is 'client_accuracy_worst', which clients measure.*set evaluation\.clients",
+    ),
     "not TOML": ("[round\n", r"is not TOML: .*line 4"),
 }
 

@@ -703,8 +703,34 @@ def test_clients_evaluate_in_weighted_sums():
     assert result.metrics["client_accuracy"] == 12 / 40
     assert result.metrics["accuracy"] == 12 / 40
     assert result.metrics["client_loss"] == 8 / 40
+    assert result.metrics["client_accuracy_mean"] == 0.5
+    assert result.metrics["client_accuracy_worst"] == 0.1
+    assert result.metrics["client_loss_worst"] == 7 / 30
+    assert result.metrics["client_accuracy_spread"] == pytest.approx(0.4)
+    assert "accuracy_worst" not in result.metrics
     assert result.clients == 3
     assert of(actions, e.CloseTask) == [e.CloseTask(1, 2, "done")]
+
+
+def test_an_evaluation_that_a_restart_interrupts_comes_to_the_same():
+    results = [update(n, sum_count=n, sum_correct=right, sum_loss=0.1) for n, right in ((10, 9), (30, 3), (7, 7))]
+    came: list[dict[str, float]] = []
+    for restart in (False, True):
+        paper = Paper()
+        sections = {"evaluation": {"clients": 3}, "round": {"cohort": 3}}
+        table = desk(paper, **sections)
+        table.hello("a", "b", "c")
+        finish_round(table)
+        cohort, identity = table.cohort, table.task
+        for client, result in zip(cohort[:2], results, strict=False):
+            table.upload(client, result)
+        if restart:
+            table = desk(paper, **sections)
+            table.hello("a", "b", "c")
+        actions = table.upload(cohort[2], results[2], identity=identity)
+        came.append(of(actions, e.FinishRound)[0].result.metrics)
+    assert came[0] == came[1]
+    assert (came[0]["client_accuracy"], came[0]["client_accuracy_worst"]) == (19 / 47, 0.1)
 
 
 def test_an_evaluation_that_nobody_answers_ends_at_its_deadline():
@@ -732,7 +758,8 @@ def test_training_metrics_and_traffic_are_part_of_the_result():
         table.say(client, m.Upload(1, 1, data, m.Traffic(150, 1700)))
     result = table.paper.rounds[1]
     assert (result.bytes_up, result.bytes_down, result.seconds, result.samples) == (300, 3400, 5.0, 20)
-    assert result.metrics == {"train_loss": 0.5}
+    fair = {"train_loss_mean": 0.5, "train_loss_worst": 0.5, "train_loss_spread": 0.0}
+    assert result.metrics == {"train_loss": 0.5, **fair}
 
 
 # The end.
@@ -791,7 +818,8 @@ def test_a_restart_goes_on_with_the_same_round_and_sums():
     again.upload("c", update(4, sum_loss=2.0, sum_count=4))
     assert again.paper.sums == [16]
     assert again.paper.rounds[1].samples == 16
-    assert again.paper.rounds[1].metrics == {"train_loss": 4 / 16}
+    metrics = again.paper.rounds[1].metrics
+    assert (metrics["train_loss"], metrics["train_loss_worst"]) == (4 / 16, 2 / 4)
     assert again.task == (2, 2)
 
 

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 import pytest
 from rich.console import Console
 
-from broker_server.report import human_bytes, plot_run, table
+from broker_server.report import brief, human_bytes, plot_run, table
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,21 @@ def test_a_table_has_a_line_a_round_and_the_sums():
     assert rows[1] == ["2", "10", "0.50", "40.0", "kB", "90.0", "kB"]
     assert len(rows) == len(RUN) + 1
     assert rows[-1] == ["11", "0.9141", "110", "5.5", "440", "kB", "990", "kB"]
+
+
+def test_beside_a_metric_stands_how_it_is_spread_over_clients():
+    told = {"client_accuracy": 0.8, "client_accuracy_mean": 0.7, "client_accuracy_worst": 0.4}
+    rounds = [Row(1, {"accuracy": 0.75}), Row(2, {"accuracy": 0.9, **told, "client_accuracy_spread": 0.1})]
+    for metric in ("accuracy", "client_accuracy"):
+        shown = table(rounds, metric=metric)
+        assert [column.header for column in shown.columns][1:5] == [metric, "by client", "worst 10 %", "spread"]
+        assert [list(column.cells)[-1] for column in shown.columns][2:5] == ["0.7000", "0.4000", "0.1000"]
+    assert [column.header for column in table(rounds, metric="loss").columns][:3] == ["round", "loss", "clients"]
+    assert brief(rounds[1].metrics | {"train_loss": 1.0, "train_loss_worst": 2.0}) == [
+        "accuracy 0.9000",
+        "client_accuracy 0.8000 (worst 10 % 0.4000, spread 0.1000)",
+        "train_loss 1.0000",
+    ]
 
 
 def test_an_empty_run_has_a_table():

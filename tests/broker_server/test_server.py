@@ -537,7 +537,7 @@ async def test_an_offer_of_a_newer_epoch_ends_the_server_and_its_chunks_stay(tmp
 @pytest.mark.parametrize("stop", [{"target": 0.9}, {"patience": 2}])
 def test_a_target_that_no_evaluation_reports_is_refused_at_the_start(tmp_path, stop):
     config = settings(tmp_path, stop={"metric": "acuracy"} | stop)
-    with pytest.raises(ConfigError, match=r"stop\.metric is 'acuracy', .*known there: accuracy, loss"):
+    with pytest.raises(ConfigError, match=r"stop\.metric is 'acuracy', .*known there: accuracy, client_accuracy.*loss"):
         check_names(config, Bundle.from_bytes(toy_bundle(hidden=8)))
     check_names(settings(tmp_path, stop={"metric": "client_loss"} | stop), Bundle.from_bytes(toy_bundle(hidden=8)))
 

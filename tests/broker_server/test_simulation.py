@@ -93,6 +93,16 @@ def test_a_small_fleet(tmp_path):
     assert (tmp_path / "state" / "models" / "best" / "infer.onnx").is_file()
 
 
+def test_all_phones_evaluate_and_how_fair_the_model_is_to_them_is_told(tmp_path):
+    config = settings(tmp_path, evaluation={"clients": 8}, simulation={"holdout": 0.3}, stop={"rounds": 2})
+    for done in run(config).rounds:
+        found = {name.removeprefix("client_accuracy"): done.metrics[name] for name in done.metrics if "t_acc" in name}
+        assert found.keys() == {"", "_mean", "_worst", "_spread"}
+        assert found["_worst"] < found["_mean"] <= 1
+        assert 0 < found["_spread"] <= 0.5
+        assert done.metrics["client_loss_worst"] > done.metrics["client_loss_mean"]
+
+
 def test_phones_that_come_go_and_vanish(tmp_path):
     config = settings(
         tmp_path,
