@@ -100,7 +100,7 @@ def finished(planned: Iterable[Planned], folder: Path) -> dict[str, Result]:
     return {name: result for name, result in found if result is not None}
 
 
-class _Failure(Exception):
+class _RunError(Exception):
     """A run failed; the message is its last words."""
 
 
@@ -146,7 +146,7 @@ class _Sweep:
         for one in runs:
             try:
                 told = _line(one, await self._simulate(one))
-            except _Failure as failure:
+            except _RunError as failure:
                 told = f"failed: {failure} (all it said: {_home(one, self._folder) / 'log.txt'})"
             except OSError as error:
                 told = f"failed: {error}"
@@ -170,11 +170,11 @@ class _Sweep:
         with (home / "log.txt").open("wb") as log:
             status = await _guarded(self._command(file, out), log.fileno())
         if status:
-            raise _Failure(_last_words(home / "log.txt") or f"ended with status {status}")
+            raise _RunError(_last_words(home / "log.txt") or f"ended with status {status}")
         try:
             result = {"run": _identity(one), **json.loads(out.read_bytes())}
         except (OSError, ValueError) as error:
-            raise _Failure(f"it wrote no result ({error})") from error
+            raise _RunError(f"it wrote no result ({error})") from error
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         out.replace(home / "result.json")
         if not self._keep:

@@ -85,6 +85,9 @@ def plan(file: Path, runs: Iterable[Run], overrides: Mapping[str, object] | None
 def _planned(
     file: Path, run: Run, overrides: Mapping[str, object], contents: Contents, bundles: dict[str, Bundle]
 ) -> Planned:
+    for key in overrides:
+        if key in run.settings:
+            raise ConfigError(f"{key} is set for all runs, and by this one to {run.settings[key]!r}; set it once")
     settings = {**overrides, **run.settings}
     for key, reason in _OWN.items():
         if key in settings:
