@@ -98,7 +98,7 @@ def test_third_party_imports_are_declared(room):
     base = declared(project)
     extras = {
         "edge_client": {"images"},
-        "broker_server": {"server", "demo"},
+        "broker_server": {"server", "demo", "tracking"},
         "export": {"export"},
         "deploy": {"server"},
     }[room]
