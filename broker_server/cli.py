@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -26,6 +27,7 @@ from broker_server.report import brief, human_bytes, table
 from broker_server.server import Outcome, Server, locked
 from broker_server.simulation import Simulated
 from broker_server.simulation import simulate as run_simulation
+from broker_server.sweep.command import sweep
 from broker_server.worker import ledger_path
 from edge_client.address import Address
 from edge_client.bundle import Bundle
@@ -87,16 +89,44 @@ def serve(file: Path, insecure: bool) -> None:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a setting, as stop.rounds=5.")
 @click.option("--json", "path", type=click.Path(path_type=Path), default=None, help="Write the results here.")
 @_INSECURE
-def simulate(file: Path, clients: int | None, overrides: tuple[str, ...], path: Path | None, insecure: bool) -> None:
+@click.option(
+    "--sweep", "sweep_file", type=click.Path(path_type=Path), default=None, help="Run all that this file says."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=None, help="Sweep: folder for the results.")
+@click.option("--jobs", type=click.IntRange(1), default=None, help="Sweep: runs at once.  [default: half the cores]")
+@click.option("--keep", is_flag=True, help="Sweep: keep ledgers and models of runs that are done.")
+@click.option("--parquet", is_flag=True, help="Sweep: write results.parquet, too (needs pyarrow).")
+@click.option(
+    "--track", type=click.Choice(["mlflow", "tensorboard"]), multiple=True, help="Sweep: write for this, too."
+)
+def simulate(
+    file: Path,
+    clients: int | None,
+    overrides: tuple[str, ...],
+    path: Path | None,
+    insecure: bool,
+    sweep_file: Path | None,
+    output: Path | None,
+    jobs: int | None,
+    **more: Any,
+) -> None:
     """Run a federation with emulated phones.
 
     Broker, protocol and training are the real ones.
 
-    FILE is the federation's TOML file; its [simulation] section describes the phones and their data.
+    FILE is the federation's TOML file; its [simulation] section describes the phones and their data. With --sweep it
+    is run with many settings and seeds; what is done already is not done again.
     """
     replaced = dict(_override(text) for text in overrides)
     if clients is not None:
         replaced["simulation.clients"] = clients
+    if sweep_file is not None:
+        if output is None or path is not None or insecure:
+            raise ConfigError("--sweep needs -o FOLDER for its results, and goes with neither --json nor --insecure")
+        sweep(file, sweep_file, output, overrides=replaced, jobs=jobs or 0, **more)
+        return
+    if output is not None or jobs is not None or any(more.values()):
+        raise ConfigError("-o, --jobs, --keep, --parquet and --track are for a sweep; add --sweep FILE")
     settings = load(file, replaced)
     if path is not None:
         _writable(path)
