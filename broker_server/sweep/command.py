@@ -36,7 +36,9 @@ def sweep(
     if parquet:
         need("pyarrow", "--parquet")
     check_trackers(track)
-    planned = plan(file, expand(read_sweep(path), load(file, overrides).federation.seed), overrides)
+    wanted = read_sweep(path)
+    seed = 0 if wanted.seeds else load(file, overrides).federation.seed
+    planned = plan(file, expand(wanted, seed), overrides)
 
     def log(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
