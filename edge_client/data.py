@@ -23,6 +23,8 @@ Array = npt.NDArray[np.generic]
 Arrays = Mapping[str, Array]
 
 _BLOCK = 1 << 20
+_ROUNDING = 1e-9
+"""A third of three samples is one."""
 
 
 @runtime_checkable
@@ -38,6 +40,18 @@ class DataSource(Protocol):
         """One pass over all samples, ``size`` at a time; the last batch may be smaller.
 
         ``seed`` None gives them in order; any other, at least 0, in an order that it alone decides.
+        """
+        ...
+
+
+@runtime_checkable
+class Splittable(DataSource, Protocol):
+    """A source that can keep some of its samples aside."""
+
+    def apart(self, share: float) -> tuple[DataSource, DataSource | None]:
+        """What is left and what is kept aside: about ``share`` of the samples, and the same ones every time.
+
+        Nothing is kept aside (None) where there is too little for it.
         """
         ...
 
@@ -77,6 +91,21 @@ class ArraySource:
         if rows.size and not 0 <= rows.min() <= rows.max() < self.samples:
             raise DataError(f"rows {rows.min()} to {rows.max()} asked for; there are {self.samples}")
         return ArraySource(self.arrays, rows if self.rows is None else self.rows[rows])
+
+    def apart(self, share: float) -> tuple["ArraySource", "ArraySource | None"]:
+        """See :class:`Splittable`. Of each ``1 / share`` samples in a row, one that a fixed seed draws is kept aside.
+
+        So samples in any order are kept aside evenly, and those added at the end leave the others where they are. Fewer
+        than ``1 / share`` samples keep none aside.
+        """
+        count = int(self.samples * share + _ROUNDING)
+        if not count:
+            return self, None
+        edges = (np.arange(count + 1) / share + _ROUNDING).astype(np.int64)
+        within = np.random.default_rng(0).random(count) * np.diff(edges)
+        aside = np.zeros(self.samples, np.bool_)
+        aside[edges[:-1] + within.astype(np.int64)] = True
+        return self.subset(np.flatnonzero(~aside)), self.subset(np.flatnonzero(aside))
 
     def batches(self, size: int, *, seed: int | None) -> Iterator[dict[str, Array]]:
         """One pass over all samples; see :class:`DataSource`. Batches may be views: they are for reading."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,6 +42,16 @@ class TrainResult:
     """Sums over the last epoch: ``loss``, ``count`` (of predictions) and the manifest's metrics."""
     finished: bool
     """False where ``stop`` ended the run before its plan did."""
+
+
+class Epoch(NamedTuple):
+    """Where a training run is after an epoch, or at its end."""
+
+    model: Vector
+    """As it is now: the vector that is trained, to be read and not kept."""
+    buffers: Vector
+    steps: int
+    distance: float
 
 
 class Trainer:
@@ -87,18 +98,20 @@ class Trainer:
         stop: Callable[[], bool] | None = None,
         buffers: Vector | None = None,
         control: Vector | None = None,
+        after: Callable[[Epoch], bool] | None = None,
     ) -> TrainResult:
         """Train ``model`` in place as ``plan`` says; the optimizer's state starts at zero.
 
         Args:
             model: ``[layout.size] float32``; as received it is also the anchor, where the bundle has a proximal term.
             source: the data; epoch ``e`` is shuffled by ``seed`` and ``e``, so equal seeds see equal batches.
-            plan: epochs or steps, batch size, hyperparameters.
+            plan: epochs, steps or seconds, batch size, hyperparameters, schedule of the learning rate.
             seed: at least 0; it also seeds what is random in the graph, such as dropout.
             stop: asked before each step; True ends the run there.
             buffers: the buffers as received, flat float32; the bundle's own when not given.
             control: ``[layout.size] float32``, added to every gradient where the bundle has control variates (c - c_i
                 of SCAFFOLD); zeros when not given.
+            after: told of each epoch, and of the end where that is within one; True ends the run.
 
         Raises:
             CodecError: ``model``, ``buffers`` or ``control`` is of another size or dtype, or ``model`` is read-only.
@@ -118,16 +131,18 @@ class Trainer:
         steps, seen, finished, distance = 0, 0, False, 0.0
         sums = dict.fromkeys(("loss", *task.metrics), 0.0)
         for epoch in itertools.count():
-            before = steps
+            before, stopped = steps, False
             final = plan.steps == 0 and epoch + 1 == plan.epochs
             for rows, more in _taken(feed, source.batches(plan.batch_size, seed=_epoch_seed(seed, epoch))):
-                if stop is not None and stop():
+                if stopped := stop is not None and stop():
                     break
                 if steps == before:
                     sums = dict.fromkeys(sums, 0.0)
                 task.rate[...] = rate * course.factor(steps)
                 distance += task.rate.item()
-                last = steps + 1 == plan.steps or (final and not more) or course.closing(steps)
+                # Whoever is told of an epoch may need the memory to evaluate it.
+                last = steps + 1 == plan.steps or course.closing(steps)
+                last |= (final or after is not None) and not more
                 task.run(feed, rows, last=last)
                 for name, value in task.metrics.items():
                     sums[name] += value.item()
@@ -137,13 +152,15 @@ class Trainer:
                 seen += rows
                 if finished := steps == plan.steps or course.over():
                     break
-            else:
-                if steps == before:
-                    raise DataError(f"the data source claims {source.samples} samples and gave no batch; repair it")
-                finished = final
-                if not finished:
-                    continue
-            break
+            if stopped:
+                break
+            if steps == before:
+                raise DataError(f"the data source claims {source.samples} samples and gave no batch; repair it")
+            finished |= final
+            if after is not None:
+                finished |= after(Epoch(model, task.buffers(), steps, distance))
+            if finished:
+                break
         return TrainResult(
             local=model,
             buffers=task.buffers(),

@@ -115,10 +115,27 @@ class ShardSource:
     Which part a row is of follows from its shard's name and its place in it, so that a row stays in its part.
     """
 
-    def __init__(self, shards: Shards, *, part: Part = "train", holdout: float = 0.0) -> None:
+    def __init__(
+        self,
+        shards: Shards,
+        *,
+        part: Part = "train",
+        holdout: float = 0.0,
+        aside: tuple[float, bool] | None = None,
+    ) -> None:
         self._shards = shards
         self._part = part
         self._holdout = holdout
+        self._aside = aside
+        """The share of the part that is kept aside, and whether this is what is kept, or what is left."""
+
+    def apart(self, share: float) -> tuple["ShardSource", "ShardSource | None"]:
+        """See `edge_client.data.Splittable`; each row is kept aside with that probability, for good."""
+        left, kept = (
+            ShardSource(self._shards, part=self._part, holdout=self._holdout, aside=(share, which))
+            for which in (False, True)
+        )
+        return (left, kept) if left.samples and kept.samples else (self, None)
 
     @property
     def samples(self) -> int:
@@ -154,11 +171,15 @@ class ShardSource:
             yield left
 
     def _mine(self, shard: Shard) -> npt.NDArray[np.bool_]:
-        if not self._holdout or not len(shard.places):
-            return np.ones(len(shard.places), np.bool_)
-        rng = np.random.default_rng(zlib.crc32(shard.name.encode()))
-        held: npt.NDArray[np.bool_] = rng.random(int(shard.places[-1]) + 1)[shard.places] < self._holdout
-        return held if self._part == "test" else ~held
+        mine = np.ones(len(shard.places), np.bool_)
+        if not len(shard.places):
+            return mine
+        if self._holdout:
+            mine &= _drawn(shard, self._holdout, "") == (self._part == "test")
+        if self._aside:
+            share, which = self._aside
+            mine &= _drawn(shard, share, "aside/") == which
+        return mine
 
 
 class Feed(Protocol):
@@ -170,6 +191,13 @@ class Feed(Protocol):
 
     def refresh(self) -> None:
         """Look for what is new; one call at a time, on any thread."""
+
+
+def _drawn(shard: Shard, share: float, purpose: str) -> npt.NDArray[np.bool_]:
+    """``[rows]``: whether a row is among a ``share`` of the rows, as its shard's name and its place in it say."""
+    rng = np.random.default_rng(zlib.crc32((purpose + shard.name).encode()))
+    drawn: npt.NDArray[np.bool_] = rng.random(int(shard.places[-1]) + 1)[shard.places] < share
+    return drawn
 
 
 def _taken(arrays: Arrays, rows: npt.NDArray[np.int64]) -> dict[str, Array]:

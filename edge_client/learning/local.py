@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from edge_client.codec.layout import Vector
 from edge_client.errors import TrainingError
 from edge_client.learning.assignment import Assignment, Learned
+from edge_client.learning.validation import EarlyStop, kept_aside
 from edge_client.manifest import update_layouts
 from edge_client.wire.messages import RECEIVED_LOSS
 
@@ -12,19 +14,33 @@ def train(task: Assignment) -> Learned:
     """Train as the plan says.
 
     Raises:
-        DataError: the data is empty, or does not fit the bundle.
+        DataError: the data is empty, does not fit the bundle, or cannot keep any aside.
         TrainingError: the task was stopped, or the runtime failed.
     """
-    bundle, received = task.bundle, task.received
+    bundle, received, plan = task.bundle, task.received, task.plan
     # One vector is the received model, then the trained one, then the difference.
     vector = received.parameters(bundle.initial())
     scalars: dict[str, float] = {}
-    if task.plan.measure:
-        found = task.trainer.evaluate(vector, task.train, buffers=received.buffers)
+    source, aside = kept_aside(task.train, plan.validation) if plan.patience else (task.train, None)
+    if plan.measure:
+        found = task.trainer.evaluate(vector, source, buffers=received.buffers)
         scalars[RECEIVED_LOSS] = found["loss"] / max(1.0, found["count"])
-    result = task.trainer.train(vector, task.train, task.plan, seed=task.seed, stop=task.stop, buffers=received.buffers)
+    early = None
+    if aside is not None:
+
+        def loss(model: Vector, buffers: Vector) -> float:
+            sums = task.trainer.evaluate(model, aside, buffers=buffers)
+            return sums["loss"] / max(1.0, sums["count"])
+
+        early = EarlyStop(loss, plan.patience, vector, received.buffers)
+    result = task.trainer.train(
+        vector, source, plan, seed=task.seed, stop=task.stop, buffers=received.buffers, after=early
+    )
     if task.stop():
         raise TrainingError("stopped: the server has moved on")
+    if early is not None:
+        result = early.settle(result)
+        scalars |= {"validation.loss.before": early.before, "validation.loss.after": early.least}
     delta = np.subtract(vector, received.parameters(bundle.initial()), out=vector)
     scalars |= {
         "samples": float(result.samples),

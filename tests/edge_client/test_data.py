@@ -95,6 +95,51 @@ def test_split_refuses(fraction, says):
         split(ArraySource(NUMBERS), fraction, seed=0)
 
 
+def numbered(count):
+    return ArraySource({"x": np.arange(count, dtype=np.float32)[:, None], "y": np.zeros(count, np.int64)})
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.2, 0.3, 1 / 3, 0.5, 0.7, 0.999])
+@pytest.mark.parametrize("count", [60, 97, 1000, 100_003])
+def test_what_is_kept_aside_and_what_is_left_are_all_samples_once(count, share):
+    left, aside = numbered(count).apart(share)
+    assert (left.samples, aside.samples) == (count - int(count * share + 1e-9), int(count * share + 1e-9))
+    together = np.concatenate([left.rows, aside.rows])
+    np.testing.assert_array_equal(np.sort(together), np.arange(count))
+
+
+def test_the_same_samples_are_kept_aside_every_time_whatever_is_added():
+    before, after = numbered(100).apart(0.2)[1].rows, numbered(163).apart(0.2)[1].rows
+    np.testing.assert_array_equal(before, numbered(100).apart(0.2)[1].rows)
+    np.testing.assert_array_equal(before, after[after < 100])
+
+
+def test_samples_in_order_are_kept_aside_evenly_and_without_a_pattern():
+    rows = numbered(1000).apart(0.2)[1].rows
+    np.testing.assert_array_equal(rows // 5, np.arange(200))
+    # Were it every fifth one, data that goes through five classes would keep one of them aside.
+    assert (np.bincount(rows % 5) > 20).all()
+
+
+def test_a_part_keeps_aside_some_of_its_own():
+    part = numbered(100).subset(np.arange(50, 100))
+    left, aside = part.apart(0.1)
+    assert (left.samples, aside.samples) == (45, 5)
+    assert aside.rows.min() >= 50
+
+
+@pytest.mark.parametrize(("count", "share"), [(1, 0.2), (1, 0.99), (4, 0.2), (9, 0.1)])
+def test_too_few_samples_keep_none_aside(count, share):
+    source = numbered(count)
+    assert source.apart(share) == (source, None)
+
+
+@pytest.mark.parametrize(("count", "share", "kept"), [(2, 0.5, 1), (3, 1 / 3, 1), (5, 0.2, 1), (10, 0.99, 9)])
+def test_at_least_one_sample_is_left(count, share, kept):
+    left, aside = numbered(count).apart(share)
+    assert (left.samples, aside.samples) == (count - kept, kept)
+
+
 def altered(**changes):
     return {**toy_data(10), **changes}
 

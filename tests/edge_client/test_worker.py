@@ -238,6 +238,16 @@ def test_where_it_is_asked_for_the_model_as_received_is_measured_on_what_is_trai
     np.testing.assert_array_equal(delta_of(answer.update), delta_of(plain.update), "training is the same")
 
 
+@pytest.mark.parametrize("target", ["bits", "nmse", "bytes", "step", "absolute"])
+def test_where_the_model_as_received_is_the_best_an_update_of_zeros_is_sent(worker, trainer, target):
+    plan = m.TrainPlan(epochs=9, batch_size=8, hypers={"lr": 1e4}, validation=0.25, patience=1)
+    value = 64.0 if target == "bytes" else 0.5
+    answer = worker.perform(invitation(plan=plan, update=m.UpdatePlan(target=target, value=value)), trainer, never)
+    assert not delta_of(answer.update).any()
+    scalars = decode_scalars(answer.update)
+    assert (scalars["samples"], scalars["steps"], scalars["distance"], scalars["epochs"]) == (30, 0, 0, 1)
+
+
 def test_an_update_that_is_not_finite_leaves_the_residual_as_it_is(worker, trainer):
     worker.perform(invitation(1, update=m.UpdatePlan(target="step", value=4.0)), trainer, never)
     worker.store.settle(1, 1, recorded=True)

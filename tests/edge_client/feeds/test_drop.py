@@ -211,6 +211,29 @@ def test_a_row_stays_on_its_side_of_the_holdout(world):
     np.testing.assert_array_equal(rows(sides[0])[: len(train)], train)
 
 
+def test_a_row_that_is_kept_aside_stays_so_and_is_never_one_that_is_held_out(world):
+    world.put("a.npz", rows=200)
+    world.drop.refresh()
+    source, test = (ShardSource(world.drop.shards, part=part, holdout=0.25) for part in ("train", "test"))
+    left, aside = source.apart(0.2)
+    before = [rows(side) for side in (left, aside, test)]
+    assert 15 < len(before[1]) < 50
+    world.put("b.npz", rows=100, seed=1)
+    world.drop.refresh()
+    assert sum(side.samples for side in (left, aside, test)) == 300
+    for side, known in zip(source.apart(0.2), before, strict=False):
+        np.testing.assert_array_equal(rows(side)[: len(known)], known)
+
+
+def test_data_that_is_yet_too_little_keeps_none_aside(world):
+    source = ShardSource(world.drop.shards)
+    assert source.apart(0.2) == (source, None)
+    world.put("a.npz", rows=1)
+    world.drop.refresh()
+    assert source.apart(0.2) == (source, None)
+    assert source.apart(0.99) == (source, None)
+
+
 def test_retention_by_size_removes_the_oldest(tmp_path):
     world = World(tmp_path)
     size = world.put("probe.npz").stat().st_size
