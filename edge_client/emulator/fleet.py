@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -141,10 +141,16 @@ class Phone(Device):
             return Failed(task.epoch, task.task, "dropped out", held.version, held.digest)
         loop = asyncio.get_running_loop()
         started = loop.time()
-        answer = await super()._perform(work)
+        answer = await super()._perform(self._in_machine_time(work))
         if self.profile.speed < 1:
             await asyncio.sleep(self.profile.training_seconds(loop.time() - started) - (loop.time() - started))
         return answer
+
+    def _in_machine_time(self, work: Work) -> Work:
+        """A bound in time is in the phone's own: a slow one gets fewer seconds of this machine."""
+        plan = work.invitation.plan
+        own = msgspec.structs.replace(plan, seconds=self.profile.machine_seconds(plan.seconds))
+        return replace(work, invitation=msgspec.structs.replace(work.invitation, plan=own))
 
 
 class Fleet:

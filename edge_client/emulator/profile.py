@@ -42,6 +42,10 @@ class PhoneProfile:
         """Seconds that the phone takes for what the emulating machine did in ``seconds``."""
         return seconds / self.speed
 
+    def machine_seconds(self, seconds: float) -> float:
+        """Seconds in which the emulating machine does what the phone does in ``seconds``."""
+        return seconds * self.speed
+
 
 def draw_profiles(
     count: int,

@@ -16,6 +16,7 @@ from edge_client.codec.layout import Layout, TensorSpec
 from edge_client.codec.versions import CodedState
 from edge_client.emulator.fleet import Fleet, FleetReport, FleetSpec, SharedCopies
 from edge_client.errors import ConfigError, DataError, TransportError
+from edge_client.events import Failed, Work
 from edge_client.transport import MqttLink
 from edge_client.wire import messages as m
 from edge_client.wire.topics import Topics
@@ -125,6 +126,27 @@ def test_a_broker_that_is_not_there_ends_the_fleet(spec):
 
     with pytest.raises(TransportError, match=r"127\.0\.0\.1:1 after 1 attempts"):
         asyncio.run(play())
+
+
+class Witness:
+    """Remembers the work that it was given in place of a worker."""
+
+    def perform(self, work, trainer, stop):
+        self.plan = work.invitation.plan
+        return Failed(1, 1, "seen", 0, bytes(32))
+
+
+@pytest.mark.parametrize(("seconds", "own"), [(8.0, 2.0), (0.0, 0.0)])
+def test_a_slow_phone_has_fewer_of_the_machine_s_seconds_to_train(spec, seconds, own):
+    async def play():
+        fleet, plan = Fleet(spec(speed=(0.25, 0.25)), lambda line: None), m.TrainPlan(epochs=3, seconds=seconds)
+        phone, witness = fleet.phones[0], Witness()
+        phone._worker, phone._bundle = witness, Bundle.from_bytes(toy_bundle())
+        invited = m.Invitation(1, 1, 1, "train", plan, m.UpdatePlan(), 5, 60.0, 0, 0, bytes(32))
+        assert (await phone._perform(Work(invited, None))).reason == "seen"
+        assert witness.plan == msgspec.structs.replace(plan, seconds=own)
+
+    asyncio.run(play())
 
 
 class Server:

@@ -28,6 +28,7 @@ def test_a_link_and_a_processor_take_their_time():
     phone = PhoneProfile(speed=0.5, bandwidth=1000.0, latency=0.1)
     assert phone.transfer_seconds(2000) == pytest.approx(2.1)
     assert phone.training_seconds(3.0) == 6.0
+    assert phone.machine_seconds(phone.training_seconds(3.0)) == 3.0
     assert PhoneProfile(latency=0.2).transfer_seconds(10**9) == 0.2
 
 
