@@ -4,7 +4,6 @@ from broker_server.aggregation import registry
 from broker_server.aggregation.cohort import CohortAggregator
 from broker_server.aggregation.local import LocalTraining
 from broker_server.aggregation.optimizer import ServerOptimizer, chain, scale_by
-from broker_server.aggregation.schedules import schedule
 from broker_server.aggregation.streaming import Aggregator
 from broker_server.aggregation.weighting import Stage, bounded, by_client, by_samples, discounted, uniform
 from broker_server.aggregation.weighting import chain as stages
@@ -21,7 +20,9 @@ def aggregator(settings: Federation, manifest: Manifest) -> Aggregator | CohortA
     section = settings.aggregation
     chosen = registry.algorithm(section.algorithm)
     options = registry.options(chosen.options, section.options, "aggregation.options")
-    return chosen.make(options, LocalTraining.of(manifest, settings.train.hypers))
+    train = settings.train
+    local = LocalTraining.of(manifest, train.hypers, falls=train.schedule != "constant", decays=train.decay.changes)
+    return chosen.make(options, local)
 
 
 def stage(settings: Federation) -> Stage:
@@ -39,16 +40,9 @@ def stage(settings: Federation) -> Stage:
 
 def server_optimizer(settings: Federation) -> ServerOptimizer:
     """How the model moves along what updates became."""
-    section, falls = settings.server, settings.server.schedule
+    section = settings.server
     chosen = registry.optimizer(section.optimizer)
     rate = section.learning_rate or chosen.learning_rate
-    factor = schedule(
-        falls.kind,
-        warmup=falls.warmup,
-        factor=falls.factor,
-        every=falls.every,
-        rounds=falls.rounds or settings.stop.rounds,
-        least=falls.least,
-    )
+    factor = section.schedule.over(settings.stop.rounds)
     own = chosen.make(registry.options(chosen.options, section.options, "server.options"))
     return chain(own, scale_by(lambda count: rate * factor(count)))

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from broker_server.consistency import VALUES, check_together
 from broker_server.metrics import higher_is_better
+from broker_server.training import Schedule, Train
 from broker_server.validation import check_keys
 from edge_client.errors import ConfigError
 
@@ -91,16 +92,6 @@ class Round(_Section, frozen=True):
         return self.clients or (self.cohort if self.mode == "synchronous" else min(self.buffer, self.concurrency))
 
 
-class Train(_Section, frozen=True):
-    """``[train]``: what a client does with a task. ``steps`` above 0 replaces ``epochs``."""
-
-    epochs: Annotated[int, Meta(ge=1, le=10_000)] = 1
-    steps: Count = 0
-    batch_size: Annotated[int, Meta(ge=1, le=65536)] = 32
-    hypers: dict[Word, Annotated[float, Meta(ge=-1e9, le=1e9)]] = {}
-    """Values for the bundle's scalar inputs, such as ``lr``; the manifest's defaults hold for the others."""
-
-
 class Aggregation(_Section, frozen=True):
     """``[aggregation]``: how updates become one."""
 
@@ -113,21 +104,6 @@ class Aggregation(_Section, frozen=True):
     """Weights times a factor for some clients, by id or by pattern (``pi-*``); the first that fits holds."""
     norm: Annotated[float, Meta(ge=0, le=1e30)] = 0.0
     """Norm bounding: an update with a larger norm (L2) is shortened to it; 0 is no bound."""
-
-
-class Schedule(_Section, frozen=True):
-    """``[server.schedule]``: the learning rate over the rounds (`aggregation.schedules`)."""
-
-    kind: Literal["constant", "step", "exponential", "linear", "cosine"] = "constant"
-    warmup: Count = 0
-    """Rounds in which it rises."""
-    factor: Annotated[float, Meta(gt=0, le=1)] = 0.5
-    every: Positive = 10
-    """With step and exponential it falls by ``factor`` in so many rounds."""
-    rounds: Count = 0
-    """With linear and cosine it falls until then; 0 is ``stop.rounds``."""
-    least: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    """With linear and cosine, the share of it that stays."""
 
 
 class ServerStep(_Section, frozen=True):

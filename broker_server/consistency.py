@@ -38,6 +38,7 @@ def check_together(federation: "Federation") -> None:
     if federation.broker.password_file and not federation.broker.username:
         raise ConfigError("broker.password_file is set without broker.username; set both or none")
     _check_rates(federation.codec)
+    _check_train(federation)
     _check_algorithm(federation)
     _check_server(federation)
     if simulation.speed[0] > simulation.speed[1]:
@@ -62,6 +63,34 @@ def check_together(federation: "Federation") -> None:
     if (stop.target is not None or stop.patience) and stop.metric.startswith("client_") and not evaluation.clients:
         raise ConfigError(
             f"stop.metric is {stop.metric!r}, which clients measure, and none are asked to; set evaluation.clients"
+        )
+
+
+def _check_train(federation: "Federation") -> None:
+    train, rounds, stop = federation.train, federation.round, federation.stop
+    if bool(train.validation) != bool(train.patience):
+        set_, missing = ("validation", "patience") if train.validation else ("patience", "validation")
+        raise ConfigError(
+            f"train.{set_} is set without train.{missing}; expected both, as validation = 0.2 and patience = 3, or none"
+        )
+    if train.seconds >= rounds.deadline and rounds.mode == "synchronous":
+        raise ConfigError(
+            f"train.seconds is {train.seconds:g}; expected less than round.deadline, {rounds.deadline:g}, "
+            "which also holds the transfers"
+        )
+    falls = train.decay
+    if falls.changes and "lr" not in train.hypers:
+        raise ConfigError("train.decay is set without train.hypers.lr; expected the learning rate that it falls from")
+    if falls.kind not in SPANNING:
+        return
+    if not (falls.rounds or stop.rounds):
+        raise ConfigError(
+            f'train.decay.rounds is 0 and so is stop.rounds; expected one of them with kind = "{falls.kind}"'
+        )
+    if falls.rounds and not falls.least and not 0 < stop.rounds <= falls.rounds:
+        raise ConfigError(
+            f"train.decay.least is 0 and train.decay.rounds {falls.rounds}: nothing would be learned in later rounds; "
+            "expected stop.rounds up to that, or a least above 0"
         )
 
 

@@ -20,6 +20,7 @@ from broker_server.fleet import FleetCare
 from broker_server.hush import Hush
 from broker_server.metrics import names
 from broker_server.records import Round
+from broker_server.training import check_hypers
 from broker_server.worker import Worker, ledger_path
 from edge_client.bundle import Bundle
 from edge_client.errors import BundleError, ConfigError, FedgeError, LedgerError
@@ -376,13 +377,7 @@ def check_names(settings: Federation, bundle: Bundle) -> None:
     Raises:
         ConfigError: ``train.hypers`` names an unknown one, or a stop condition an unknown metric.
     """
-    known = bundle.manifest.defaults()
-    for name in settings.train.hypers:
-        if name not in known:
-            raise ConfigError(
-                f"train.hypers.{name} is not a hyperparameter of bundle {bundle.manifest.name!r}; "
-                f"known there: {', '.join(sorted(known))}"
-            )
+    check_hypers(settings, bundle.manifest)
     stop, metrics = settings.stop, names(bundle.manifest.metrics)
     if (stop.target is not None or stop.patience) and stop.metric not in metrics:
         raise ConfigError(

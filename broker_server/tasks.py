@@ -311,7 +311,7 @@ class OpenTask:
                 *self.identity,
                 task.round,
                 task.kind,
-                train_plan(self.settings),
+                train_plan(self.settings, task.round),
                 self._plans[client],
                 self.settings.federation.seed,
                 self.seconds,

@@ -21,14 +21,19 @@ class LocalTraining:
     momentum: float = 0.0
     proximal: float = 0.0
     """Strength of the pull to the model as received (FedProx)."""
+    falls: bool = False
+    """Whether the learning rate is another one in each step of a task."""
+    decays: bool = False
+    """Whether tasks of other rounds start with another one."""
 
     @classmethod
-    def of(cls, manifest: Manifest, hypers: Mapping[str, float]) -> Self:
+    def of(cls, manifest: Manifest, hypers: Mapping[str, float], *, falls: bool = False, decays: bool = False) -> Self:
         """With a bundle, where ``[train.hypers]`` says this."""
         known = {**manifest.defaults(), **hypers}
         name = manifest.optimizer.name
         momentum = known.get("momentum", 0.0) if name != "sgd" else 0.0
-        return cls(name, known.get("lr", 0.0), momentum, known.get("mu", 0.0) if manifest.proximal else 0.0)
+        proximal = known.get("mu", 0.0) if manifest.proximal else 0.0
+        return cls(name, known.get("lr", 0.0), momentum, proximal, falls, decays)
 
     def rate(self, algorithm: str) -> float:
         """The learning rate.

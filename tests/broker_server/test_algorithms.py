@@ -181,5 +181,17 @@ def test_what_the_bundle_trains_with_is_looked_at_before_the_ledger_is_opened(tm
 
 @pytest.mark.parametrize(("algorithm", "measures"), [("fedavg", False), ("fednova", False), ("qfedavg", True)])
 def test_clients_are_asked_for_the_loss_of_what_they_received_where_it_is_needed(tmp_path, algorithm, measures):
-    plan = train_plan(settings(tmp_path, aggregation={"algorithm": algorithm}, train={"epochs": 3}))
+    plan = train_plan(settings(tmp_path, aggregation={"algorithm": algorithm}, train={"epochs": 3}), 1)
     assert (plan.measure, plan.epochs) == (measures, 3)
+
+
+@pytest.mark.parametrize("train", [{"schedule": "linear"}, {"decay": {"kind": "step"}, "hypers": {"lr": 0.1}}])
+def test_an_algorithm_is_told_how_the_clients_rate_falls(tmp_path, train):
+    def proximal(members):
+        manifest = msgspec.json.decode(members["manifest.json"])
+        manifest["hypers"].append({"name": "mu", "default": 0.5})
+        manifest["proximal"] = True
+        members["manifest.json"] = msgspec.json.encode(manifest)
+
+    with pytest.raises(ConfigError, match="fednova cannot be combined with a train"):
+        Worker(settings(tmp_path, aggregation={"algorithm": "fednova"}, train=train), toy_bundle(alter=proximal))

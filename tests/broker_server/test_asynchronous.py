@@ -67,6 +67,15 @@ def test_enough_updates_make_a_version_and_close_their_tasks_only():
     assert {invitation.version for invitation in invited(actions).values()} == {1}
 
 
+def test_a_rate_falls_with_the_versions_that_there_are():
+    table = desk(train={"hypers": {"lr": 0.5}, "decay": {"kind": "step", "every": 1}})
+    rates = {one.plan.hypers["lr"] for one in invited(table.hello(*"abcd")).values()}
+    while table.paper.version < 2:
+        found = invited(send(table, next(iter(flying(table)))))
+        rates |= {one.plan.hypers["lr"] * 2**one.version for one in found.values()}
+    assert rates == {0.5}
+
+
 def test_an_old_update_counts_and_says_how_old_it_is():
     table = started()
     slow, *_ = flying(table)

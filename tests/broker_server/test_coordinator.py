@@ -85,6 +85,16 @@ def test_an_invitation_says_what_to_do():
     assert invitation.delta is None
 
 
+def test_the_rate_of_an_invitation_falls_with_its_round():
+    table = desk(train={"hypers": {"lr": 0.5}, "decay": {"kind": "step", "every": 1}})
+    first = invited(table.hello("a", "b", "c"))
+    one, other = table.cohort
+    table.upload(one)
+    second = invited(table.upload(other))
+    assert {invitation.plan.hypers["lr"] for invitation in first.values()} == {0.5}
+    assert {invitation.plan.hypers["lr"] for invitation in second.values()} == {0.25}
+
+
 def test_at_the_deadline_the_minimum_is_enough():
     table = desk(round={"cohort": 3, "minimum": 2, "deadline": 60.0})
     table.hello("a", "b", "c")
