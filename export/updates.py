@@ -9,7 +9,10 @@ kept in units that save passes:
 - Adam's moments are kept as plain decaying sums, ``first / (1 - beta1)`` and ``second / (1 - beta2)`` of the paper
   (Kingma & Ba 2015, arXiv 1412.6980); AdamW decouples the decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
 
-The units change nothing as long as the hyperparameters of a task do not.
+Of the hyperparameters only ``lr`` may be another one in each step, ``lr_t``. Plain SGD, Adam and AdamW then are what
+`torch.optim` makes of it. With momentum each gradient goes on at the rate of its own step, as Sutskever et al. have it:
+``v' = m v + lr_t g``. PyTorch's ``w' = w - lr_t v'`` with ``v' = m v + g`` moves all gradients so far at the present
+rate, and is the same as long as the rate does not change; while it falls, its steps are shorter than those here.
 
 The gradient is that of the local objective: with the proximal term ``mu (w - anchor)`` and the control variate, where
 asked for, added before it is clipped; weight decay comes after, as in PyTorch.
