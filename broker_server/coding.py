@@ -7,6 +7,7 @@ code stays for good. Once the codes that stayed take more bytes than one from th
 takes their place: clients that come for the first time, or after a year, pay little more than that.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +25,8 @@ _TRIES = 8
 _FALL, _LEAST, _MOST = 0.7, 0.3, 0.9
 """A finer step is the noise that is allowed over that found, to this power, within these bounds, times the last."""
 _NEAR = 1.02
+_START = 8.0
+"""Step at which to begin where only the noise is given, in root mean squares of what may be left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,3 +85,12 @@ def _code(vector: npt.NDArray[np.float64], layout: Layout, step: float, limit: f
             break
         step *= min(max((share / noise) ** _FALL, _LEAST), _MOST)
     return encoder.encode(step)
+
+
+def code_within(vector: Vector, layout: Layout, noise: float) -> bytes:
+    """A quantized vector that leaves out at most this share of the energy of ``vector``, or nearly so; none of zeros.
+
+    ``vector`` is ``[layout.size] float32``, finite.
+    """
+    limit = noise * float(np.square(vector, dtype=np.float64).mean())
+    return _code(vector.astype(np.float64), layout, _START * math.sqrt(limit), limit)

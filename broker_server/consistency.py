@@ -116,8 +116,43 @@ def _check_algorithm(federation: "Federation") -> None:
             'aggregation.clients cannot be combined with codec.target = "cohort", which knows clients\' weights by '
             "aggregation.weights alone; use another target"
         )
+    if chosen.variates is not None:
+        _check_variates(federation, name, options)
     if chosen.every_element and codec.kind == "quantized":
         _check_fine(name, codec)
+
+
+def _check_variates(federation: "Federation", name: str, options: object) -> None:
+    """What devices remember, and what the server knows of it, have to stay one."""
+    section, rounds, codec = federation.aggregation, federation.round, federation.codec
+    everyone = getattr(options, "clients", 0) or (federation.simulation.data and federation.simulation.clients)
+    if not everyone:
+        raise ConfigError(f"aggregation.options.clients is missing; expected how many clients there are, for {name}")
+    if everyone < rounds.cohort:
+        raise ConfigError(
+            f"aggregation.options.clients is {everyone}; expected all clients, at least round.cohort, {rounds.cohort}"
+        )
+    if section.norm:
+        raise ConfigError(
+            f"{name} cannot be combined with aggregation.norm: a client remembers all of an update that the server "
+            "shortens; limits.norm refuses it, and then the client does not"
+        )
+    if codec.kind == "quantized" and codec.feedback != "residual":
+        raise ConfigError(
+            f'{name} cannot be combined with codec.feedback = "{codec.feedback}": what clients remember of updates '
+            'and what the server has of them would drift apart; expected "residual", or codec.kind = "none"'
+        )
+    chosen = registry.algorithm(section.algorithm)
+    if chosen.method == "scaffold" and federation.train.patience:
+        raise ConfigError(
+            f"{name} cannot be combined with train.patience: a client whose best model is the one that it received has "
+            "made no step to tell its gradient by; remove train.patience and train.validation"
+        )
+    for key, value in chosen.hypers(options).items():
+        if federation.train.hypers.get(key, value) != value:
+            raise ConfigError(
+                f"train.hypers.{key} is {federation.train.hypers[key]:g}; {name} sets it to {value:g}: remove it"
+            )
 
 
 def _check_fine(name: str, codec: "Codec") -> None:

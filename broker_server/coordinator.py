@@ -137,7 +137,7 @@ class Coordinator(Conversation):
     def _begin(self, task: Task) -> OpenTask:
         spares = {candidate.id for candidate in self._roster.candidates() if candidate.available}
         limit, digests = self.restored.update_limit, dict(self._digests)
-        return OpenTask(task, self.settings, digests, limit, spares - {*task.cohort}, self.voice)
+        return OpenTask(task, self.settings, digests, limit, spares - {*task.cohort}, self.voice, self.restored.run)
 
     def _open_task(self, kind: Literal["train", "evaluate"], count: int) -> Iterator[e.Action]:
         self._task += 1

@@ -53,6 +53,8 @@ class Restored:
     """As in `Aggregated`."""
     issued: float = 0.0
     """The date of the newest offer, seconds since 1970; 0 where none had one."""
+    run: int = 0
+    """As in `TrainPlan`."""
 
     @property
     def open_task(self) -> Task | None:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from broker_server.aggregation.gathering import Gathered
 from broker_server.aggregation.optimizer import ServerOptimizer, State, pack, unpack
-from broker_server.coding import Coder
+from broker_server.aggregation.variates import Variates
+from broker_server.coding import Coder, code_within
 from broker_server.config import Codec
 from broker_server.ledger import Ledger
 from broker_server.records import Round, Version
 from edge_client.bundle import Bundle
+from edge_client.codec.control import coded_control, decode_control, raw_control
 from edge_client.codec.layout import Vector
 from edge_client.codec.model import Model, encode_model_delta, pack_model, unpack_model, untrained
 from edge_client.codec.quantize import rms
@@ -28,6 +31,8 @@ _OUTLIER = 4.0
 """A step counts as at most this many times the average."""
 _EARLY, _FINEST = 0.04, 1 / 3
 """Share of all that the model has learned, and of the size of rounds' aggregates, in which noise is measured early."""
+_CONTROL_NOISE = 0.1
+"""A control leaves out this share of its energy, for those of later versions to tell."""
 _DELTAS = 2**20
 """Bytes of deltas kept, or those of one model in floats: memory is O(model) however many versions are in use."""
 
@@ -37,6 +42,9 @@ class _Head:
     version: int
     model: Model
     remainder: Vector
+    withheld: Vector
+    """What coding has left out of the controls so far; of no elements where it leaves nothing out."""
+    variates: State
     optimizer: State
     pace: float
     coder: Coder
@@ -45,17 +53,29 @@ class _Head:
 class Publication:
     """All versions of one federation's model that a client may still hold.
 
+    ``variates`` is what is kept of clients' control variates, if they have any: it turns the aggregate into what the
+    optimizer steps along, and its state lies before the optimizer's.
+
     Raises:
         LedgerError: what the ledger holds does not fit the bundle or the settings.
     """
 
-    def __init__(self, bundle: Bundle, ledger: Ledger, codec: Codec, optimizer: ServerOptimizer) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        ledger: Ledger,
+        codec: Codec,
+        optimizer: ServerOptimizer,
+        variates: Variates | None = None,
+    ) -> None:
         self._bundle = bundle
         self._layout = bundle.layout
         self._base = bundle.initial()
         self._ledger = ledger
         self._codec = codec
         self._optimizer = optimizer
+        self._variates = variates
+        self._name = "+".join(name for name in (variates.name if variates else "", optimizer.name) if name)
         self._buffers = bundle.initial_buffers()
         self._deltas: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._head = self._restore()
@@ -108,25 +128,20 @@ class Publication:
         return found
 
     def advance(
-        self,
-        aggregate: Vector,
-        result: Round,
-        *,
-        closes: Collection[tuple[int, int]],
-        keep: Collection[int],
-        buffers: Vector | None = None,
+        self, gathered: Gathered, result: Round, *, closes: Collection[tuple[int, int]], keep: Collection[int]
     ) -> int:
-        """Step the server optimizer along ``aggregate`` (``[n_params] float32``) and publish what comes of it.
+        """Step the server optimizer along the aggregate and publish what comes of it.
 
-        ``buffers`` (``[m] float32``) are published as they are; those of the version before unless given.
+        Buffers are published as they are; those of the version before where updates bring none.
 
         Returns how many parameters would have gone out of all bounds and stay where they were.
 
         What coding leaves out is kept and added the next time. The new version, the close of its
         tasks and the round's result are one transaction.
         """
-        head = self._head
-        step, optimizer = self._optimizer.step(head.optimizer, aggregate, head.version)
+        head, aggregate = self._head, gathered.aggregate
+        direction, variates, control, withheld = self._corrected(gathered)
+        step, optimizer = self._optimizer.step(head.optimizer, direction, head.version)
         target = head.model.parameters(self._base).astype(np.float64)
         target += step
         clipped, pace, coder = 0, 0.0, head.coder
@@ -147,8 +162,8 @@ class Publication:
             target += self._base
             target -= state.parameters(self._base)
             remainder = target.astype(np.float32)
-        model = Model(state, head.model.buffers if buffers is None else buffers)
-        self._head = _Head(head.version + 1, model, remainder, optimizer, pace, coder)
+        model = Model(state, head.model.buffers if gathered.buffers is None else gathered.buffers, control)
+        self._head = _Head(head.version + 1, model, remainder, withheld, variates, optimizer, pace, coder)
         self._deltas.clear()
         with self._ledger.group():
             self._ledger.publish(
@@ -156,8 +171,8 @@ class Publication:
                     version=self._head.version,
                     round=result.round,
                     state=pack_model(model),
-                    remainder=remainder.astype("<f4").tobytes(),
-                    optimizer=pack(self._optimizer.name, optimizer),
+                    remainder=remainder.astype("<f4").tobytes() + withheld.astype("<f4").tobytes(),
+                    optimizer=pack(self._name, (*variates, *optimizer)),
                     pace=pace,
                     anchor=self._head.version - coder.age,
                 ),
@@ -166,6 +181,27 @@ class Publication:
             self._ledger.finish_round(result, finished=False)
             self._ledger.prune({*keep, head.version})
         return clipped
+
+    def _corrected(self, gathered: Gathered) -> tuple[Vector, State, bytes, Vector]:
+        """What the optimizer steps along, the variates' next state, the control of the next version, and what coding
+        has left out of controls."""
+        head, kept = self._head, self._variates
+        if kept is None:
+            return gathered.aggregate, (), b"", head.withheld
+        assert gathered.side is not None
+        given = head.model.control_vector(self._layout)
+        direction, variates = kept.step(head.variates, gathered.aggregate, gathered.side, given)
+        if kept.control is None:
+            return direction, variates, b"", head.withheld
+        exact = kept.control(variates)
+        exact[~(np.abs(exact) < _FARTHEST)] = 0.0
+        if self._codec.kind == "none":
+            return direction, variates, raw_control(exact), head.withheld
+        if head.withheld.size:
+            exact = exact + head.withheld
+        control = coded_control(code_within(exact, self._layout, _CONTROL_NOISE))
+        told = decode_control(control, self._layout)
+        return direction, variates, control, exact if told is None else exact - told
 
     def _pace(self, step: Vector, aggregate: Vector) -> float:
         """Standard deviation of the latest steps, or of the aggregates where they are smaller, averaged.
@@ -181,11 +217,13 @@ class Publication:
 
     def _restore(self) -> _Head:
         latest = self._ledger.latest()
-        start = self._optimizer.init(self._layout.size)
+        size, none = self._layout.size, np.zeros(0, np.float32)
+        kept = () if self._variates is None else self._variates.init(size)
+        start = self._optimizer.init(size)
         noise = self._codec.model_noise
         coder = Coder.after(CodedState(self._layout), 0, noise)
         if latest is None:
-            return _Head(0, self._untrained(), np.zeros(0, np.float32), start, 0.0, coder)
+            return _Head(0, self._untrained(), none, none, kept, start, 0.0, coder)
         try:
             model = unpack_model(latest.state, self._layout)
             raw = isinstance(model.state, RawState)
@@ -200,9 +238,10 @@ class Publication:
                 f"version {latest.version} in the ledger cannot be read: {error}; go on with the fedge that wrote it, "
                 "or use a new state folder"
             ) from error
-        remainder = np.frombuffer(latest.remainder, "<f4").astype(np.float32)
-        optimizer = unpack(latest.optimizer, self._optimizer.name, start)
-        return _Head(latest.version, model, remainder, optimizer, latest.pace, coder)
+        left = np.frombuffer(latest.remainder, "<f4").astype(np.float32)
+        states = unpack(latest.optimizer, self._name, (*kept, *start))
+        variates, optimizer = states[: len(kept)], states[len(kept) :]
+        return _Head(latest.version, model, left[:size], left[size:], variates, optimizer, latest.pace, coder)
 
     def _untrained(self) -> Model:
         return untrained(self._layout, self._buffers)

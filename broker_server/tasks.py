@@ -33,7 +33,8 @@ class OpenTask:
     """A task from its opening to its close.
 
     ``versions`` are the digests of the versions that a delta may start from, with the task's own; ``limit`` is the
-    size of the largest update in bytes; ``spares`` are the clients that may be asked when members are lost.
+    size of the largest update in bytes; ``spares`` are the clients that may be asked when members are lost; ``run`` is
+    that of the plan.
     """
 
     task: Task
@@ -42,6 +43,7 @@ class OpenTask:
     limit: int
     spares: set[str] = field(default_factory=set)
     voice: Host = field(default_factory=PlainHost)
+    run: int = 0
     opened: bool = field(init=False, default=False)
     tally: Tally = field(init=False, default_factory=Tally)
     """What the recorded results come to."""
@@ -311,7 +313,7 @@ class OpenTask:
                 *self.identity,
                 task.round,
                 task.kind,
-                train_plan(self.settings, task.round),
+                train_plan(self.settings, task.round, self.run),
                 self._plans[client],
                 self.settings.federation.seed,
                 self.seconds,

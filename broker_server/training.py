@@ -77,11 +77,15 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Epochs in a row without a better loss on what is kept aside that end training; the best model is what counts."""
 
 
-def train_plan(settings: "Federation", round_: int) -> TrainPlan:
-    """The plan of a task of a round (from 1; without rounds, of a task); what an algorithm asks of clients is here."""
-    train = settings.train
-    needs = registry.algorithm(settings.aggregation.algorithm).needs
-    hypers = dict(train.hypers)
+def train_plan(settings: "Federation", round_: int, run: int = 0) -> TrainPlan:
+    """The plan of a task of a round (from 1; without rounds, of a task); what an algorithm asks of clients is here.
+
+    ``run`` as in `TrainPlan`.
+    """
+    train, section = settings.train, settings.aggregation
+    chosen = registry.algorithm(section.algorithm)
+    fixed = chosen.hypers(registry.options(chosen.options, section.options, "aggregation.options"))
+    hypers = {**train.hypers, **fixed}
     if train.decay.changes:
         hypers["lr"] *= train.decay.over(settings.stop.rounds)(round_ - 1)
     return TrainPlan(
@@ -89,11 +93,13 @@ def train_plan(settings: "Federation", round_: int) -> TrainPlan:
         steps=train.steps,
         batch_size=train.batch_size,
         hypers=hypers,
-        measure=RECEIVED_LOSS in needs,
+        measure=RECEIVED_LOSS in chosen.needs,
+        method=chosen.method,
         seconds=train.seconds,
         schedule=train.schedule,
         validation=train.validation,
         patience=train.patience,
+        run=run,
     )
 
 

@@ -16,11 +16,10 @@ import msgspec
 import numpy as np
 
 from broker_server import events as e
-from broker_server.aggregation import registry
 from broker_server.aggregation.buffers import BufferAggregator
 from broker_server.aggregation.gathering import Gathering
 from broker_server.aggregation.weighting import Report as Contribution
-from broker_server.algorithms import aggregator, server_optimizer, stage
+from broker_server.algorithms import aggregator, needs, server_optimizer, stage, variates
 from broker_server.artifacts import Report, write_artifacts
 from broker_server.config import Federation
 from broker_server.database import Lock
@@ -39,6 +38,8 @@ from edge_client.wire.messages import BlobRef
 
 _MODE = "mode"
 """The note that holds the ``round.mode`` of the open tasks, and what their updates must say."""
+_RUN = "run"
+"""The note that holds the first epoch of the ledger, which names what is trained in it."""
 _SAMPLES_LIMIT = 2**29
 """More samples than this of one client are refused: their product with an update would not be exact any more."""
 _FLEET = "fleet"
@@ -82,11 +83,12 @@ class Worker:
             else None
         )
         rule, optimizer = aggregator(settings, self.bundle.manifest), server_optimizer(settings)
-        self._needs = registry.algorithm(settings.aggregation.algorithm).needs
+        kept = variates(settings)
+        self._needs = needs(settings, self.bundle.manifest)
         self._ledger = Ledger.open(
             ledger_path(settings), federation=settings.federation.name, bundle=self.bundle.digest, lock=lock
         )
-        self._publication = Publication(self.bundle, self._ledger, settings.codec, optimizer)
+        self._publication = Publication(self.bundle, self._ledger, settings.codec, optimizer, kept)
         self._layouts = update_layouts(self.bundle.manifest)
         self._gathering = Gathering(
             rule,
@@ -95,6 +97,7 @@ class Worker:
             self._layouts,
             self._ledger.update,
             self._state,
+            None if kept is None else kept.side,
         )
         self.spool = Spool(self._state / "uploads", limit=max_update_bytes(self._layouts))
         self._tasks: dict[tuple[int, int], Task] = {}
@@ -107,8 +110,12 @@ class Worker:
         """Begin a new epoch where the ledger left off."""
         open_tasks = self._reopen()
         rounds = tuple(self._ledger.rounds())
+        with self._ledger.group():
+            epoch = self._ledger.new_epoch()
+            if (run := self._ledger.get(_RUN)) is None:
+                self._ledger.put(_RUN, run := str(epoch))
         return e.Restored(
-            epoch=self._ledger.new_epoch(),
+            epoch=epoch,
             version=self._publication.version,
             digest=self._publication.digest,
             bundle=self._blob(self._bundle_bytes),
@@ -124,6 +131,7 @@ class Worker:
             uploads=self.spool.restore(open_tasks),
             pace=self._publication.pace,
             issued=float(self._ledger.get(_ISSUED) or 0),
+            run=int(run),
         )
 
     def _held(self) -> set[int]:
@@ -166,8 +174,7 @@ class Worker:
             case e.Prepare(held, version):
                 return e.Prepared(held, version, self._blob(self._publication.delta(held, version)))
             case e.Aggregate(closes, result, keep):
-                aggregate, buffers = self._gathering.finish()
-                clipped = self._publication.advance(aggregate, result, closes=closes, keep=keep, buffers=buffers)
+                clipped = self._publication.advance(self._gathering.finish(), result, closes=closes, keep=keep)
                 for identity in closes:
                     self._tasks.pop(identity)
                     self.spool.discard(identity)
@@ -295,11 +302,11 @@ class Worker:
                 found = f"values up to {highest:.1e}" if math.isfinite(highest) else "NaN or infinite values"
                 raise CodecError(f"update holds {found}: training diverged; a lower learning rate may help")
         finite = {name: value for name, value in update.scalars.items() if math.isfinite(value)}
-        for name in self._needs if task.kind == "train" else ():
-            if not 0 <= finite.get(name, -1.0) <= _VALUE_LIMIT:
+        for name, least in self._needs.items() if task.kind == "train" else ():
+            if not least <= finite.get(name, -1.0) <= _VALUE_LIMIT:
                 raise CodecError(
-                    f"update says {update.scalars.get(name, 'nothing')} of its {name}; expected 0 to {_VALUE_LIMIT:g}, "
-                    f"which {self._settings.aggregation.algorithm} needs: update fedge on the device"
+                    f"update says {update.scalars.get(name, 'nothing')} of its {name}; expected {least:g} to "
+                    f"{_VALUE_LIMIT:g}, which {self._settings.aggregation.algorithm} needs: update fedge on the device"
                 )
         return self._settings.limits.count(int(samples)), finite, update.vectors
 

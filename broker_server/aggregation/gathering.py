@@ -2,17 +2,30 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from broker_server.aggregation.blocks import LedgerBlocks
 from broker_server.aggregation.buffers import BufferAggregator
 from broker_server.aggregation.cohort import CohortAggregator
 from broker_server.aggregation.median import median
 from broker_server.aggregation.streaming import Aggregator
+from broker_server.aggregation.variates import Side
 from broker_server.aggregation.weighting import Report, Stage
 from edge_client.codec.layout import Layout, Vector
 
 Identity = tuple[int, int]
 """Epoch and number of a task."""
+
+
+class Gathered(NamedTuple):
+    """What updates make together."""
+
+    aggregate: Vector
+    """``[n_params] float32``."""
+    buffers: Vector | None = None
+    """``[m] float32``, where there are any."""
+    side: Side | None = None
+    """Where something is added up beside the aggregate."""
 
 
 class Gathering:
@@ -26,6 +39,7 @@ class Gathering:
         layouts: those of an update's vectors.
         load: the encoded update to a task (epoch and number) of a client.
         scratch: a folder for what does not fit into memory.
+        side: what is added up of updates beside them, if anything.
     """
 
     def __init__(
@@ -36,6 +50,7 @@ class Gathering:
         layouts: Mapping[str, Layout],
         load: Callable[[int, int, str], bytes],
         scratch: Path,
+        side: Aggregator | None = None,
     ) -> None:
         self._rule = rule
         self._stage = stage
@@ -43,6 +58,7 @@ class Gathering:
         self._layouts = layouts
         self._load = load
         self._scratch = scratch
+        self._side = side
         self.clear()
 
     def clear(self) -> None:
@@ -50,6 +66,8 @@ class Gathering:
         if isinstance(self._rule, Aggregator):
             self._sum = self._rule.init(self._layouts["delta"].size)
             self._buffer_sum = self._buffers.init()
+        if self._side is not None:
+            self._side_sum = self._side.init(self._layouts["delta"].size)
         self._tasks: set[Identity] = set()
         self._members: list[tuple[Identity, Report]] = []
 
@@ -60,6 +78,8 @@ class Gathering:
         """One more update to a training task."""
         report = self._stage(report, vectors["delta"])
         self._tasks.add(task)
+        if self._side is not None:
+            self._side_sum = self._side.add(self._side_sum, vectors["delta"], report)
         if isinstance(self._rule, CohortAggregator):
             self._members.append((task, report))
             return
@@ -67,24 +87,24 @@ class Gathering:
         if "buffers" in vectors:
             self._buffer_sum = self._buffers.add(self._buffer_sum, vectors["buffers"], report.samples)
 
-    def finish(self) -> tuple[Vector, Vector | None]:
-        """The aggregate (``[n_params] float32``) and the buffers, where there are any; then it begins anew.
+    def finish(self) -> Gathered:
+        """What the updates make; then it begins anew.
 
         Raises:
             TrainingError: there are too few updates.
         """
+        buffers = None
         if isinstance(self._rule, CohortAggregator):
-            found = (
-                self._rule.finish(self._blocks("delta")),
-                (median().finish(self._blocks("buffers")) if "buffers" in self._layouts else None),
-            )
+            aggregate = self._rule.finish(self._blocks("delta"))
+            if "buffers" in self._layouts:
+                buffers = median().finish(self._blocks("buffers"))
         else:
-            found = (
-                self._rule.finish(self._sum),
-                (self._buffers.finish(self._buffer_sum) if "buffers" in self._layouts else None),
-            )
+            aggregate = self._rule.finish(self._sum)
+            if "buffers" in self._layouts:
+                buffers = self._buffers.finish(self._buffer_sum)
+        side = None if self._side is None else Side(self._side.finish(self._side_sum), self._side_sum.updates)
         self.clear()
-        return found
+        return Gathered(aggregate, buffers, side)
 
     def _blocks(self, name: str) -> LedgerBlocks:
         members = self._members

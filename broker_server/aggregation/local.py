@@ -45,6 +45,18 @@ class LocalTraining:
             raise ConfigError(f"train.hypers.lr is {self.learning_rate:g}; {algorithm} expects a learning rate above 0")
         return self.learning_rate
 
+    def linear(self, algorithm: str) -> None:
+        """Refuse a rule whose steps are no sums of gradients.
+
+        Raises:
+            ConfigError: it is one.
+        """
+        if self.optimizer not in _LINEAR:
+            raise ConfigError(
+                f"{algorithm} cannot be combined with the bundle's optimizer {self.optimizer!r}, whose steps are no "
+                f"sums of gradients; expected one of {', '.join(_LINEAR)}, or another aggregation.algorithm"
+            )
+
     def distance(self, steps: float) -> float:
         """How far so many steps go, in learning rates, where each gradient is 1: ``||a||_1`` of Wang et al. 2020.
 
@@ -54,11 +66,7 @@ class LocalTraining:
         Raises:
             ConfigError: the rule is not linear.
         """
-        if self.optimizer not in _LINEAR:
-            raise ConfigError(
-                f"fednova cannot be combined with the bundle's optimizer {self.optimizer!r}, whose steps are no sums "
-                f"of gradients; expected one of {', '.join(_LINEAR)}, or another aggregation.algorithm"
-            )
+        self.linear("fednova")
         momentum = self.momentum if self.optimizer != "sgd" else 0.0
         pull = -self.learning_rate * self.proximal
         # One step of (distance, velocity, 1): the gradient is 1 less the pull.

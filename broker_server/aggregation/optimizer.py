@@ -141,7 +141,8 @@ def unpack(data: bytes, name: str, like: State) -> State:
     if found != name or len(data) - start != expected:
         raise LedgerError(
             f"optimizer state in the ledger is {len(data) - start} bytes of {found or 'none'}; expected {expected} of "
-            f"{name or 'none'}: was [server] changed? Set it back, or start with a new state folder"
+            f"{name or 'none'}: was [server] or aggregation.algorithm changed? Set it back, or start with a new state "
+            "folder"
         )
     vectors = []
     for vector in like:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from broker_server.aggregation import fedavg, fednova, geometric_median, krum, median, qfedavg
+from broker_server.aggregation import fedavg, feddyn, fednova, geometric_median, krum, median, qfedavg, scaffold
 from broker_server.aggregation.algorithm import Algorithm, Options
 from broker_server.aggregation.optimizer import ServerOptimizer, adaptive, trace
 from broker_server.validation import check_keys
@@ -24,6 +24,8 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "fedavg": fedavg.ALGORITHM,
     "fednova": fednova.ALGORITHM,
     "qfedavg": qfedavg.ALGORITHM,
+    "scaffold": scaffold.ALGORITHM,
+    "feddyn": feddyn.ALGORITHM,
     "median": median.MEDIAN,
     "trimmed-mean": median.TRIMMED_MEAN,
     "krum": krum.KRUM,

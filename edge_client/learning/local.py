@@ -4,6 +4,7 @@ import numpy as np
 
 from edge_client.codec.layout import Vector
 from edge_client.errors import TrainingError
+from edge_client.learning import variates
 from edge_client.learning.assignment import Assignment, Learned
 from edge_client.learning.validation import EarlyStop, kept_aside
 from edge_client.manifest import update_layouts
@@ -14,8 +15,10 @@ def train(task: Assignment) -> Learned:
     """Train as the plan says.
 
     Raises:
+        CodecError: what came with the model is damaged.
         DataError: the data is empty, does not fit the bundle, or cannot keep any aside.
-        TrainingError: the task was stopped, or the runtime failed.
+        TrainingError: the task was stopped, the bundle does not take what the plan's method asks for, or the runtime
+            failed.
     """
     bundle, received, plan = task.bundle, task.received, task.plan
     # One vector is the received model, then the trained one, then the difference.
@@ -33,8 +36,9 @@ def train(task: Assignment) -> Learned:
             return sums["loss"] / max(1.0, sums["count"])
 
         early = EarlyStop(loss, plan.patience, vector, received.buffers)
+    control = variates.correction(task)
     result = task.trainer.train(
-        vector, source, plan, seed=task.seed, stop=task.stop, buffers=received.buffers, after=early
+        vector, source, plan, seed=task.seed, stop=task.stop, buffers=received.buffers, control=control, after=early
     )
     if task.stop():
         raise TrainingError("stopped: the server has moved on")
@@ -51,5 +55,6 @@ def train(task: Assignment) -> Learned:
         "loss": result.loss,
     }
     scalars |= {f"sum.{name}": value for name, value in result.metrics.items()}
+    said, settles = variates.outcome(task, control, delta, result)
     buffers = {"buffers": result.buffers} if "buffers" in update_layouts(bundle.manifest) else {}
-    return Learned({"delta": delta, **buffers}, scalars)
+    return Learned({"delta": delta, **buffers}, scalars | said, settles)

@@ -19,6 +19,10 @@ INLINE_LIMIT = 16 * 1024
 CHUNK_MIN, CHUNK_MAX = 1024, 1024 * 1024
 RECEIVED_LOSS = "loss.received"
 """The scalar of an update that holds the mean loss of the model as received, where `TrainPlan.measure` asks for it."""
+DISTANCE = "distance"
+"""The scalar that says how far the steps of an update go where each gradient is 1: with SGD the sum of their rates."""
+CORRECTION = "correction"
+"""The scalar that says how long (L2) the vector was that `TrainPlan.method` had added to each gradient."""
 
 FederationName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -75,6 +79,8 @@ class TrainPlan(Struct, frozen=True, array_like=True):
     """Epochs in a row without a better loss on ``validation`` that end training, with the best model; 0 is never."""
     personal: PersonalPlan = PersonalPlan()
     report: ReportPlan = ReportPlan()
+    run: Natural = 0
+    """Of all tasks from one ledger the same: what a device remembers of its part in another run does not fit this."""
 
 
 class UpdatePlan(Struct, frozen=True, array_like=True):

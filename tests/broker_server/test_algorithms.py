@@ -14,14 +14,14 @@ from edge_client.bundle import Bundle
 from edge_client.codec.update import CodecSettings, encode_update
 from edge_client.errors import ConfigError
 from edge_client.manifest import update_layouts
-from edge_client.wire.messages import RECEIVED_LOSS
+from edge_client.wire.messages import CORRECTION, DISTANCE, RECEIVED_LOSS
 from tests.toy import toy_bundle
 
-DATA = toy_bundle(buffer=True)
+DATA = toy_bundle(buffer=True, control=True, proximal=True)
 BUNDLE = Bundle.from_bytes(DATA)
 LAYOUTS = update_layouts(BUNDLE.manifest)
 CLIENTS = 7
-SCALARS = {"steps": 3.0, RECEIVED_LOSS: 1.5, "loss": 0.5}
+SCALARS = {"steps": 3.0, RECEIVED_LOSS: 1.5, "loss": 0.5, DISTANCE: 0.3, CORRECTION: 0.1}
 OWN = "tests.broker_server.aggregation.own_algorithm:BY_LOSS"
 
 
