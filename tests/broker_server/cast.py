@@ -65,11 +65,7 @@ class Cast:
     def train(self, name: str, **changes: object) -> Finished | Failed:
         """One client's part of the open task, up to its update."""
         held = self.clients[name].store.held().version
-        delta = None
-        if held != self.version:
-            prepared = self.server.perform(e.Prepare(held, self.version))
-            assert isinstance(prepared, e.Prepared)
-            delta = prepared.ref.inline
+        delta = self.server._publication.delta(held, self.version) if held != self.version else None
         codec = self.settings.codec
         rate = m.UpdatePlan("none") if codec.kind == "none" else m.UpdatePlan("quantized", "nmse", codec.rate(name))
         plan = train_plan(self.settings, self.task, self.restored.run)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from edge_client.codec.control import coded_control, decode_control, raw_control
 from edge_client.codec.entropy import decode_levels, encode_levels
 from edge_client.codec.integers import pack, unpack
 from edge_client.codec.layout import Layout, TensorSpec
@@ -35,6 +36,10 @@ _FIRST, _SECOND, _THIRD = (code(LAYOUT, seed, step=2.0) for seed in (1, 2, 3))
 OLD, NEW = CodedState(LAYOUT, (_FIRST, _SECOND)), CodedState(LAYOUT, (_FIRST, b"", _THIRD))
 RAW = RawState(planted(LAYOUT, 4))
 OLD_MODEL, NEW_MODEL = (Model(state, np.full(3, len(state.codes), np.float32)) for state in (OLD, NEW))
+CONTROLLED = [
+    Model(NEW, NEW_MODEL.buffers, control)
+    for control in (coded_control(code(LAYOUT, 5, step=2.0)), raw_control(planted(LAYOUT, 5)))
+]
 
 
 def _update(data: bytes) -> None:
@@ -65,6 +70,13 @@ def _list(data: bytes) -> None:
     assert unpack(memoryview(data), COUNT, "list").shape == (COUNT,)
 
 
+def _control(data: bytes) -> None:
+    # No bytes are zeros, which is fine, and the tests want what is cut off to be refused.
+    found = decode_control(data or b"\0", LAYOUT)
+    assert found is not None
+    assert found.shape == (LAYOUT.size,)
+
+
 DECODERS: dict[str, Callable[[bytes], object]] = {
     "update": _update,
     "blocks": _blocks,
@@ -76,13 +88,16 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
     "state": lambda data: _known(unpack_state(data, LAYOUT)),
     "model_delta": lambda data: _known(apply_model_delta(OLD_MODEL, data, LAYOUT)),
     "model": lambda data: _known(unpack_model(data, LAYOUT)),
+    "control": _control,
 }
 
 
 def _known(found: CodedState | RawState | Model) -> None:
     """Nothing passes that was not encoded: digests see to that."""
     assert found.parameters(np.zeros(LAYOUT.size, np.float32)).shape == (LAYOUT.size,)
-    assert found.digest() in {one.digest() for one in (NEW, RAW, NEW_MODEL)}
+    if isinstance(found, Model) and (control := found.control_vector(LAYOUT)) is not None:
+        assert control.shape == (LAYOUT.size,)
+    assert found.digest() in {one.digest() for one in (NEW, RAW, NEW_MODEL, *CONTROLLED)}
 
 
 @functools.cache
@@ -120,8 +135,9 @@ def seeds() -> dict[str, list[bytes]]:
         "list": [pack(values.astype(np.uint32)) for values in lists],
         "delta": [encode_delta(OLD, NEW)],
         "state": [pack_state(NEW), pack_state(RAW)],
-        "model_delta": [encode_model_delta(OLD_MODEL, NEW_MODEL)],
-        "model": [pack_model(NEW_MODEL)],
+        "model_delta": [encode_model_delta(OLD_MODEL, model) for model in (NEW_MODEL, *CONTROLLED)],
+        "model": [pack_model(model) for model in (NEW_MODEL, *CONTROLLED)],
+        "control": [model.control for model in CONTROLLED],
     }
 
 

@@ -426,10 +426,29 @@ def packed_state(data, layout, limit=BLOCK_LIMIT):
     return checked(version(codes_of(cursor), layout, limit), digest)
 
 
-def model(data, read):
-    """State and buffers; ``read`` turns the inner delta or packed state into a state."""
+def model(data, read, layout):
+    """State and buffers, and the control where there is one; ``read`` turns the inner delta or packed state into a
+    state."""
+    if data[:2] != b"FV":
+        return buffered(data, read)[:2]
+    cursor = Cursor(data)
+    require(cursor.take(3) == b"FV\x01", "version")
+    state, buffers, digest = buffered(cursor.section(), read)
+    rest = cursor.rest()
+    require(len(rest) > 16, "control")
+    control = rest[:-16]
+    require(hashlib.blake2b(b"V" + digest + control, digest_size=32).digest()[:16] == rest[-16:], "digest")
+    require(control[0] in (2, 3), "kind")
+    vector = raw(control[1:], total(layout)) if control[0] == 2 else quantized(control[1:], layout)
+    require(all(math.isfinite(value) for value in vector), "finite")
+    return state, buffers, vector
+
+
+def buffered(data, read):
+    """State, buffers and digest of a model without control."""
     if data[:2] != b"FB":
-        return read(data), []
+        state = read(data)
+        return state, [], digest_of_state(state)
     cursor = Cursor(data)
     require(cursor.take(3) == b"FB\x01", "version")
     state = read(cursor.section())
@@ -438,4 +457,4 @@ def model(data, read):
     buffers = rest[:-16]
     digest = hashlib.blake2b(b"B" + digest_of_state(state) + buffers, digest_size=32).digest()
     require(digest[:16] == rest[-16:], "digest")
-    return state, raw(buffers, len(buffers) // 4)
+    return state, raw(buffers, len(buffers) // 4), digest

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_client.codec.control import coded_control, raw_control
 from edge_client.codec.entropy import encode_levels
 from edge_client.codec.integers import pack
 from edge_client.codec.layout import Layout, TensorSpec
@@ -31,6 +32,7 @@ LAYOUT = Layout((TensorSpec("w", (64, 100)), TensorSpec("b", (64,)), TensorSpec(
 BUFFERS = Layout((TensorSpec("mean", (3,)),))
 BOTH = {"delta": LAYOUT, "buffers": BUFFERS}
 ONE = {"delta": LAYOUT}
+NONE = np.zeros(0, np.float32)
 
 
 def plain(layout):
@@ -153,6 +155,8 @@ def make():
         "raw": pack_state(RawState(vectors["buffers"])),
         "model": pack_model(model),
         "model_delta": encode_model_delta(Model(old, np.zeros(2, np.float32)), model),
+        "controlled": pack_model(Model(new, model.buffers, coded_control(third))),
+        "controlled_delta": encode_model_delta(Model(old, NONE), Model(new, NONE, raw_control(vectors["delta"]))),
     }
     with small_blocks():
         made["blocks"] = encode_update({"delta": vectors["delta"]}, ONE, scalars, sent).data
@@ -189,16 +193,25 @@ def decode(files):
         ),
         "state": (unpack_state(files["state"], LAYOUT), reference.packed_state(files["state"], plain(LAYOUT))),
         "raw": (unpack_state(files["raw"], BUFFERS), reference.packed_state(files["raw"], plain(BUFFERS))),
-        "model": (
-            stored,
-            reference.model(files["model"], lambda inner: reference.packed_state(inner, plain(LAYOUT))),
-        ),
-        "model_delta": (
-            moved,
-            reference.model(files["model_delta"], lambda inner: reference.delta(inner, there, plain(LAYOUT))),
+        "model": (stored, reference_model(files["model"])),
+        "model_delta": (moved, reference_model(files["model_delta"], there)),
+        "controlled": (unpack_model(files["controlled"], LAYOUT), reference_model(files["controlled"])),
+        "controlled_delta": (
+            apply_model_delta(Model(here, NONE), files["controlled_delta"], LAYOUT),
+            reference_model(files["controlled_delta"], there),
         ),
     }
     return {name: tuple(fingerprint(one) for one in both) for name, both in found.items()}
+
+
+def reference_model(data, held=None):
+    """A packed model, or what a delta from a version leads to."""
+
+    def read(inner):
+        layout = plain(LAYOUT)
+        return reference.packed_state(inner, layout) if held is None else reference.delta(inner, held, layout)
+
+    return reference.model(data, read, plain(LAYOUT))
 
 
 def fingerprint(found):
@@ -206,7 +219,8 @@ def fingerprint(found):
     sha = hashlib.sha256()
     match found:
         case Model():
-            found = (found.state, found.buffers)
+            control = found.control_vector(LAYOUT)
+            found = (found.state, found.buffers) if control is None else (found.state, found.buffers, control)
         case CodedState():
             found = (list(found.codes), found.offset)
         case RawState():
@@ -244,6 +258,8 @@ def test_golden_files_hold_what_they_should(monkeypatch):
         "raw": "465303",
         "model": "464201",
         "model_delta": "464201",
+        "controlled": "465601",
+        "controlled_delta": "465601",
     }
     assert b"pco!" in files["delta"], "they must pin pcodec's bytes too"
     ranks = []
