@@ -27,6 +27,7 @@ fingerprint."""
 Command = Callable[[Path, Path], Sequence[str]]
 """The program that simulates the federation of the first file and writes its result to the second."""
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _GRACE_SECONDS = 8.0
 """What a run gets to end after it was asked to."""
 
@@ -126,16 +127,12 @@ class _Sweep:
         self._log(f"{self._count} runs: {done} are there, {self._left} to go, {self._jobs} at a time")
         runs = iter(self._waiting)
         workers = asyncio.gather(*(self._work(runs) for _ in range(min(self._jobs, self._left))))
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, self._stop, workers, number)
-        try:
-            await workers
-        except asyncio.CancelledError:
-            if self.ended_by is None:
-                raise
-        finally:
-            workers.cancel()
+        with _heard(lambda number: self._stop(workers, number)):
+            try:
+                await workers
+            except asyncio.CancelledError:
+                if self.ended_by is None:
+                    raise
 
     def _stop(self, workers: "asyncio.Future[list[None]]", number: int) -> None:
         if self.ended_by is None:
@@ -213,6 +210,23 @@ async def _guarded(command: Sequence[str], log: int) -> int:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
+
+
+@contextmanager
+def _heard(told: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM are told, where this is the main thread, and mean what they meant again afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop, before = asyncio.get_running_loop(), {number: signal.getsignal(number) for number in _SIGNALS}
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, told, number)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
 
 
 @contextmanager

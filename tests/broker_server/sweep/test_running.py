@@ -143,6 +143,18 @@ def test_a_sweep_that_ends_early_ends_its_runs_and_goes_on_later(file, folder, n
     assert journal(folder) == ["a", "b", "b"]
 
 
+def test_signals_mean_afterwards_what_they_meant_before(file, folder):
+    def own(*_):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, own), signal.getsignal(signal.SIGINT)
+    try:
+        sweep(file, folder, runs()[:1])
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == (own, before[1])
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+
+
 def test_runs_share_the_cores(file, folder):
     sweep(file, folder, runs(b={"simulation.slots": 7}), jobs=os.cpu_count())
     text = [(folder / "runs" / name / "federation.toml").read_text() for name in ("a", "b")]
