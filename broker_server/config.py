@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from broker_server.consistency import VALUES, check_together
 from broker_server.metrics import higher_is_better
+from broker_server.personal import Personal
 from broker_server.training import Schedule, Train
 from broker_server.validation import check_keys
 from edge_client.errors import ConfigError
@@ -292,6 +293,7 @@ class Federation(_Section, frozen=True):
     broker: Broker = Broker()
     round: Round = Round()
     train: Train = Train()
+    personal: Personal = Personal()
     aggregation: Aggregation = Aggregation()
     server: ServerStep = ServerStep()
     codec: Codec = Codec()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from broker_server.config import Codec, Federation, Round  # which has its settings checked here
 
 _SYNCHRONOUS = ("cohort", "over_select", "minimum")
+_OWN = ("ditto", "fine-tune")
 _BUFFERED = ("concurrency", "buffer", "staleness", "max_staleness")
 """Keys of ``[round]`` that only one of its modes reads."""
 VALUES = {"nmse": 0.1, "cohort": 2.0}
@@ -41,6 +42,7 @@ def check_together(federation: "Federation") -> None:
     _check_train(federation)
     _check_algorithm(federation)
     _check_server(federation)
+    _check_personal(federation)
     if simulation.speed[0] > simulation.speed[1]:
         raise ConfigError(f"simulation.speed is {list(simulation.speed)}; expected [slowest, fastest]")
     if simulation.data:
@@ -179,6 +181,46 @@ def _check_server(federation: "Federation") -> None:
         raise ConfigError(
             f'server.schedule.rounds is 0 and so is stop.rounds; expected one of them with kind = "{falls.kind}"'
         )
+
+
+def _check_personal(federation: "Federation") -> None:
+    section, plain = federation.personal, type(federation.personal)()
+    if "" in section.patterns:
+        raise ConfigError("personal.layers holds an empty pattern; expected names such as head.*, or norm")
+    if section.patterns and section.method == "ditto":
+        raise ConfigError(
+            'personal.layers cannot be combined with personal.method = "ditto", whose model is personal as a whole; '
+            "remove one of them"
+        )
+    of = {"pull": ("lambda", ("ditto",)), "epochs": ("epochs", _OWN), "steps": ("steps", _OWN)}
+    for key, (name, methods) in of.items():
+        if (found := getattr(section, key)) != getattr(plain, key) and section.method not in methods:
+            expected = " or ".join(f'"{method}"' for method in methods)
+            raise ConfigError(
+                f'personal.{name} is {found} and means nothing with personal.method = "{section.method}"; '
+                f"remove it, or set personal.method to {expected}"
+            )
+    if "mu" in section.hypers and section.method == "ditto":
+        raise ConfigError("personal.hypers.mu is what personal.lambda sets with ditto; set that")
+    if section.patterns:
+        check_no_whole_model(federation, "personal.layers")
+
+
+def check_no_whole_model(federation: "Federation", why: str) -> None:
+    """Refuse what needs the whole model on the server, where some of it stays on the clients.
+
+    Raises:
+        ConfigError: ``why``, for what is set.
+    """
+    for key, found in {
+        "evaluation.data": federation.evaluation.data,
+        "simulation.test_fraction": federation.simulation.test_fraction,
+    }.items():
+        if found:
+            raise ConfigError(
+                f"{key} cannot be combined with {why}: the server has no whole model to evaluate; "
+                "remove it, and set evaluation.clients, who evaluate theirs (in a simulation with simulation.holdout)"
+            )
 
 
 def _check_mode(rounds: "Round") -> None:

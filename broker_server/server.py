@@ -19,6 +19,7 @@ from broker_server.database import Lock
 from broker_server.fleet import FleetCare
 from broker_server.hush import Hush
 from broker_server.metrics import names
+from broker_server.personal import publishable
 from broker_server.records import Round
 from broker_server.training import check_hypers
 from broker_server.worker import Worker, ledger_path
@@ -359,14 +360,14 @@ def coordinator(settings: Federation, restored: e.Restored, voice: Host | None =
 
 
 def read_bundle(settings: Federation) -> bytes:
-    """The bundle's bytes.
+    """The bytes of the bundle that clients get.
 
     Raises:
-        BundleError: it cannot be read.
+        BundleError: it cannot be read, or cannot be what the settings ask for.
     """
     path = Path(settings.federation.bundle)
     try:
-        return path.read_bytes()
+        return publishable(path.read_bytes(), settings.personal)
     except OSError as error:
         raise BundleError(f"bundle {path}: {error.strerror}; make it with `fedge export`") from error
 

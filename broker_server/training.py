@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from broker_server.aggregation import registry
 from broker_server.aggregation.schedules import schedule
+from broker_server.personal import personal_plan
 from edge_client.errors import ConfigError
 from edge_client.manifest import Manifest
 from edge_client.wire.messages import RECEIVED_LOSS, TrainPlan
@@ -100,6 +101,7 @@ def train_plan(settings: "Federation", round_: int, run: int = 0) -> TrainPlan:
         validation=train.validation,
         patience=train.patience,
         run=run,
+        personal=personal_plan(settings.personal),
     )
 
 

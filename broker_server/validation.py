@@ -18,7 +18,7 @@ def check_keys(table: Mapping[str, object], section: type[msgspec.Struct], prefi
     Raises:
         ConfigError: a key is unknown or missing, or a value of the wrong type or out of range.
     """
-    fields = {field.name: field for field in msgspec.structs.fields(section)}
+    fields = {field.encode_name: field for field in msgspec.structs.fields(section)}
     for name, value in table.items():
         key = prefix + name
         if name not in fields:

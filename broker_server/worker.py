@@ -25,6 +25,7 @@ from broker_server.config import Federation
 from broker_server.database import Lock
 from broker_server.evaluation import HeldOut
 from broker_server.ledger import BEST, Ledger
+from broker_server.personal import check_personal
 from broker_server.publication import Publication
 from broker_server.records import Misconduct, Task
 from broker_server.spool import Spool
@@ -61,11 +62,12 @@ class Worker:
     ``lock`` is the caller's lock on `ledger_path`, where it was taken before.
 
     Raises:
-        BundleError, DataError, LedgerError: what the settings name cannot be used.
+        BundleError, ConfigError, DataError, LedgerError: what the settings name cannot be used, or not as they say.
     """
 
     def __init__(self, settings: Federation, bundle_bytes: bytes, lock: Lock | None = None) -> None:
         self.bundle = Bundle.from_bytes(bundle_bytes)
+        check_personal(settings, self.bundle)
         self._settings = settings
         self.limits = settings.transfer
         """How blobs are cut; to be set, where the broker asks for it, before `start`."""
@@ -233,11 +235,17 @@ class Worker:
         data = self._held_out.source if self._held_out is not None else None
         reports = {}
         for name, version in (("best", best), ("last", self._publication.version)):
-            vector, about = self._publication.parameters(version), {"version": version}
+            vector = self._publication.parameters(version)
+            about: dict[str, str | int | float] = {"version": version, **self._absent()}
             folder = self._state / "models" / name
             buffers = self._publication.buffers(version)
             reports[str(folder)] = write_artifacts(folder, self.bundle, vector, data=data, buffers=buffers, about=about)
         return reports
+
+    def _absent(self) -> dict[str, str]:
+        """What a model of the server says of the layers that stay on the clients."""
+        names = ", ".join(tensor.name for tensor in self.bundle.kept.tensors)
+        return {"personal": f"untrained here, as in the bundle: {names}"} if names else {}
 
     def close(self) -> None:
         """Close the ledger."""

@@ -9,9 +9,10 @@ import io
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import numpy as np
@@ -110,22 +111,62 @@ class Bundle:
 
     @property
     def layout(self) -> Layout:
-        """The layout of the trainable parameters."""
+        """The layout of the trainable parameters: what travels, less the buffers."""
         return self.manifest.layout()
+
+    @property
+    def trained(self) -> Layout:
+        """The layout of all parameters that a step updates: the trainable ones, and those that stay on the device."""
+        return self.manifest.layout("trainable", "personal")
+
+    @property
+    def tracked(self) -> Layout:
+        """The layout of all buffers that a step changes: those that travel, and those that stay on the device."""
+        return self.manifest.layout("buffer", "personal-buffer")
+
+    @property
+    def kept(self) -> Layout:
+        """The layout of what stays on the device: parameters and buffers."""
+        return self.manifest.layout("personal", "personal-buffer")
 
     def initial(self) -> Vector:
         """The untrained model: a new ``[layout.size] float32`` vector of the trainable parameters."""
-        return self._flat(self.layout)
+        return self.first(self.layout)
 
     def initial_buffers(self) -> Vector:
-        """The buffers' first values, as float32 whatever their dtype, in the manifest's order: a new flat vector."""
-        return self._flat(self.manifest.layout("buffer"))
+        """First values of the buffers that travel, float32 whatever their dtype: a new flat vector."""
+        return self.first(self.manifest.layout("buffer"))
 
-    def _flat(self, layout: Layout) -> Vector:
+    def first(self, layout: Layout) -> Vector:
+        """First values of parameters and buffers, float32 whatever their dtype: a new ``[layout.size]`` vector."""
         vector = np.empty(layout.size, np.float32)
         for tensor, where in layout.slices():
             vector[where] = self.weights[tensor.name].ravel()
         return vector
+
+
+def write_members(file: IO[bytes], members: Mapping[str, bytes | memoryview]) -> None:
+    """Write a bundle's members to ``file``; the same members give the same bytes, whenever they are written."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for member, data in members.items():
+            archive.writestr(zipfile.ZipInfo(member, (1980, 1, 1, 0, 0, 0)), data)
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """``manifest.json``."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+
+
+def with_manifest(data: bytes, change: Callable[[Manifest], Manifest]) -> bytes:
+    """The bundle of these bytes with another manifest; all else in it stays.
+
+    Raises:
+        BundleError: the bytes are no intact bundle, or ``change`` refuses.
+    """
+    manifest = Bundle.from_bytes(data).manifest
+    file = io.BytesIO()
+    write_members(file, {**_members(data), MANIFEST: manifest_bytes(change(manifest))})
+    return file.getvalue()
 
 
 def _members(data: bytes) -> dict[str, memoryview]:
@@ -206,13 +247,14 @@ def _check(manifest: Manifest) -> None:
         if len(set(names)) != len(names):
             repeated = next(name for name in names if names.count(name) > 1)
             raise BundleError(f"{MANIFEST} names {what} {repeated!r} more than once; {_AGAIN}")
+    kinds = ", ".join(DTYPES)
     for parameter in manifest.parameters:
         if parameter.dtype not in DTYPES or (
             parameter.role in ("trainable", "personal") and parameter.dtype != "float32"
         ):
             raise BundleError(
                 f"{parameter.role} parameter {parameter.name!r} is {parameter.dtype}; "
-                f"expected {'one of ' + ', '.join(DTYPES) if parameter.role in ('frozen', 'buffer') else 'float32'}"
+                f"expected {'float32' if parameter.role in ('trainable', 'personal') else f'one of {kinds}'}"
                 "; export the model again"
             )
     shapes: list[Parameter | Feature] = [*manifest.parameters, *manifest.inputs, *manifest.targets]

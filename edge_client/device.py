@@ -46,6 +46,7 @@ from edge_client.events import (
 )
 from edge_client.held import NO_HASH, Held, SessionSettings
 from edge_client.inspection import inspect
+from edge_client.learning.own import stored
 from edge_client.manifest import Manifest
 from edge_client.service.notify import Pulse
 from edge_client.session import ClientSession
@@ -370,8 +371,10 @@ class Device:
         bundle = self._bundle
         copy = None if bundle is None or not held.version else self.copies.load(held.digest, bundle.layout)
         if copy is not None and bundle is not None and self.shelf is not None:
+            own = stored(bundle, copy, self.store.recall)
             with contextlib.suppress(StoreError):
-                self.shelf.put(bundle, copy, held.version)
+                if own is not None or not self.shelf.tuned(bundle):
+                    self.shelf.put(bundle, copy, held.version, own)
         if held.version and bundle is not None and copy is None:
             # Said now, the server sends the whole difference; found out later, it costs a task.
             self.store.hold(0, NO_HASH)

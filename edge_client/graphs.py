@@ -5,7 +5,7 @@ over the one that it read, as the graph allows (its updates wait for all readers
 bound memory and the runtime called; nothing else is allocated than what the runtime needs inside a step.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edge_client import runtime
 from edge_client.bundle import EVAL, TRAIN, Bundle
-from edge_client.codec.layout import Vector
+from edge_client.codec.layout import Layout, Vector
 from edge_client.data import fill
 from edge_client.errors import BundleError, CodecError, DataError
 from edge_client.manifest import Feature, Manifest
@@ -88,14 +88,14 @@ class Step:
     """``train.onnx``, ready to run; the memory of a task is the task's."""
 
     def __init__(self, bundle: Bundle, threads: int, spin: bool) -> None:
-        manifest, layout = bundle.manifest, bundle.layout
+        manifest, layout = bundle.manifest, bundle.trained
         constants = {f"param.{name}": aligned(bundle.weights[name]) for name in manifest.constants[TRAIN]}
         self.session = runtime.session(bundle.train, threads=threads, spin=spin, constants=constants)
-        self.manifest, self.layout = manifest, layout
+        self.manifest, self.layout, self.shared, self.tracked = manifest, layout, bundle.layout, bundle.tracked
         # A graph may count its predictions, several of a sequence's row say; else the rows are counted.
         self.counts = "sum.count" in {value.name for value in self.session.get_outputs()}
         weights = [tensor.name for tensor in layout.tensors]
-        buffers = [tensor.name for tensor in manifest.layout("buffer").tensors]
+        buffers = [tensor.name for tensor in self.tracked.tensors]
         slots = [f"{slot}.{name}" for slot in manifest.optimizer.slots for name in weights]
         given = [f"hyper.{name}" for name in manifest.defaults()] + [f"slot.{name}" for name in slots]
         given += [f"anchor.{name}" for name in weights if manifest.proximal]
@@ -113,9 +113,19 @@ class Step:
         )
 
     def begin(
-        self, model: Vector, buffers: Vector, hypers: Mapping[str, float], *, control: Vector | None, seed: int
+        self,
+        model: Vector,
+        buffers: Vector,
+        hypers: Mapping[str, float],
+        *,
+        control: Vector | None,
+        anchor: Vector | None,
+        fixed: Collection[str],
+        seed: int,
     ) -> "Task":
         """A task that trains ``model`` in place, with fresh optimizer state; ``seed`` is from 0 to 2^63 - 1.
+
+        Parameters whose names are in ``fixed`` stay as they are.
 
         Raises:
             CodecError: ``model`` is of another size or dtype, or cannot be written to.
@@ -123,7 +133,7 @@ class Step:
         self.layout.check(model)
         if not model.flags.writeable:
             raise CodecError("the model to train is read-only memory; give a copy")
-        return Task(self, model, buffers, hypers, control=control, seed=seed)
+        return Task(self, model, buffers, hypers, control=control, anchor=anchor, fixed=fixed, seed=seed)
 
 
 class Task:
@@ -137,6 +147,8 @@ class Task:
         hypers: Mapping[str, float],
         *,
         control: Vector | None,
+        anchor: Vector | None,
+        fixed: Collection[str],
         seed: int,
     ) -> None:
         manifest, layout = step.manifest, step.layout
@@ -144,8 +156,9 @@ class Task:
         self.metrics = {name: np.zeros((), np.float32) for name in ("count", *manifest.metrics)}
         self._counts = step.counts
         self._count = np.zeros((), np.int64)
-        self._buffer_layout = manifest.layout("buffer")
-        self._buffers = {p.name: np.zeros(p.shape, p.dtype) for p in manifest.parameters if p.role == "buffer"}
+        self._buffer_layout = step.tracked
+        dtypes = {p.name: p.dtype for p in manifest.parameters}
+        self._buffers = {t.name: np.zeros(t.shape, dtypes[t.name]) for t in step.tracked.tensors}
         for tensor, where in self._buffer_layout.slices():
             self._buffers[tensor.name][...] = buffers[where].reshape(tensor.shape)
         inputs: dict[str, Array] = {f"hyper.{name}": np.array(value, np.float32) for name, value in hypers.items()}
@@ -161,11 +174,15 @@ class Task:
             state = layout.views(np.zeros(layout.size, np.float32))
             inputs |= _prefix(f"slot.{slot}.", state)
             changing |= _prefix(f"{slot}.", state)
+        own = {tensor.name for tensor in layout.tensors} - {tensor.name for tensor in step.shared.tensors}
         if manifest.proximal:
-            inputs |= _prefix("anchor.", layout.views(model.copy()))
+            # What never leaves the device has nothing to stay near to: it is its own anchor.
+            pulling = layout.views(model.copy() if anchor is None else anchor)
+            inputs |= _prefix("anchor.", pulling | {name: changing[name] for name in own})
         if manifest.control:
-            inputs |= _prefix("control.", layout.views(np.zeros_like(model) if control is None else control))
-        self._binding = _Binding(step.session, inputs, outputs | _prefix("next.", changing))
+            pushing = layout.views(np.zeros_like(model))
+            inputs |= _prefix("control.", pushing | ({} if control is None else step.shared.views(control)))
+        self._binding = _Binding(step.session, inputs, outputs | _prefix("next.", changing | _elsewhere(layout, fixed)))
 
     def run(self, feed: Feed, rows: int, *, last: bool = False) -> None:
         """One step; then ``loss`` and ``metrics`` hold the batch's mean loss and sums."""
@@ -190,11 +207,11 @@ class Evaluation:
     """
 
     def __init__(self, bundle: Bundle, vector: Vector, buffers: Vector, threads: int) -> None:
-        manifest, layout = bundle.manifest, bundle.layout
+        manifest, layout = bundle.manifest, bundle.trained
         layout.check(vector)
         tensors: dict[str, Array] = dict(bundle.weights)
         tensors |= layout.views(vector)
-        for tensor, where in manifest.layout("buffer").slices():
+        for tensor, where in bundle.tracked.slices():
             kind = bundle.weights[tensor.name].dtype
             tensors[tensor.name] = buffers[where].reshape(tensor.shape).astype(kind)
         session = runtime.session(
@@ -209,6 +226,13 @@ class Evaluation:
     def run(self, feed: Feed, rows: int, *, last: bool = False) -> None:
         """Put the sums of the first ``rows`` rows of ``feed`` into ``sums``; the ``last`` run gives memory back."""
         self._binding.run(feed, rows, last=last)
+
+
+def _elsewhere(layout: Layout, names: Collection[str]) -> dict[str, Array]:
+    """Memory for results that nobody wants: all of them have the same, as no other result depends on them."""
+    tensors = [tensor for tensor in layout.tensors if tensor.name in names]
+    waste = np.empty(max((tensor.size for tensor in tensors), default=0), np.float32)
+    return {tensor.name: waste[: tensor.size].reshape(tensor.shape) for tensor in tensors}
 
 
 def aligned(array: Array) -> Array:

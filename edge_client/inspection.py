@@ -59,7 +59,7 @@ def declared_memory(bundle: Bundle) -> int:
         int(np.prod(parameter.shape, dtype=np.int64)) * np.dtype(parameter.dtype).itemsize
         for parameter in manifest.parameters
     )
-    trained = 4 * manifest.layout().size
+    trained = 4 * bundle.trained.size
     copies = 1 + len(manifest.optimizer.slots) + manifest.proximal + manifest.control
     return manifest.memory + everything + trained * copies
 

@@ -28,21 +28,28 @@ Each ``next.*`` may have the memory of the value that it replaces: in ``train.on
 all others that read that value.
 """
 
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from edge_client.codec.layout import Layout, TensorSpec
+from edge_client.errors import BundleError
 
 FORMAT = 3
 
-Role = Literal["trainable", "frozen", "personal", "buffer"]
+Role = Literal["trainable", "frozen", "personal", "buffer", "personal-buffer"]
+"""The personal ones are trained as the others are, and never leave the device."""
+NORM = "norm"
+"""In place of a pattern: all of the layers that keep running statistics."""
+_SHOWN = 40
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class Parameter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One tensor of the model. All trainable ones are float32."""
+    """One tensor of the model. All trainable and personal ones are float32."""
 
     name: str
     shape: tuple[int, ...]
@@ -70,7 +77,7 @@ class Hyper(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The update rule inside ``train.onnx``; ``slots`` name its state, a tensor for each trainable parameter."""
+    """The update rule inside ``train.onnx``; ``slots`` name its state, a tensor for each parameter that is trained."""
 
     name: str
     slots: tuple[str, ...] = ()
@@ -127,3 +134,46 @@ def update_layouts(manifest: Manifest) -> dict[str, Layout]:
     """The vectors of a training task's update: ``delta``, and ``buffers`` where the model has any."""
     buffers = manifest.layout("buffer")
     return {"delta": manifest.layout()} | ({"buffers": buffers} if buffers.size else {})
+
+
+def with_personal(manifest: Manifest, patterns: Sequence[str]) -> Manifest:
+    """The manifest with all trained parameters and buffers personal that match a pattern (as in `fnmatch`).
+
+    `NORM` stands for the parameters and running statistics of layers such as batch normalisation (FedBN, Li et al.
+    2021, arXiv 2102.07623).
+
+    Raises:
+        BundleError: a pattern matches nothing that is trained, or nothing is left to share.
+    """
+    roles: dict[str, Role] = {"trainable": "personal", "buffer": "personal-buffer"}
+    known = {p.name: p.role for p in manifest.parameters if p.role != "frozen"}
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = _normalizing(known) if pattern == NORM else {name for name in known if fnmatchcase(name, pattern)}
+        if not found:
+            what = "no layer keeps running statistics" if pattern == NORM else "it matches no parameter that is trained"
+            raise BundleError(f"personal layers {pattern!r}: {what}; expected a pattern of {_listed(known)}")
+        chosen |= found
+    parameters = tuple(
+        msgspec.structs.replace(p, role=roles.get(p.role, p.role)) if p.name in chosen else p
+        for p in manifest.parameters
+    )
+    if not any(p.role == "trainable" for p in parameters):
+        raise BundleError(
+            f"personal layers {', '.join(map(repr, patterns))} leave nothing to share; "
+            f"expected some of {_listed(known)} not to match"
+        )
+    return msgspec.structs.replace(manifest, parameters=parameters)
+
+
+def _normalizing(known: Iterable[str]) -> set[str]:
+    """Names of what belongs to layers that have a running mean."""
+    names = list(known)
+    layers = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] == "running_mean"}
+    return {name for name in names if name.rpartition(".")[0] in layers}
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more

@@ -1,4 +1,4 @@
-"""Predictions with the newest global model of a device, for other programs on it.
+"""Predictions with the newest model of a device, the global one or its own, for other programs on it.
 
 ::
 

@@ -22,7 +22,7 @@ from edge_client.manifest import Feature
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), default=None, help="Write all outputs to this .npz.")
 def predict(samples: Path, model: Path, output: Path | None) -> None:
-    """Predict with the newest global model of this device.
+    """Predict with the newest model of this device: the global one, or its own where it has one.
 
     INPUT is an .npz file of the bundle's inputs, or a .csv file of its one input's columns. Prints a class, or the
     outputs, in a line for each sample. The client may be training meanwhile.
@@ -42,7 +42,9 @@ def predict(samples: Path, model: Path, output: Path | None) -> None:
     else:
         first = found[opened.description.outputs[0].name]
         np.savetxt(sys.stdout, first.reshape(len(first), -1), fmt="%.7g", delimiter=",")
-    click.echo(f"version {opened.version} of {opened.description.name!r}", err=True)
+    own = opened.description.personal
+    of = f", this device's own ({own})" if own else ""
+    click.echo(f"version {opened.version} of {opened.description.name!r}{of}", err=True)
 
 
 def _inputs(path: Path, feature: Feature, targets: tuple[Feature, ...]) -> Arrays:

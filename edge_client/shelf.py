@@ -1,4 +1,4 @@
-"""The global model where other programs find it: ``model/current`` below a device's state.
+"""The model of a device where other programs find it: ``model/current`` below the device's state.
 
 Each version is a folder of its own, ``infer.onnx``, ``weights.safetensors`` and ``model.json``, written under a name
 that nothing refers to; then the symbolic link ``current`` is replaced in one rename. A reader that resolves the link
@@ -6,6 +6,7 @@ once reads one version, whole; the version before stays for readers that are at 
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import safetensors.numpy
 from edge_client.bundle import INFER, WEIGHTS, Bundle
 from edge_client.codec.model import Model
 from edge_client.errors import StoreError
+from edge_client.learning.own import Kind, OwnModel, Served
 from edge_client.manifest import Feature
 
 CURRENT = "current"
@@ -42,6 +44,9 @@ class Description(msgspec.Struct, frozen=True):
     targets: tuple[Feature, ...]
     constants: tuple[str, ...]
     """Tensors of ``weights.safetensors`` that are handed to the graph, as ``param.<name>``."""
+    personal: Kind = ""
+    """Why this is no longer the global model of that version: its personal layers are the device's own, it is the
+    device's own by Ditto, or it was fine-tuned on the device's data."""
 
 
 class Shelf:
@@ -63,21 +68,30 @@ class Shelf:
         self._folder, self._pause, self._durable, self._wrote = folder, pause, durable, wrote
         self._clock = clock
         self._last: float | None = None
-        self._waiting: tuple[Bundle, Model, int] | None = None
+        self._waiting: tuple[Bundle, Model, int, Served | None] | None = None
         self._lock = threading.Lock()
 
-    def put(self, bundle: Bundle, model: Model, version: int) -> None:
+    def put(self, bundle: Bundle, model: Model, version: int, own: Served | None = None) -> None:
         """Make this version the current one, or the one that `catch_up` writes where another has to stay for now.
+
+        ``own`` is what the device has for itself in place of ``model``.
 
         Raises:
             StoreError: the disk refuses; the version before stays.
         """
         with self._lock:
             if self._last is not None and self._clock() - self._last < self._pause:
-                self._waiting = bundle, model, version
+                self._waiting = bundle, model, version, own
                 return
             self._waiting = None
-            self._put(bundle, model, version)
+            self._put(bundle, model, version, own)
+
+    def tuned(self, bundle: Bundle) -> bool:
+        """Whether the current version is of this bundle and was fine-tuned: only a new task can make the next one."""
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            found = msgspec.json.decode((self._folder / CURRENT / DESCRIPTION).read_bytes(), type=Description)
+            return found.bundle == bundle.digest and found.personal == "fine-tune"
+        return False
 
     def catch_up(self, *, now: bool = False) -> None:
         """Write the version that waits, when the one before has stayed long enough, or ``now``.
@@ -91,13 +105,13 @@ class Shelf:
                 self._waiting = None
                 self._put(*waiting)
 
-    def _put(self, bundle: Bundle, model: Model, version: int) -> None:
-        name = f"v{version}-{model.digest().hex()[:12]}"
+    def _put(self, bundle: Bundle, model: Model, version: int, own: Served | None) -> None:
+        name = f"v{version}-{_digest(model, own).hex()[:12]}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if self._current() == name:
                 return
-            self._write(self._folder / name, bundle, model, version)
+            self._write(self._folder / name, bundle, model, version, own)
             link = self._folder / (CURRENT + ".new")
             link.unlink(missing_ok=True)
             link.symlink_to(name)
@@ -113,18 +127,16 @@ class Shelf:
             return os.readlink(self._folder / CURRENT)
         return ""
 
-    def _write(self, place: Path, bundle: Bundle, model: Model, version: int) -> None:
+    def _write(self, place: Path, bundle: Bundle, model: Model, version: int, own: Served | None) -> None:
         manifest, temporary = bundle.manifest, place.with_name(place.name + ".new")
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(place, ignore_errors=True)
         temporary.mkdir()
         weights = {p.name: np.ascontiguousarray(bundle.weights[p.name]) for p in manifest.parameters}
-        flat = model.parameters(bundle.initial())
-        for tensor, where in bundle.layout.slices():
-            weights[tensor.name] = flat[where].reshape(tensor.shape)
-        for tensor, where in manifest.layout("buffer").slices():
-            dtype = weights[tensor.name].dtype
-            weights[tensor.name] = model.buffers[where].reshape(tensor.shape).astype(dtype)
+        whole = OwnModel.joined(bundle, model) if own is None else own.model
+        weights |= bundle.trained.views(whole.parameters)
+        for name, view in bundle.tracked.views(whole.buffers).items():
+            weights[name] = view.astype(weights[name].dtype)
         description = Description(
             version,
             model.digest().hex(),
@@ -134,6 +146,7 @@ class Shelf:
             manifest.outputs,
             manifest.targets,
             manifest.constants[INFER],
+            "" if own is None else own.kind,
         )
         members = {
             INFER: bundle.infer,
@@ -166,3 +179,13 @@ class Shelf:
                 os.fsync(opened)
             finally:
                 os.close(opened)
+
+
+def _digest(model: Model, own: Served | None) -> bytes:
+    """What tells two versions apart that are to be served."""
+    if own is None:
+        return model.digest()
+    blake = hashlib.blake2b(model.digest(), digest_size=32)
+    for vector in (own.model.parameters, own.model.buffers):
+        blake.update(vector.data)
+    return blake.digest()

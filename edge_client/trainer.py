@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class TrainResult:
     """What came of a training run."""
 
     local: Vector
-    """The trained model: the ``[layout.size] float32`` vector that was given, not checked for NaN."""
+    """The trained model: the ``[trained.size] float32`` vector that was given, not checked for NaN."""
     buffers: Vector
     """The buffers after training, flat in the manifest's order, as float32 whatever their dtype; may be empty."""
     samples: int
@@ -73,11 +73,6 @@ class Trainer:
                 f"bundle {manifest.name!r} needs onnxruntime {manifest.least_runtime}, {runtime.VERSION} is installed; "
                 "run `pip install --upgrade onnxruntime`"
             )
-        if personal := [p.name for p in manifest.parameters if p.role == "personal"]:
-            raise BundleError(
-                f"parameter {personal[0]!r} of bundle {manifest.name!r} is personal, which this version of fedge does "
-                "not train; update fedge, or export it as trainable or frozen"
-            )
         self.bundle = bundle
         self._threads = threads
         self._spin = spin
@@ -99,22 +94,29 @@ class Trainer:
         buffers: Vector | None = None,
         control: Vector | None = None,
         after: Callable[[Epoch], bool] | None = None,
+        anchor: Vector | None = None,
+        fixed: Collection[str] = (),
     ) -> TrainResult:
         """Train ``model`` in place as ``plan`` says; the optimizer's state starts at zero.
 
         Args:
-            model: ``[layout.size] float32``; as received it is also the anchor, where the bundle has a proximal term.
+            model: ``[trained.size] float32``.
             source: the data; epoch ``e`` is shuffled by ``seed`` and ``e``, so equal seeds see equal batches.
             plan: epochs, steps or seconds, batch size, hyperparameters, schedule of the learning rate.
             seed: at least 0; it also seeds what is random in the graph, such as dropout.
             stop: asked before each step; True ends the run there.
-            buffers: the buffers as received, flat float32; the bundle's own when not given.
+            buffers: ``[tracked.size] float32``; the bundle's own when not given.
             control: ``[layout.size] float32``, added to every gradient where the bundle has control variates (c - c_i
-                of SCAFFOLD); zeros when not given.
+                of SCAFFOLD); zeros when not given. Nothing is added to those of personal parameters.
+            anchor: ``[trained.size] float32``, what the proximal term pulls to where the bundle has one: ``model`` as
+                it is given, unless there is another. It does not pull at personal parameters.
+            fixed: names of parameters that stay as they are. Buffers change all the same, and the gradients of fixed
+                parameters count in the norm that ``max_norm`` bounds.
             after: told of each epoch, and of the end where that is within one; True ends the run.
 
         Raises:
-            CodecError: ``model``, ``buffers`` or ``control`` is of another size or dtype, or ``model`` is read-only.
+            CodecError: ``model``, ``buffers``, ``control`` or ``anchor`` is of another size or dtype, or ``model`` is
+                read-only.
             DataError: the source is empty, or a batch does not fit the bundle.
             TrainingError: control variates for a bundle without them, an unknown or non-finite hyperparameter, or
                 the runtime failed. A diverged run is no error: its loss or weights are NaN or infinite, and the server
@@ -126,7 +128,15 @@ class Trainer:
         if control is not None:
             self._check_control(control)
         feed = self._feed(plan.batch_size)
-        task = self._step.begin(model, self._buffers(buffers), hypers, control=control, seed=_graph_seed(seed))
+        task = self._step.begin(
+            model,
+            self._buffers(buffers),
+            hypers,
+            control=control,
+            anchor=anchor,
+            fixed=fixed,
+            seed=_graph_seed(seed),
+        )
         course, rate = Course.of(plan, source.samples, self._clock), task.rate.item()
         steps, seen, finished, distance = 0, 0, False, 0.0
         sums = dict.fromkeys(("loss", *task.metrics), 0.0)
@@ -179,7 +189,7 @@ class Trainer:
     ) -> dict[str, float]:
         """Sums over all samples of ``source``: ``loss``, ``count`` and the manifest's metrics, added in float64.
 
-        ``vector`` is ``[layout.size] float32`` and is only read; ``buffers`` as in :meth:`train`.
+        ``vector`` is ``[trained.size] float32`` and is only read; ``buffers`` as in :meth:`train`.
 
         Raises:
             CodecError: ``vector`` or ``buffers`` is of another size or dtype.
@@ -216,8 +226,8 @@ class Trainer:
 
     def _buffers(self, buffers: Vector | None) -> Vector:
         if buffers is None:
-            return self.bundle.initial_buffers()
-        self.bundle.manifest.layout("buffer").check(buffers)
+            return self.bundle.first(self.bundle.tracked)
+        self.bundle.tracked.check(buffers)
         return buffers
 
     def _feed(self, capacity: int) -> Feed:

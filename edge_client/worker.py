@@ -18,6 +18,8 @@ from edge_client.feedback import add_residual, lengthening, pack_residual
 from edge_client.learning.assessment import assess
 from edge_client.learning.assignment import Assignment, Learned
 from edge_client.learning.local import train
+from edge_client.learning.own import Served
+from edge_client.learning.personal import is_personal
 from edge_client.manifest import update_layouts
 from edge_client.shelf import Shelf
 from edge_client.store import ModelCopies, Store
@@ -47,10 +49,8 @@ class Worker:
         version, digest = held.version, held.digest
         try:
             model = self._model(invitation, work.delta, trainer.bundle)
-            if self.shelf is not None:
-                # A disk without room for it does not keep the device from training.
-                with contextlib.suppress(StoreError):
-                    self.shelf.put(trainer.bundle, model, invitation.version)
+            if not is_personal(trainer.bundle, invitation.plan):
+                self._serve(trainer.bundle, model, invitation.version, None)
             learned = self._learned(invitation, model, trainer, stop)
             update, residual = self._encoded(invitation, learned, trainer.bundle)
             if model.digest() != digest:
@@ -65,6 +65,8 @@ class Worker:
                 settles=learned.settles,
                 keeps=learned.keeps,
             )
+            if learned.serves is not None:
+                self._serve(trainer.bundle, model, invitation.version, learned.serves)
         except CodecError as error:
             # The copy cannot be trusted any more: the next task starts from the bundle's weights.
             with contextlib.suppress(StoreError):
@@ -73,6 +75,12 @@ class Worker:
         except FedgeError as error:
             return Failed(invitation.epoch, invitation.task, str(error), version, digest)
         return Finished(invitation.epoch, invitation.task, update, invitation.version, model.digest())
+
+    def _serve(self, bundle: Bundle, model: Model, version: int, own: Served | None) -> None:
+        if self.shelf is not None:
+            # A disk without room for it does not keep the device from training.
+            with contextlib.suppress(StoreError):
+                self.shelf.put(bundle, model, version, own)
 
     def _model(self, invitation: Invitation, delta: bytes | None, bundle: Bundle) -> Model:
         layout = bundle.layout
@@ -110,6 +118,7 @@ class Worker:
             self.test,
             self.store.recall,
             stop,
+            self.shelf is not None,
         )
         return train(task) if invitation.kind == "train" else assess(task)
 

@@ -5,7 +5,6 @@ import math
 import os
 import tempfile
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 
 from edge_client import runtime
-from edge_client.errors import ExportError
-from edge_client.manifest import FORMAT, Feature, Manifest, Parameter, Role
+from edge_client.bundle import MANIFEST, manifest_bytes, write_members
+from edge_client.errors import BundleError, ExportError
+from edge_client.manifest import FORMAT, Feature, Manifest, Parameter, Role, with_personal
 from export.activations import ACTIVATIONS
 from export.average import AVERAGE
 from export.backward import GRADIENTS
@@ -88,6 +88,7 @@ def export_bundle(
     train_only: TrainOnly | None = None,
     last: int | None = None,
     lora: Lora | None = None,
+    personal: Sequence[str] = (),
     labels: Sequence[str] = (),
     scale: float = 1.0,
     tune: bool = False,
@@ -121,6 +122,8 @@ def export_bundle(
         train_only: ``bias`` trains biases only.
         last: trains only the last so many modules that have parameters.
         lora: adds low-rank adapters to a copy of the module and trains those; not with the three above.
+        personal: patterns of the names of parameters and running statistics that each device keeps for itself, such as
+            ``head.*``; ``norm`` is all of the layers that keep running statistics, such as batch normalisation.
         labels: names of the classes.
         scale: what integer data given for a float32 input is multiplied by.
         tune: measures the ways to compute each convolution where several suit, and takes the fastest on this machine.
@@ -199,7 +202,12 @@ def export_bundle(
         parity=parity,
         memory=training.memory.peak,
     )
-    _write(target, {"manifest.json": msgspec.json.format(msgspec.json.encode(manifest), indent=1)} | members)
+    if personal:
+        try:
+            manifest = with_personal(manifest, personal)
+        except BundleError as error:
+            raise ExportError(str(error)) from error
+    _write(target, {MANIFEST: manifest_bytes(manifest)} | members)
     sizes = {member: len(data) for member, data in members.items()}
     found = [
         Convolution(str(layer), choice.formulation.name, choice.milliseconds)
@@ -332,10 +340,8 @@ def _write(path: Path, members: Mapping[str, bytes]) -> None:
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error.strerror}; choose another place with -o") from error
     try:
-        with os.fdopen(descriptor, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for member, data in members.items():
-                # A fixed date: the same model gives the same bytes.
-                archive.writestr(zipfile.ZipInfo(member, (1980, 1, 1, 0, 0, 0)), data)
+        with os.fdopen(descriptor, "wb") as file:
+            write_members(file, members)
         Path(partial).chmod(0o644)
         Path(partial).replace(path)
     except OSError as error:

@@ -125,6 +125,7 @@ def _lora(rank: int | None, alpha: float | None, targets: Sequence[str], train: 
     "--lora-target", "lora_targets", multiple=True, help="Pattern of layers to adapt; every linear one unless given."
 )
 @click.option("--lora-train", multiple=True, help="Pattern of parameters that train beside the adapters.")
+@click.option("--personal", multiple=True, help="Pattern of what stays on each device, as head.*, or norm; repeatable.")
 @click.option("--scale", default=1.0, show_default=True, help="Integer data is multiplied by this on the device.")
 @click.option("--labels", default="", help="Class names, separated by commas.")
 @click.option("--micro-batch", type=int, default=None, help="Rows that pass at once; a step adds up their gradients.")
@@ -173,6 +174,7 @@ def export(
     lora_alpha: float | None,
     lora_targets: Sequence[str],
     lora_train: Sequence[str],
+    personal: Sequence[str],
     scale: float,
     labels: str,
     micro_batch: int | None,
@@ -213,6 +215,7 @@ def export(
         train_only=train_only,
         last=last,
         lora=_lora(lora_rank, lora_alpha, lora_targets, lora_train),
+        personal=personal,
         labels=[label.strip() for label in labels.split(",") if label.strip()],
         scale=scale,
         tune=tune,
@@ -224,9 +227,11 @@ def export(
     sizes = ", ".join(f"{member} {size / 1024:.1f} KiB" for member, size in report.sizes.items())
     trainable = report.manifest.layout().size
     fixed = sum(math.prod(p.shape) for p in report.manifest.parameters if p.role == "frozen")
+    own = report.manifest.layout("personal", "personal-buffer").size
     click.echo(
         f"{report.path}: {title}, {trainable:,} trainable parameters"
-        f"{f' and {fixed:,} frozen' if fixed else ''}, {report.seconds:.1f} s"
+        f"{f' and {fixed:,} frozen' if fixed else ''}{f', {own:,} more stay on each device' if own else ''}, "
+        f"{report.seconds:.1f} s"
     )
     click.echo(f"  {sizes}")
     click.echo(f"  loads in {', '.join(f'{ms:.1f} ms ({kind})' for kind, ms in report.load_ms.items())}")

@@ -4,11 +4,12 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
 from edge_client.errors import ExportError
-from edge_client.manifest import Manifest, Parity
+from edge_client.manifest import Manifest, Parity, Role
 from export.training import Memory
 
 
@@ -53,7 +54,7 @@ class Report:
     def to_json(self) -> bytes:
         """The report as JSON; all but the manifest, which the bundle holds."""
         manifest = self.manifest
-        counted = {role: manifest.layout(role).size for role in ("trainable", "frozen", "buffer")}
+        counted = {role: manifest.layout(role).size for role in get_args(Role)}
         fields = {
             "name": manifest.name,
             "bundle": str(self.path),

@@ -80,6 +80,33 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             vector[where] = found.ravel()
         return vector
 
+    def extract(self, vector: Vector, part: "Layout") -> Vector:
+        """The tensors of ``part``, some of this layout's, as one vector: ``vector`` itself where they are all of them.
+
+        Raises:
+            CodecError: ``vector`` does not fit the layout.
+        """
+        self.check(vector)
+        if part == self:
+            return vector
+        places = {tensor.name: where for tensor, where in self.slices()}
+        found = np.empty(part.size, np.float32)
+        for tensor, where in part.slices():
+            found[where] = vector[places[tensor.name]]
+        return found
+
+    def insert(self, vector: Vector, part: "Layout", values: Vector) -> None:
+        """Write ``values`` (``[part.size] float32``) to the places that the tensors of ``part`` have in ``vector``.
+
+        Raises:
+            CodecError: ``vector`` or ``values`` does not fit its layout.
+        """
+        self.check(vector)
+        part.check(values)
+        places = {tensor.name: where for tensor, where in self.slices()}
+        for tensor, where in part.slices():
+            vector[places[tensor.name]] = values[where]
+
     def check(self, vector: npt.NDArray[np.generic]) -> None:
         """Raise CodecError unless ``vector`` is ``[size] float32``."""
         if vector.shape != (self.size,) or vector.dtype != np.float32:

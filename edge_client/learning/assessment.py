@@ -1,16 +1,25 @@
 """Federated evaluation: what a model is worth on a device's own data."""
 
+from edge_client.learning import personal
 from edge_client.learning.assignment import Assignment, Learned
 
 
 def assess(task: Assignment) -> Learned:
-    """Evaluate the received model on the data that the device does not train on.
+    """Evaluate the received model, and the device's own where it has one, on the data that it does not train on.
 
     Raises:
         DataError: the data does not fit the bundle.
         TrainingError: the runtime failed.
     """
-    vector = task.received.parameters(task.bundle.initial())
-    sums = task.trainer.evaluate(vector, task.test, buffers=task.received.buffers)
+    own = personal.assembled(task)
+    sums = task.trainer.evaluate(own.parameters, task.test, buffers=own.buffers)
     scalars = {f"sum.{name}": value for name, value in sums.items()} | {"samples": float(task.test.samples)}
-    return Learned({}, scalars)
+    serves = personal.served(task, own)
+    if serves is not None:
+        # Where some layers are personal there is no other model, and nothing to measure twice.
+        whole = serves.model is own
+        again = (
+            sums if whole else task.trainer.evaluate(serves.model.parameters, task.test, buffers=serves.model.buffers)
+        )
+        scalars |= {f"personal.sum.{name}": value for name, value in again.items()}
+    return Learned({}, scalars, serves=serves)

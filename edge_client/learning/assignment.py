@@ -7,6 +7,7 @@ from edge_client.bundle import Bundle
 from edge_client.codec.layout import Vector
 from edge_client.codec.model import Model
 from edge_client.data import DataSource
+from edge_client.learning.own import Served
 from edge_client.trainer import Trainer
 from edge_client.wire.messages import TrainPlan
 
@@ -27,6 +28,8 @@ class Assignment:
     """What the device has kept under a name, from the tasks before (`Store.recall`)."""
     stop: Callable[[], bool]
     """Asked between steps; once it is true the task ends with a TrainingError."""
+    serves: bool = True
+    """Whether programs on the device use what it learns: what nobody uses need not be made."""
 
     @property
     def bundle(self) -> Bundle:
@@ -45,3 +48,5 @@ class Learned:
     """What the device keeps of it if the update is recorded, by name; no bytes remove what there is."""
     keeps: Mapping[str, bytes] = field(default_factory=dict)
     """What the device keeps of it whatever becomes of the update."""
+    serves: Served | None = None
+    """The model that the device has for itself and serves in place of the global one."""

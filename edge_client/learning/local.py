@@ -1,11 +1,14 @@
 """Local training: from the received model to an update."""
 
+import dataclasses
+
 import numpy as np
 
 from edge_client.codec.layout import Vector
 from edge_client.errors import TrainingError
-from edge_client.learning import variates
+from edge_client.learning import personal, variates
 from edge_client.learning.assignment import Assignment, Learned
+from edge_client.learning.own import OwnModel
 from edge_client.learning.validation import EarlyStop, kept_aside
 from edge_client.manifest import update_layouts
 from edge_client.wire.messages import RECEIVED_LOSS
@@ -21,13 +24,15 @@ def train(task: Assignment) -> Learned:
             failed.
     """
     bundle, received, plan = task.bundle, task.received, task.plan
-    # One vector is the received model, then the trained one, then the difference.
-    vector = received.parameters(bundle.initial())
-    scalars: dict[str, float] = {}
     source, aside = kept_aside(task.train, plan.validation) if plan.patience else (task.train, None)
+    task = dataclasses.replace(task, train=source)
+    # Without personal layers one vector is the received model, then the trained one, then the difference.
+    own = personal.assembled(task)
+    scalars: dict[str, float] = {}
     if plan.measure:
-        found = task.trainer.evaluate(vector, source, buffers=received.buffers)
+        found = task.trainer.evaluate(own.parameters, source, buffers=own.buffers)
         scalars[RECEIVED_LOSS] = found["loss"] / max(1.0, found["count"])
+    own, fixed = personal.train_head(task, own)
     early = None
     if aside is not None:
 
@@ -35,17 +40,28 @@ def train(task: Assignment) -> Learned:
             sums = task.trainer.evaluate(model, aside, buffers=buffers)
             return sums["loss"] / max(1.0, sums["count"])
 
-        early = EarlyStop(loss, plan.patience, vector, received.buffers)
+        early = EarlyStop(loss, plan.patience, own.parameters, own.buffers)
     control = variates.correction(task)
     result = task.trainer.train(
-        vector, source, plan, seed=task.seed, stop=task.stop, buffers=received.buffers, control=control, after=early
+        own.parameters,
+        source,
+        plan,
+        seed=task.seed,
+        stop=task.stop,
+        buffers=own.buffers,
+        control=control,
+        after=early,
+        fixed=fixed,
     )
     if task.stop():
         raise TrainingError("stopped: the server has moved on")
     if early is not None:
         result = early.settle(result)
         scalars |= {"validation.loss.before": early.before, "validation.loss.after": early.least}
-    delta = np.subtract(vector, received.parameters(bundle.initial()), out=vector)
+    own = OwnModel(result.local, result.buffers)
+    keeps, serves = personal.learned(task, own)
+    delta, statistics = own.shared(bundle)
+    np.subtract(delta, received.parameters(bundle.initial()), out=delta)
     scalars |= {
         "samples": float(result.samples),
         "steps": float(result.steps),
@@ -56,5 +72,5 @@ def train(task: Assignment) -> Learned:
     }
     scalars |= {f"sum.{name}": value for name, value in result.metrics.items()}
     said, settles = variates.outcome(task, control, delta, result)
-    buffers = {"buffers": result.buffers} if "buffers" in update_layouts(bundle.manifest) else {}
-    return Learned({"delta": delta, **buffers}, scalars | said, settles)
+    buffers = {"buffers": statistics} if "buffers" in update_layouts(bundle.manifest) else {}
+    return Learned({"delta": delta, **buffers}, scalars | said, settles, keeps, serves)

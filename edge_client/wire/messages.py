@@ -33,6 +33,9 @@ Text = Annotated[str, Meta(max_length=500)]
 Version = Annotated[str, Meta(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+!_-]{0,63}\Z")]
 """A version of the client; also a folder's name."""
 PLATFORM = r"^(?:[a-z]{2}[0-9]{1,4}-[a-z0-9_]{1,32})?\Z"
+Hypers = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[float, Meta(ge=-1e30, le=1e30)]], Meta(max_length=64)
+]
 Indices = Annotated[tuple[Natural, ...], Meta(max_length=4096)]
 
 
@@ -46,7 +49,20 @@ class BlobRef(Struct, frozen=True, array_like=True):
 
 
 class PersonalPlan(Struct, frozen=True, array_like=True):
-    """What a client learns for itself alone, beside what it learns for all."""
+    """What a client learns for itself alone, beside what it learns for all (`edge_client.learning.personal`)."""
+
+    method: Literal["none", "ditto", "fine-tune"] = "none"
+    """Whether it has a whole model of its own, and how that comes about."""
+    epochs: Annotated[int, Meta(ge=1, le=10_000)] = 1
+    """Over its data, for that model."""
+    steps: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
+    """Mini-batches in place of ``epochs``, where this is not zero."""
+    pull: Annotated[float, Meta(ge=0, le=1e30)] = 0.0
+    """Lambda of Ditto: how strongly the model of its own is held near the global one."""
+    head_epochs: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    """Over its data for the personal layers alone, before the others are trained without them; 0 trains all at once."""
+    hypers: Hypers = {}
+    """Override those of the plan for what it learns for itself alone."""
 
 
 class ReportPlan(Struct, frozen=True, array_like=True):
@@ -62,9 +78,7 @@ class TrainPlan(Struct, frozen=True, array_like=True):
     epochs: Annotated[int, Meta(ge=1, le=10_000)] = 1
     steps: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
     batch_size: Annotated[int, Meta(ge=1, le=65_536)] = 32
-    hypers: Annotated[
-        dict[Annotated[str, Meta(max_length=64)], Annotated[float, Meta(ge=-1e30, le=1e30)]], Meta(max_length=64)
-    ] = {}
+    hypers: Hypers = {}
     measure: bool = False
     """Before it trains, the client measures the model as received on what it trains on: `RECEIVED_LOSS`."""
     method: Literal["sgd", "scaffold", "feddyn"] = "sgd"
