@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from broker_server.aggregation import registry
 from broker_server.aggregation.schedules import SPANNING
+from broker_server.metrics import BY_CLIENTS
 from edge_client.codec.update import TARGETS
 from edge_client.errors import ConfigError
 
@@ -62,7 +63,7 @@ def check_together(federation: "Federation") -> None:
             "stop.target and stop.patience need an evaluation and there is none; "
             "set evaluation.data or evaluation.clients, and evaluation.every above 0"
         )
-    if (stop.target is not None or stop.patience) and stop.metric.startswith("client_") and not evaluation.clients:
+    if (stop.target is not None or stop.patience) and stop.metric.startswith(BY_CLIENTS) and not evaluation.clients:
         raise ConfigError(
             f"stop.metric is {stop.metric!r}, which clients measure, and none are asked to; set evaluation.clients"
         )

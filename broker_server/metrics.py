@@ -9,8 +9,8 @@ _NAMES = {"correct": "accuracy"}
 MEAN, WORST, SPREAD = "_mean", "_worst", "_spread"
 """What the fairness figures of a metric end with; see `fairness`."""
 _TENTH = 10
-_CLIENTS = "client_"
-"""What metrics begin with that clients have measured."""
+BY_CLIENTS = ("client_", "personal_")
+"""What metrics begin with that clients have measured: of the model of all, and of the one that each has for itself."""
 
 
 def label(total: str) -> str:
@@ -21,7 +21,8 @@ def label(total: str) -> str:
 def names(sums: Iterable[str]) -> set[str]:
     """Metrics that may come of evaluations whose graph reports these sums, beside the loss; those of clients too."""
     plain = {"loss"} | {label(total) for total in sums}
-    return plain | {_CLIENTS + name + figure for name in plain for figure in ("", MEAN, WORST, SPREAD)}
+    figures = ("", MEAN, WORST, SPREAD)
+    return plain | {word + name + figure for word in BY_CLIENTS for name in plain for figure in figures}
 
 
 def higher_is_better(metric: str) -> bool:

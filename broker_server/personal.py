@@ -90,6 +90,16 @@ def check_personal(settings: "Federation", bundle: Bundle) -> None:
             "export it with --proximal"
         )
     if not bundle.kept.size:
+        stop = settings.stop
+        if (
+            stop.metric.startswith("personal_")
+            and section.method == "none"
+            and (stop.target is not None or stop.patience)
+        ):
+            raise ConfigError(
+                f"stop.metric is {stop.metric!r}, and clients have no model for themselves; "
+                "set personal.layers or personal.method"
+            )
         if section.head_epochs:
             raise ConfigError(
                 f"personal.head_epochs is {section.head_epochs} and no layer stays on the clients; "

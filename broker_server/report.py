@@ -60,7 +60,7 @@ def human_bytes(count: float) -> str:
 
 def beside(metric: str, metrics: Collection[str]) -> dict[str, str]:
     """Which of ``metrics`` say how ``metric`` is spread over clients, each with a heading for it."""
-    base = metric if metric.startswith("train_") else "client_" + metric.removeprefix("client_")
+    base = metric if metric.startswith(("train_", "personal_")) else "client_" + metric.removeprefix("client_")
     found = {base + MEAN: "by client", base + WORST: "worst 10 %", base + SPREAD: "spread"}
     return {name: heading for name, heading in found.items() if name in metrics}
 
@@ -82,7 +82,10 @@ def table(rounds: Sequence[RoundRow], *, metric: str = "accuracy", title: str | 
 
     shown = Table(title=title, show_footer=True, header_style="bold", footer_style="bold")
     up, down = (sum(getattr(row, name) for row in rounds) for name in ("bytes_up", "bytes_down"))
-    values = {metric: metric} | beside(metric, {name for row in rounds for name in row.metrics})
+    found = {name for row in rounds for name in row.metrics}
+    values = {metric: metric} | beside(metric, found)
+    own = "personal_" + metric.removeprefix("client_")
+    values |= {own: "personal"} | beside(own, found) if own in found else {}
     last = {name: next((row.metrics[name] for row in reversed(rounds) if name in row.metrics), None) for name in values}
     columns = {
         "round": str(len(rounds)),

@@ -106,8 +106,15 @@ def is_personal(bundle: Bundle, plan: TrainPlan) -> bool:
 
 
 def _pass(plan: TrainPlan, hypers: Mapping[str, float], *, epochs: int, steps: int = 0) -> TrainPlan:
-    """The plan of a pass beside the one for all: its own hyperparameters first, then ``hypers``, then the task's."""
-    return TrainPlan(epochs, steps, plan.batch_size, {**plan.hypers, **hypers, **plan.personal.hypers})
+    """The plan of a pass beside the one for all, with as much time as that one; its own hyperparameters come first."""
+    return TrainPlan(
+        epochs,
+        steps,
+        plan.batch_size,
+        {**plan.hypers, **hypers, **plan.personal.hypers},
+        seconds=plan.seconds,
+        schedule=plan.schedule,
+    )
 
 
 def _trained(

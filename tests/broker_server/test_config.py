@@ -37,6 +37,9 @@ concurrency = 30
 buffer = 6
 staleness = 0.25
 max_staleness = 9
+[personal]
+layers = ["head.*"]
+head_epochs = 4
 """
 
 
@@ -77,6 +80,13 @@ every = 20
 [train.hypers]
 lr = 0.05
 mu = 1
+[personal]
+method = "ditto"
+lambda = 0.5
+epochs = 3
+steps = 9
+[personal.hypers]
+lr = 0.01
 [aggregation]
 algorithm = "multi-krum"
 weights = "uniform"

@@ -432,12 +432,50 @@ def test_a_newer_runtime_is_asked_for():
         Trainer(rebuilt({}, least_runtime="99.1"))
 
 
-def test_personal_parameters_are_refused():
-    bundle = rebuilt({})
-    first, *rest = bundle.manifest.parameters
-    personal = msgspec.structs.replace(first, role="personal")
-    with pytest.raises(BundleError, match="'weight' of bundle 'toy' is personal"):
-        Trainer(rebuilt({}, parameters=(personal, *rest)))
+PARTS = {
+    "hidden": ({"hidden.weight", "hidden.bias"}, {"momentum": True, "hidden": 4}),
+    "the last": ({"weight", "bias"}, {"momentum": True, "hidden": 4, "proximal": True}),
+    "all": ({"hidden.weight", "hidden.bias", "weight", "bias"}, {"hidden": 4, "control": True}),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parameters_that_are_fixed_stay_and_the_others_train_as_beside_them(name):
+    fixed, options = PARTS[name]
+    bundle = Bundle.from_bytes(toy_bundle(**options))
+    source, plan = ArraySource(toy_data(10)), TrainPlan(epochs=1, batch_size=10)
+    whole = bundle.layout.views(Trainer(bundle).train(bundle.initial(), source, plan, seed=SEED).local)
+    found = bundle.layout.views(Trainer(bundle).train(bundle.initial(), source, plan, seed=SEED, fixed=fixed).local)
+    start = bundle.layout.views(bundle.initial())
+    for tensor, value in found.items():
+        np.testing.assert_array_equal(value, start[tensor] if tensor in fixed else whole[tensor], err_msg=tensor)
+        assert not np.array_equal(whole[tensor], start[tensor])
+
+
+def test_a_fixed_parameter_stays_over_many_steps_with_momentum():
+    bundle = Bundle.from_bytes(toy_bundle(momentum=True, hidden=4))
+    source, plan = ArraySource(toy_data(50)), TrainPlan(epochs=3, batch_size=10)
+    fixed = {"hidden.weight", "hidden.bias"}
+    found = bundle.layout.views(Trainer(bundle).train(bundle.initial(), source, plan, seed=SEED, fixed=fixed).local)
+    views = bundle.layout.views(bundle.initial())
+    start, velocity = dict(views), {name: np.zeros_like(view) for name, view in views.items()}
+    for epoch in range(3):
+        for batch in source.batches(10, seed=_epoch_seed(SEED, epoch)):
+            views, velocity, *_ = reference_step(views, velocity, start, batch["x"], batch["y"], momentum=0.9)
+            views = {name: start[name] if name in fixed else value for name, value in views.items()}
+    for name, value in views.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_the_proximal_term_pulls_to_the_anchor_that_is_given():
+    bundle = Bundle.from_bytes(toy_bundle(proximal=True))
+    source, plan = ArraySource(toy_data(10)), TrainPlan(epochs=1, batch_size=10, hypers={"lr": 0.1, "mu": 1.0})
+    anchor = bundle.initial() + np.float32(1)
+    found = Trainer(bundle).train(bundle.initial(), source, plan, seed=SEED, anchor=anchor).local
+    plain = Trainer(bundle).train(bundle.initial(), source, plan, seed=SEED).local
+    np.testing.assert_allclose(found - plain, np.full_like(plain, 0.1), rtol=1e-5)
+    with pytest.raises(CodecError):
+        Trainer(bundle).train(bundle.initial(), source, plan, seed=SEED, anchor=anchor[1:])
 
 
 def test_a_graph_that_fails_while_running_is_a_training_error():
