@@ -47,7 +47,7 @@ def test_the_plan_says_what_the_settings_do(tmp_path):
     config = settings(
         tmp_path, personal={"method": "ditto", "lambda": 0.5, "epochs": 3, "steps": 2, "hypers": {"lr": 0.5}}
     )
-    assert train_plan(config).personal == PersonalPlan("ditto", 3, 2, 0.5, 0, {"lr": 0.5})
+    assert train_plan(config, 1).personal == PersonalPlan("ditto", 3, 2, 0.5, 0, {"lr": 0.5})
     assert personal_plan(Personal(method="ditto")).pull == 0.1
     assert personal_plan(Personal(method="ditto", pull=0.0)).pull == 0.0
     assert personal_plan(Personal(layers="norm", head_epochs=2)) == PersonalPlan(head_epochs=2)
