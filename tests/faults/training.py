@@ -12,7 +12,7 @@ import numpy as np
 
 from edge_client.bundle import Bundle
 from edge_client.codec.layout import Vector
-from edge_client.trainer import TrainResult
+from edge_client.trainer import Epoch, TrainResult
 from edge_client.wire.messages import TrainPlan
 
 
@@ -48,16 +48,18 @@ class Pull:
         stop: Callable[[], bool] | None = None,
         buffers: Vector | None = None,
         control: Vector | None = None,
+        after: Callable[[Epoch], bool] | None = None,
     ) -> TrainResult:
         """As `edge_client.trainer.Trainer.train`."""
-        del control, stop
+        del control, stop, after
         noise = np.random.default_rng(seed).normal(0, 0.02, model.size).astype(np.float32)
         model += np.float32(0.3) * (source.target(model.size) - model) + noise
-        after = self.bundle.initial_buffers() if buffers is None else buffers.copy()
-        after += np.float32(1.0)
+        moved = self.bundle.initial_buffers() if buffers is None else buffers.copy()
+        moved += np.float32(1.0)
         loss = float(np.square(noise).sum())
         sums = {"loss": loss, "count": float(source.samples), "correct": float(source.samples // 2)}
-        return TrainResult(model, after, source.samples, plan.epochs, 0.1, loss, sums, finished=True)
+        steps, distance = plan.epochs, 0.3 * plan.epochs
+        return TrainResult(model, moved, source.samples, steps, distance, plan.epochs, 0.1, loss, sums, finished=True)
 
     def evaluate(
         self, vector: Vector, source: Data, *, batch_size: int = 64, buffers: Vector | None = None
