@@ -51,7 +51,7 @@ def test_the_plan_says_what_the_settings_do(tmp_path):
     assert personal_plan(Personal(method="ditto")).pull == 0.1
     assert personal_plan(Personal(method="ditto", pull=0.0)).pull == 0.0
     assert personal_plan(Personal(layers="norm", head_epochs=2)) == PersonalPlan(head_epochs=2)
-    assert train_plan(settings(tmp_path)).personal == PersonalPlan()
+    assert train_plan(settings(tmp_path), 1).personal == PersonalPlan()
 
 
 LEAST = '[federation]\nname = "demo"\nbundle = "toy.fedge"\n'
