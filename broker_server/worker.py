@@ -99,7 +99,7 @@ class Worker:
             self._layouts,
             self._ledger.update,
             self._state,
-            None if kept is None else kept.side,
+            None if kept is None else kept.factor,
         )
         self.spool = Spool(self._state / "uploads", limit=max_update_bytes(self._layouts))
         self._tasks: dict[tuple[int, int], Task] = {}
@@ -311,7 +311,8 @@ class Worker:
                 raise CodecError(f"update holds {found}: training diverged; a lower learning rate may help")
         finite = {name: value for name, value in update.scalars.items() if math.isfinite(value)}
         for name, least in self._needs.items() if task.kind == "train" else ():
-            if not least <= finite.get(name, -1.0) <= _VALUE_LIMIT:
+            told = finite.get(name, -1.0)
+            if told and not least <= told <= _VALUE_LIMIT:
                 raise CodecError(
                     f"update says {update.scalars.get(name, 'nothing')} of its {name}; expected {least:g} to "
                     f"{_VALUE_LIMIT:g}, which {self._settings.aggregation.algorithm} needs: update fedge on the device"

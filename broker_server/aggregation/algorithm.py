@@ -38,7 +38,7 @@ class Algorithm:
     needs: tuple[str, ...] = ()
     """Scalars without which an update is refused."""
     least: Callable[[LocalTraining], Mapping[str, float]] = lambda _: {}
-    """``least(local)``: the lowest value that training can come to, of some of them; 0 of the others."""
+    """``least(local)``: the lowest value above 0 that training can come to, of some of them."""
     mean: bool = False
     """The aggregate is a mean by the weights of ``[aggregation]``, so that what its noise comes to can be planned."""
     buffered: bool = False

@@ -18,7 +18,7 @@ from msgspec import Meta
 from broker_server.aggregation.algorithm import Algorithm, Everyone
 from broker_server.aggregation.fedavg import fedavg
 from broker_server.aggregation.optimizer import State
-from broker_server.aggregation.variates import Side, Variates, alike
+from broker_server.aggregation.variates import Side, Variates
 from edge_client.codec.layout import Vector
 from edge_client.wire.messages import CORRECTION
 
@@ -34,11 +34,11 @@ def feddyn(clients: int) -> Variates:
 
     def step(state: State, aggregate: Vector, side: Side, control: Vector | None) -> tuple[Vector, State]:
         del control
-        total: Vector = state[0] + np.float32(side.updates) * side.mean
+        total = state[0] + side.total
         drift: Vector = total / np.float32(clients)
         return aggregate + drift, (total,)
 
-    return Variates("feddyn", lambda size: (np.zeros(size, np.float32),), alike(lambda _: 1.0), step)
+    return Variates("feddyn", lambda size: (np.zeros(size, np.float32),), lambda _: 1.0, step)
 
 
 ALGORITHM = Algorithm(

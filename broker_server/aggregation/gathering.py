@@ -9,7 +9,7 @@ from broker_server.aggregation.buffers import BufferAggregator
 from broker_server.aggregation.cohort import CohortAggregator
 from broker_server.aggregation.median import median
 from broker_server.aggregation.streaming import Aggregator
-from broker_server.aggregation.variates import Side
+from broker_server.aggregation.variates import Side, beside
 from broker_server.aggregation.weighting import Report, Stage
 from edge_client.codec.layout import Layout, Vector
 
@@ -39,7 +39,7 @@ class Gathering:
         layouts: those of an update's vectors.
         load: the encoded update to a task (epoch and number) of a client.
         scratch: a folder for what does not fit into memory.
-        side: what is added up of updates beside them, if anything.
+        side: how many times each update is added up beside the aggregate, where that is asked for.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Gathering:
         layouts: Mapping[str, Layout],
         load: Callable[[int, int, str], bytes],
         scratch: Path,
-        side: Aggregator | None = None,
+        side: Callable[[Report], float] | None = None,
     ) -> None:
         self._rule = rule
         self._stage = stage
@@ -58,7 +58,7 @@ class Gathering:
         self._layouts = layouts
         self._load = load
         self._scratch = scratch
-        self._side = side
+        self._side = None if side is None else beside(side)
         self.clear()
 
     def clear(self) -> None:
@@ -102,7 +102,9 @@ class Gathering:
             aggregate = self._rule.finish(self._sum)
             if "buffers" in self._layouts:
                 buffers = self._buffers.finish(self._buffer_sum)
-        side = None if self._side is None else Side(self._side.finish(self._side_sum), self._side_sum.updates)
+        side = None
+        if self._side is not None:
+            side = Side(self._side.finish(self._side_sum), int(self._side_sum.sums[0]))
         self.clear()
         return Gathered(aggregate, buffers, side)
 

@@ -17,7 +17,8 @@ from broker_server.aggregation.fedavg import fedavg
 from broker_server.aggregation.local import LocalTraining
 from broker_server.aggregation.optimizer import State
 from broker_server.aggregation.streaming import Aggregator
-from broker_server.aggregation.variates import Side, Variates, alike
+from broker_server.aggregation.variates import Side, Variates
+from broker_server.aggregation.weighting import Report
 from edge_client.codec.layout import Vector
 from edge_client.errors import ConfigError
 from edge_client.wire.messages import DISTANCE
@@ -27,14 +28,19 @@ def scaffold(clients: int) -> Variates:
     """The server's control variate, of so many clients in all; updates report the ``distance`` of their steps."""
 
     def step(state: State, aggregate: Vector, side: Side, control: Vector | None) -> tuple[Vector, State]:
-        grown = side.mean if control is None else side.mean + control
-        return aggregate, (state[0] - np.float32(side.updates) * grown,)
+        known = state[0] - side.total
+        return aggregate, (known if control is None else known - np.float32(side.updates) * control,)
+
+    def factor(report: Report) -> float:
+        # Who kept the model as it was received, for want of a better one, has no new estimate either.
+        distance = report.scalars[DISTANCE]
+        return 1.0 / distance if distance else 0.0
 
     return Variates(
         "scaffold",
         # The sum of all c_i and not their mean, so that it holds when more clients join.
         lambda size: (np.zeros(size, np.float32),),
-        alike(lambda report: 1.0 / report.scalars[DISTANCE]),
+        factor,
         step,
         lambda state: state[0] / np.float32(clients),
     )

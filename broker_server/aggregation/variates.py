@@ -18,9 +18,10 @@ from edge_client.codec.layout import Vector
 class Side(NamedTuple):
     """What the updates of a round come to beside the aggregate."""
 
-    mean: Vector
-    """``[n_params] float32``: of what `Variates.side` makes of them."""
+    total: Vector
+    """``[n_params] float32``: the sum of updates, each times what `Variates.factor` says."""
     updates: int
+    """How many are in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,9 @@ class Variates:
     """Of the state, for the ledger."""
     init: Callable[[int], State]
     """``init(n_params)``: the state before the first round."""
-    side: Aggregator
-    """What is added up of updates beside the aggregate."""
+    factor: Callable[[Report], float]
+    """``factor(report)``: how many times an update is added up beside the aggregate; one that counts 0 times is left
+    out."""
     step: Callable[[State, Vector, Side, Vector | None], tuple[Vector, State]]
     """``step(state, aggregate, side, control)``: what the server optimizer is given in the place of the aggregate, and
     the next state; ``control`` is what clients were given with the version that they trained, None where that is zeros
@@ -41,6 +43,12 @@ class Variates:
     """``control(state)``: what clients are given with the version that comes of it, where they are given anything."""
 
 
-def alike(factor: Callable[[Report], float]) -> Aggregator:
-    """The mean of updates, each times its ``factor(report)``, in which all clients count alike."""
-    return weighted_sum(lambda _, report: Share(factor(report), (1.0,)), lambda sums: sums[0])
+def beside(factor: Callable[[Report], float]) -> Aggregator:
+    """The sum of updates, each times its ``factor(report)``; `PartialSum.sums` holds how many are in it."""
+
+    def share(update: Vector, report: Report) -> Share:
+        del update
+        times = factor(report)
+        return Share(times, (float(times != 0),))
+
+    return weighted_sum(share, lambda sums: 1.0)

@@ -65,7 +65,6 @@ def train(task: Assignment) -> Learned:
     scalars |= {
         "samples": float(result.samples),
         "steps": float(result.steps),
-        "distance": result.distance,
         "epochs": float(result.epochs),
         "seconds": result.seconds,
         "loss": result.loss,

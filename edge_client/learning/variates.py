@@ -54,25 +54,24 @@ def correction(task: Assignment) -> Vector | None:
 def outcome(
     task: Assignment, vector: Vector | None, delta: Vector, result: TrainResult
 ) -> tuple[dict[str, float], dict[str, bytes]]:
-    """What the update says of a correction, and what the device remembers if it is recorded.
+    """What the update says of its steps and their correction, and what the device remembers if it is recorded.
 
     Args:
         task: the task.
         vector: what was added to each gradient.
-        delta: the trained model less the received one; where it is not finite nothing is remembered.
-        result: of the training that led to it.
+        delta: the trained model less the received one; where it is not finite nothing new is remembered.
+        result: of the training that led there.
     """
     plan, manifest = task.plan, task.bundle.manifest
-    if plan.method == "sgd":
-        return {}, {}
     hypers = manifest.defaults() | plan.hypers
-    said = {CORRECTION: 0.0 if vector is None else float(np.linalg.norm(vector))}
-    if plan.method == "scaffold":
-        rate = result.distance / max(1, result.steps)
-        said[DISTANCE] = far = distance(manifest.optimizer.name, hypers | {"lr": rate}, result.steps)
-        factor = 1.0 / far if far > 0 else math.nan
-    else:
-        factor = hypers.get("mu", 0.0)
+    far = result.distance
+    if plan.schedule == "constant" and any(hypers.get(name) for name in ("momentum", "mu")):
+        far = distance(manifest.optimizer.name, hypers, result.steps)
+    said = {DISTANCE: far}
+    if plan.method == "sgd":
+        return said, {}
+    said[CORRECTION] = 0.0 if vector is None else float(np.linalg.norm(vector))
+    factor = hypers.get("mu", 0.0) if plan.method == "feddyn" else 1.0 / far if far else math.nan
     data = packed(following(vector, delta, factor), task.bundle.layout, plan.run)
     return said, {} if data is None else {plan.method: data}
 
@@ -125,7 +124,8 @@ def following(vector: Vector | None, delta: Vector, factor: float) -> Vector:
 def distance(optimizer: str, hypers: Mapping[str, float], steps: int) -> float:
     """How far so many steps go where each gradient is 1: ``lr ||a||_1`` of Wang et al. 2020, arXiv 2007.07481.
 
-    Of SGD, with momentum or not, by the name that the manifest has for it; the proximal term makes it less.
+    At an even learning rate, of SGD, with momentum or not, by the name that the manifest has for it; the proximal term
+    makes it less.
     """
     rate, pull = hypers["lr"], hypers.get("mu", 0.0)
     momentum = 0.0 if optimizer == "sgd" else hypers.get("momentum", 0.0)

@@ -1,9 +1,17 @@
 """SCAFFOLD and FedDyn in a whole federation, beside the papers' algorithms written in PyTorch."""
 
+import dataclasses
+
+import msgspec
 import numpy as np
 import pytest
 import torch
 
+from broker_server import events as e
+from broker_server.training import train_plan
+from edge_client.codec.update import decode_update
+from edge_client.feedback import add_residual
+from edge_client.learning import variates
 from tests.broker_server.cast import Cast
 from tests.toy import toy_bundle, toy_data
 
@@ -97,3 +105,138 @@ def test_a_federation_is_the_paper_s_algorithm(tmp_path, algorithm, rounds):
         expected = feddyn(start, rounds, steps=4, lr=0.5, alpha=0.3)
     assert (expected - start).abs().max() > 0.1
     np.testing.assert_allclose(played.parameters, expected.numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
+def test_with_the_codec_it_comes_near(tmp_path, algorithm):
+    exact, coded = cast(tmp_path / "exact", algorithm), cast(tmp_path / "coded", algorithm, kind="quantized")
+    start = exact.parameters
+    for names in PARTLY:
+        exact.round(names)
+        coded.round(names)
+    moved, apart = np.linalg.norm(exact.parameters - start), np.linalg.norm(exact.parameters - coded.parameters)
+    assert apart < 0.35 * moved
+
+
+@pytest.mark.parametrize("kind", ["none", "quantized"])
+@pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
+def test_the_server_has_the_sum_of_what_devices_remember(tmp_path, algorithm, kind):
+    """But for what quantization has left over on each of them; c of SCAFFOLD is the mean over all five."""
+    played = cast(tmp_path, algorithm, kind=kind)
+    for names in PARTLY:
+        played.round(names)
+    known = sum(remembers(played, name, algorithm) for name in NAMES)
+    left = sum(residual(played, name) for name in NAMES)
+    (kept,) = played.server._publication._head.variates
+    expected = known + left / (4 * 0.5) if algorithm == "scaffold" else -known / 0.3 - left
+    # A residual rests in a byte a parameter.
+    np.testing.assert_allclose(kept, expected, rtol=1e-4, atol=5e-3 if kind == "quantized" else 1e-5)
+    assert np.abs(kept).max() > 0.1
+    assert np.abs(left).max() > 0.02 or kind == "none"
+
+
+def remembers(played, name, algorithm):
+    layout = played.bundle.layout
+    found = variates.remembered(played.clients[name].store.recall(algorithm), layout, played.restored.run)
+    assert found is not None
+    return found
+
+
+def residual(played, name):
+    found = np.zeros(played.bundle.layout.size, np.float32)
+    if (data := played.clients[name].store.residual()) is not None:
+        add_residual(found, data, played.bundle.layout, 2**30)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["none", "quantized"])
+@pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
+def test_restarts_of_server_and_clients_change_no_bit(tmp_path, algorithm, kind):
+    server = {"optimizer": "sgd", "options": {"momentum": 0.5}}
+    whole, torn = (cast(tmp_path / name, algorithm, kind=kind, server=server) for name in ("whole", "torn"))
+    torn.restored = whole.restored  # the number of the run is the second in which it began
+    for names in PARTLY[:3]:
+        digest = whole.round(names)
+        torn.open(names)
+        for name in names:
+            # Power fails once an update is stored, before its receipt came: it is sent again as it was.
+            done = torn.train(name)
+            torn.restart_client(name)
+            assert torn.clients[name].store.held().pending.update == done.update
+            torn.server.perform(e.Record(1, torn.task, name, done.update))
+            torn.clients[name].store.settle(1, torn.task, recorded=True)
+            torn.restart_server()
+            torn.restored = whole.restored
+        assert torn.close() == digest
+
+
+@pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
+def test_an_update_that_does_not_count_leaves_no_memory(tmp_path, algorithm):
+    played = cast(tmp_path, algorithm)
+    played.round(("a", "b"))
+    store, before = played.clients["a"].store, remembers(played, "a", algorithm)
+    for recorded in ([False], [True, False]):  # late; recorded, and void later
+        played.open(("a",))
+        played.train("a")
+        for word in recorded:
+            store.settle(1, played.task, recorded=word)
+        np.testing.assert_array_equal(remembers(played, "a", algorithm), before)
+        played.server.perform(e.CloseTask(1, played.task, "void"))
+    # Those who never took part have none, and a server that voided their tasks has none of them.
+    assert played.clients["c"].store.recall(algorithm) is None
+    played.round(("a", "c"))
+    assert not np.array_equal(remembers(played, "a", algorithm), before)
+
+
+@pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
+def test_an_update_that_is_not_finite_is_refused_and_forgets_nothing(tmp_path, algorithm):
+    played = cast(tmp_path, algorithm)
+    played.round(("a", "b"))
+    before = remembers(played, "a", algorithm)
+    played.open(("a",))
+    plan = train_plan(played.settings, played.restored.run)
+    wild = msgspec.structs.replace(plan, hypers=plan.hypers | {"lr": 1e30, "weight_decay": 1e30})
+    answer = played.server.perform(e.Record(1, played.task, "a", played.train("a", plan=wild).update))
+    assert isinstance(answer, e.Refused)
+    played.clients["a"].store.settle(1, played.task, recorded=False)
+    np.testing.assert_array_equal(remembers(played, "a", algorithm), before)
+
+
+@pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
+@pytest.mark.parametrize("damage", ["cut", "another run"])
+def test_a_memory_that_is_damaged_or_of_another_run_is_none(tmp_path, algorithm, damage):
+    sent = []
+    for spoilt in (False, True):
+        played = cast(tmp_path / str(spoilt), algorithm)
+        played.round(("a", "b"))
+        if spoilt and damage == "cut":
+            (file,) = (tmp_path / "True" / "a").glob("memory-*")
+            file.write_bytes(file.read_bytes()[:-3])
+        elif spoilt:
+            played.restored = dataclasses.replace(played.restored, run=played.restored.run + 1)
+        else:
+            for file in (tmp_path / "False" / "a").glob("memory-*"):
+                file.unlink()
+        played.open(("a",))
+        sent.append(decode_update(played.train("a").update, {"delta": played.bundle.layout}).vectors["delta"])
+    np.testing.assert_array_equal(*sent)
+
+
+def test_momentum_and_a_pull_are_taken_out_of_scaffold_s_estimate(tmp_path):
+    """One client alone, whose gradient is that of its first step where the learning rate is tiny."""
+
+    def named(members):
+        manifest = msgspec.json.decode(members["manifest.json"])
+        manifest["optimizer"]["name"] = "momentum"
+        members["manifest.json"] = msgspec.json.encode(manifest)
+
+    bundle = toy_bundle(control=True, proximal=True, momentum=True, alter=named)
+    played = cast(tmp_path, "scaffold", bundle=bundle)
+    tiny = {"lr": 1e-4, "momentum": 0.9, "mu": 50.0}
+    played.settings = msgspec.structs.replace(
+        played.settings, train=msgspec.structs.replace(played.settings.train, hypers=tiny, steps=20)
+    )
+    played.restart_server()
+    start = torch.tensor(played.parameters, dtype=torch.float64)
+    played.round(("a",))
+    np.testing.assert_allclose(remembers(played, "a", "scaffold"), gradient(start, "a"), atol=5e-3)

@@ -5,16 +5,15 @@ from broker_server.aggregation.feddyn import feddyn
 from broker_server.aggregation.variates import Side
 from broker_server.aggregation.weighting import Report
 from edge_client.learning import variates
-from tests.broker_server.aggregation.sums import total
-from tests.broker_server.aggregation.test_scaffold import BEST, CURVATURES, OPTIMA, vector
+from tests.broker_server.aggregation.test_scaffold import BEST, CURVATURES, OPTIMA, added, vector
 
 
 def test_by_hand():
     """Two of four clients, alpha 0.5, h = -0.8 before: updates of 2 and 4 make it -0.8 - 0.5 / 4 * 6 = -1.55."""
     kept, alpha = feddyn(4), 0.5
     updates = [(vector(2.0), Report(weight=1.0)), (vector(4.0), Report(weight=7.0))]
-    side = Side(kept.side.finish(total(kept.side, updates)), 2)
-    assert side.mean == vector(3.0), "whatever they weigh"
+    side = added(kept, updates)
+    assert side.total == vector(6.0), "whatever they weigh"
     direction, state = kept.step((vector(4 * 0.8 / alpha),), vector(3.0), side, None)
     np.testing.assert_allclose(-alpha * state[0] / 4, [-1.55], rtol=1e-6)
     np.testing.assert_allclose(direction, [3.0 + 1.55 / alpha], rtol=1e-6)
@@ -30,14 +29,14 @@ def test_uneven_quadratics_come_to_their_optimum(who, steps):
     for _ in range(300):
         moved = []
         for client in rng.permutation(3)[:who]:
-            added = variates.feddyn(own[client])
+            pull = variates.feddyn(own[client])
             y = x.copy()
             for _ in range(steps):
                 gradient = CURVATURES[client] * (y - OPTIMA[client]) + alpha * (y - x)
-                y = y - np.float32(0.05) * (gradient if added is None else gradient + added)
-            own[client] = variates.following(added, y - x, float(alpha))
+                y = y - np.float32(0.05) * (gradient if pull is None else gradient + pull)
+            own[client] = variates.following(pull, y - x, float(alpha))
             moved.append(y - x)
-        side = Side(np.mean(moved, axis=0), len(moved))
+        side = Side(np.sum(moved, axis=0), len(moved))
         direction, state = kept.step(state, np.mean(moved, axis=0), side, None)
         x = x + direction
     assert float(x[0]) == pytest.approx(BEST, abs=1e-3)

@@ -3,7 +3,7 @@ import pytest
 
 from broker_server.aggregation.local import LocalTraining
 from broker_server.aggregation.scaffold import ALGORITHM, scaffold
-from broker_server.aggregation.variates import Side
+from broker_server.aggregation.variates import Side, Variates, beside
 from broker_server.aggregation.weighting import Report
 from edge_client.errors import ConfigError
 from edge_client.learning import variates
@@ -19,6 +19,12 @@ def vector(*values: float) -> np.ndarray:
     return np.array(values, np.float32)
 
 
+def added(kept: Variates, updates: list[tuple[np.ndarray, Report]]) -> Side:
+    rule = beside(kept.factor)
+    found = total(rule, updates)
+    return Side(rule.finish(found), int(found.sums[0]))
+
+
 def test_by_hand():
     """Two of four clients, whose mean gradients were 2 and 6 when c was 1 and their own were 0 and 3.
 
@@ -26,11 +32,21 @@ def test_by_hand():
     """
     kept = scaffold(4)
     updates = [(vector(-0.1 * 3), report(0.1)), (vector(-0.5 * 4), report(0.5, weight=9.0))]
-    side = Side(kept.side.finish(total(kept.side, updates)), 2)
+    side = added(kept, updates)
     direction, state = kept.step((vector(4.0),), vector(-1.0), side, vector(1.0))
     assert direction == vector(-1.0)
     assert kept.control is not None
     np.testing.assert_allclose(kept.control(state), [1 + 5 / 4], rtol=1e-6)
+
+
+def test_who_made_no_step_has_no_new_estimate():
+    kept = scaffold(4)
+    side = added(kept, [(vector(0.0), report(0.0)), (vector(-0.3), report(0.1))])
+    assert side.updates == 1
+    _, state = kept.step((vector(4.0),), vector(-0.15), side, vector(1.0))
+    np.testing.assert_allclose(state[0], [4 - 1 + 3], rtol=1e-6)
+    nothing = added(kept, [(vector(0.0), report(0.0))])
+    assert kept.step((vector(4.0),), vector(0.0), nothing, vector(1.0))[1] == (vector(4.0),)
 
 
 def test_more_clients_share_the_same_sum():
@@ -51,14 +67,14 @@ def played(rounds: int, corrected: bool, who: int = 3) -> float:
         control = kept.control(state)
         moved, updates = [], []
         for client in rng.permutation(3)[:who]:
-            added = variates.scaffold(own[client], control) if corrected else vector(0.0)
+            pull = variates.scaffold(own[client], control) if corrected else vector(0.0)
             y = x.copy()
             for _ in range(5):
-                y = y - np.float32(0.05) * (CURVATURES[client] * (y - OPTIMA[client]) + added)
-            own[client] = variates.following(added, y - x, 1 / 0.25)
+                y = y - np.float32(0.05) * (CURVATURES[client] * (y - OPTIMA[client]) + pull)
+            own[client] = variates.following(pull, y - x, 1 / 0.25)
             moved.append(y - x)
             updates.append((y - x, report(0.25)))
-        side = Side(kept.side.finish(total(kept.side, updates)), len(updates))
+        side = added(kept, updates)
         direction, state = kept.step(state, np.mean(moved, axis=0), side, control)
         x = x + direction
     return float(x[0])
