@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from broker_server.aggregation import registry
+from broker_server.aggregation.algorithm import Everyone
 from broker_server.aggregation.schedules import SPANNING
 from broker_server.metrics import BY_CLIENTS
 from edge_client.codec.update import TARGETS
@@ -128,13 +129,14 @@ def _check_algorithm(federation: "Federation") -> None:
 def _check_variates(federation: "Federation", name: str, options: object) -> None:
     """What devices remember, and what the server knows of it, have to stay one."""
     section, rounds, codec = federation.aggregation, federation.round, federation.codec
-    everyone = getattr(options, "clients", 0) or (federation.simulation.data and federation.simulation.clients)
-    if not everyone:
-        raise ConfigError(f"aggregation.options.clients is missing; expected how many clients there are, for {name}")
-    if everyone < rounds.cohort:
-        raise ConfigError(
-            f"aggregation.options.clients is {everyone}; expected all clients, at least round.cohort, {rounds.cohort}"
-        )
+    if isinstance(options, Everyone):
+        everyone = options.clients or (federation.simulation.clients if federation.simulation.data else 0)
+        if everyone < rounds.cohort:
+            found = f"is {everyone}" if everyone else "is missing"
+            raise ConfigError(
+                f"aggregation.options.clients {found}; expected how many clients there are in all, at least "
+                f"round.cohort, {rounds.cohort}, for {name}"
+            )
     if section.norm:
         raise ConfigError(
             f"{name} cannot be combined with aggregation.norm: a client remembers all of an update that the server "

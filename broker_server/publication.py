@@ -31,8 +31,8 @@ _OUTLIER = 4.0
 """A step counts as at most this many times the average."""
 _EARLY, _FINEST = 0.04, 1 / 3
 """Share of all that the model has learned, and of the size of rounds' aggregates, in which noise is measured early."""
-_CONTROL_NOISE = 0.1
-"""A control leaves out this share of its energy, for those of later versions to tell."""
+_CONTROL_NOISE = 0.5
+"""A control leaves out this share of its energy, for those of later versions to tell: finer ones taught no better."""
 _DELTAS = 2**20
 """Bytes of deltas kept, or those of one model in floats: memory is O(model) however many versions are in use."""
 

@@ -143,7 +143,10 @@ def test_a_bounded_update_counts_shortened_for_a_robust_rule_too(tmp_path):
     np.testing.assert_allclose(moved, np.median(short, axis=0), atol=1e-6)
 
 
-@pytest.mark.parametrize(("algorithm", "scalar"), [("fednova", "steps"), ("qfedavg", RECEIVED_LOSS), (OWN, "loss")])
+@pytest.mark.parametrize(
+    ("algorithm", "scalar"),
+    [("fednova", "steps"), ("qfedavg", RECEIVED_LOSS), ("scaffold", DISTANCE), ("feddyn", CORRECTION), (OWN, "loss")],
+)
 @pytest.mark.parametrize("value", [float("nan"), -1.0, 1e12])
 def test_an_update_that_does_not_say_what_is_needed_is_refused(tmp_path, algorithm, scalar, value):
     worker = Worker(settings(tmp_path, aggregation={"algorithm": algorithm}), DATA)
@@ -151,8 +154,59 @@ def test_an_update_that_does_not_say_what_is_needed_is_refused(tmp_path, algorit
     open_task(worker, 1, 0)
     answer = worker.perform(e.Record(1, 1, "c0", encoded(1, **{scalar: value})))
     assert isinstance(answer, e.Refused)
-    assert f"of its {scalar}; expected 0 to 1e+09, which {algorithm} needs: update fedge" in answer.reason
+    least = 0.099 if scalar == DISTANCE else 0
+    assert f"of its {scalar}; expected {least:g} to 1e+09, which {algorithm} needs: update fedge" in answer.reason
     worker.close()
+
+
+def test_steps_that_nobody_can_have_made_do_not_make_a_large_control(tmp_path):
+    worker = Worker(settings(tmp_path, aggregation={"algorithm": "scaffold"}), DATA)
+    worker.start()
+    open_task(worker, 1, 0)
+    answer = worker.perform(e.Record(1, 1, "c0", encoded(1, **{DISTANCE: 1e-9})))
+    assert isinstance(answer, e.Refused)
+    # None at all are those of a client that kept the model as it was.
+    assert isinstance(worker.perform(e.Record(1, 1, "c1", encoded(1, **{DISTANCE: 0.0}))), e.Recorded)
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "bundle", "words"),
+    [
+        ("scaffold", {"proximal": True}, r"was exported without --control; export it with"),
+        ("feddyn", {"control": True}, r"was exported without --proximal"),
+        (
+            "feddyn",
+            {},
+            r'"feddyn" cannot be had with bundle .*toy.*, which was exported without --control and --proximal',
+        ),
+    ],
+)
+def test_a_bundle_without_what_a_method_takes_is_refused_before_the_ledger_is_opened(
+    tmp_path, algorithm, bundle, words
+):
+    with pytest.raises(ConfigError, match=words):
+        Worker(settings(tmp_path / "state", aggregation={"algorithm": algorithm}), toy_bundle(**bundle))
+    assert not (tmp_path / "state" / "ledger.db").exists()
+
+
+def test_a_run_is_named_once_for_all_of_its_ledger(tmp_path):
+    runs = []
+    for _ in range(2):
+        worker = Worker(settings(tmp_path), DATA)
+        restored = worker.start()
+        runs.append((restored.run, restored.epoch))
+        worker.close()
+    assert runs[0][0] == runs[1][0] == runs[0][1] == runs[1][1] - 1
+
+
+def test_the_plan_names_the_method_and_what_it_fixes(tmp_path):
+    more = {"aggregation": {"algorithm": "feddyn", "options": {"alpha": 0.25}}, "train": {"hypers": {"lr": 0.5}}}
+    plan = train_plan(settings(tmp_path, **more), 7)
+    assert (plan.method, plan.hypers, plan.run) == ("feddyn", {"lr": 0.5, "mu": 0.25}, 7)
+    plan = train_plan(settings(tmp_path, aggregation={"algorithm": "scaffold"}), 7)
+    assert (plan.method, plan.hypers) == ("scaffold", {})
+    assert train_plan(settings(tmp_path)).method == "sgd"
 
 
 def test_updates_that_lack_what_another_algorithm_needs_are_void(tmp_path):

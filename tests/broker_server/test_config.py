@@ -290,6 +290,39 @@ BAD = {
         '[aggregation]\nalgorithm = "krum"\noptions = { attackers = 0.4 }\n[round]\ncohort = 20\nminimum = 10',
         r'round\.minimum is 10; expected at least 11, which aggregation\.algorithm = "krum" needs',
     ),
+    "scaffold of nobody knows how many": (
+        '[aggregation]\nalgorithm = "scaffold"',
+        r"aggregation\.options\.clients is missing; expected how many clients there are in all, at least "
+        r'round\.cohort, 10, for aggregation\.algorithm = "scaffold"',
+    ),
+    "scaffold of fewer than a cohort": (
+        '[aggregation]\nalgorithm = "scaffold"\noptions = { clients = 9 }',
+        r"aggregation\.options\.clients is 9; expected .* at least round\.cohort, 10",
+    ),
+    "feddyn of fewer phones than a cohort": (
+        '[aggregation]\nalgorithm = "feddyn"\n[simulation]\nclients = 8',
+        r"aggregation\.options\.clients is missing; expected",
+    ),
+    "scaffold without rounds": (
+        '[aggregation]\nalgorithm = "scaffold"\noptions = { clients = 50 }\n[round]\nmode = "buffered"',
+        r'algorithm = "scaffold" cannot be combined with round\.mode = "buffered"',
+    ),
+    "feddyn of shortened updates": (
+        '[aggregation]\nalgorithm = "feddyn"\noptions = { clients = 50 }\nnorm = 1.0',
+        r'algorithm = "feddyn" cannot be combined with aggregation\.norm: .*limits\.norm',
+    ),
+    "scaffold of updates that lose": (
+        '[aggregation]\nalgorithm = "scaffold"\noptions = { clients = 50 }\n[codec]\nfeedback = "length"',
+        r'algorithm = "scaffold" cannot be combined with codec\.feedback = "length": .*expected "residual", or codec',
+    ),
+    "feddyn with two strengths": (
+        '[aggregation]\nalgorithm = "feddyn"\noptions = { clients = 50, alpha = 0.2 }\n[train.hypers]\nmu = 0.1',
+        r'train\.hypers\.mu is 0\.1; aggregation\.algorithm = "feddyn" sets it to 0\.2: remove it',
+    ),
+    "feddyn with none": (
+        '[aggregation]\nalgorithm = "feddyn"\noptions = { clients = 50, alpha = 0 }',
+        r"aggregation\.options\.alpha is 0; expected a number above 0",
+    ),
     "falls for ever": (
         '[server.schedule]\nkind = "linear"\n[stop]\nrounds = 0',
         r'server\.schedule\.rounds is 0 and so is stop\.rounds; expected one of them with kind = "linear"',

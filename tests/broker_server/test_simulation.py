@@ -166,6 +166,15 @@ def test_what_an_algorithm_asks_of_clients_reaches_them(tmp_path):
     assert result.rounds[-1].metrics["loss"] < result.rounds[0].metrics["loss"]
 
 
+def test_control_variates_go_with_the_model(tmp_path):
+    config = settings(tmp_path, aggregation={"algorithm": "scaffold"}, transfer={"inline": 0}, stop={"rounds": 3})
+    (tmp_path / "toy.fedge").write_bytes(toy_bundle(control=True))
+    result = run(config)
+    assert [done.clients for done in result.rounds] == [4] * 3
+    assert result.rounds[-1].metrics["loss"] < result.rounds[0].metrics["loss"]
+    assert len(list((tmp_path / "state").rglob("memory-scaffold-*"))) >= 4
+
+
 @pytest.mark.skipif(find_mosquitto() is None, reason="needs the Debian package mosquitto")
 def test_three_hundred_phones_need_no_thread_each(tmp_path):
     small = {"clients": 300, "split": "iid", "test_fraction": 0.0, "slots": 2}
