@@ -13,7 +13,7 @@ Graph inputs and outputs follow one naming scheme:
 ``slot.<slot>.<t>``    optimizer state (say ``slot.momentum.fc.weight``), float32 of the tensor's shape, input
 ``next.<slot>.<t>``    its value after the step, output of ``train.onnx``
 ``anchor.<tensor>``    the model as received, where the proximal term was exported for; input of ``train.onnx``
-``control.<tensor>``   c - c_i of SCAFFOLD, where control variates were exported for; input of ``train.onnx``
+``control.<tensor>``   added to the gradient, where control variates were exported for; input of ``train.onnx``
 ``step``               int64 scalar, 1, 2, 3, ... within a task; input of ``train.onnx`` where the graph uses it
 ``seed``               int64 scalar of a task, from 0 to 2^31 - 1; input of ``train.onnx`` where the graph uses it
 ``hyper.<name>``       a float32 scalar (shape ``[]``), input of ``train.onnx``

@@ -115,7 +115,7 @@ def _lora(rank: int | None, alpha: float | None, targets: Sequence[str], train: 
     "--clip", type=float, default=None, help="Clip gradients; default of their largest global norm, 0 is off."
 )
 @click.option("--proximal", is_flag=True, help="Take the proximal term of FedProx as an input.")
-@click.option("--control", is_flag=True, help="Take the control variates of SCAFFOLD as inputs.")
+@click.option("--control", is_flag=True, help="Take the control variates of SCAFFOLD and FedDyn as inputs.")
 @click.option("--freeze", multiple=True, help="Pattern of parameters that stay fixed, as features.*; repeatable.")
 @click.option("--train-only", type=click.Choice(["bias"]), default=None, help="Train biases only.")
 @click.option("--last", type=int, default=None, help="Train only the last so many modules that have parameters.")

@@ -45,7 +45,6 @@ ALGORITHM = Algorithm(
     make=lambda options, local: fedavg(),
     options=Dynamic,
     needs=(CORRECTION,),
-    mean=True,
     method="feddyn",
     exported=("control", "proximal"),
     hypers=lambda options: {"mu": options.alpha},

@@ -62,7 +62,6 @@ ALGORITHM = Algorithm(
     options=Everyone,
     needs=(DISTANCE,),
     least=lambda local: {DISTANCE: 0.99 * local.learning_rate * min(local.distance(1), local.distance(2))},
-    mean=True,
     method="scaffold",
     exported=("control",),
     variates=lambda options: scaffold(options.clients),

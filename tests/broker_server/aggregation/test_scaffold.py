@@ -59,14 +59,15 @@ BEST = float(CURVATURES @ OPTIMA / CURVATURES.sum())
 """Of the mean of ``a_i / 2 (x - b_i)^2``."""
 
 
-def played(rounds: int, corrected: bool, who: int = 3) -> float:
+def played(rounds: int, corrected: bool, who: int = 3, weights: tuple[float, ...] = (1, 1, 1)) -> float:
     """Where rounds of uneven quadratics lead, of ``who`` clients each: 5 local steps of 0.05."""
     rng, kept = np.random.default_rng(0), scaffold(3)
     state, own, x = kept.init(1), [None] * 3, vector(0.0)
     for _ in range(rounds):
         control = kept.control(state)
         moved, updates = [], []
-        for client in rng.permutation(3)[:who]:
+        chosen = rng.permutation(3)[:who]
+        for client in chosen:
             pull = variates.scaffold(own[client], control) if corrected else vector(0.0)
             y = x.copy()
             for _ in range(5):
@@ -75,7 +76,8 @@ def played(rounds: int, corrected: bool, who: int = 3) -> float:
             moved.append(y - x)
             updates.append((y - x, report(0.25)))
         side = added(kept, updates)
-        direction, state = kept.step(state, np.mean(moved, axis=0), side, control)
+        mean = np.average(moved, axis=0, weights=[weights[client] for client in chosen]).astype(np.float32)
+        direction, state = kept.step(state, mean, side, control)
         x = x + direction
     return float(x[0])
 
@@ -83,6 +85,11 @@ def played(rounds: int, corrected: bool, who: int = 3) -> float:
 @pytest.mark.parametrize("who", [3, 2, 1])
 def test_uneven_quadratics_come_to_their_optimum(who):
     assert played(300, corrected=True, who=who) == pytest.approx(BEST, abs=1e-4)
+
+
+@pytest.mark.parametrize("who", [3, 2])
+def test_weights_change_the_way_and_not_where_it_leads(who):
+    assert played(400, corrected=True, who=who, weights=(1, 5, 2)) == pytest.approx(BEST, abs=1e-3)
 
 
 def test_fedavg_with_the_same_steps_stays_off():
