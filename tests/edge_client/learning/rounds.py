@@ -1,6 +1,5 @@
 """Rounds of a few clients with a mean for a server: the worker's side is real, and nothing is rounded on the way."""
 
-import msgspec
 import numpy as np
 import torch
 from torch import nn
@@ -162,8 +161,3 @@ def sources(count, rows=20):
         data["y"] = (data["y"] + number) % CLASSES
         found.append(ArraySource(data))
     return found
-
-
-def structs_plan(asked, **changes):
-    """The plan with other fields."""
-    return msgspec.structs.replace(asked, **changes)

@@ -1,19 +1,29 @@
 """Personal layers, Ditto and fine-tuning against PyTorch; what stays on the device stays there, through power cuts."""
 
+import contextlib
+
 import msgspec
 import numpy as np
 import pytest
 import torch
 
+from edge_client import events as e
 from edge_client.bundle import Bundle
+from edge_client.codec.model import untrained
 from edge_client.codec.update import decode_scalars, decode_update
+from edge_client.data import ArraySource
 from edge_client.errors import BundleError
 from edge_client.learning.own import DITTO, LAYERS, OwnModel, remembered_layers, remembered_model
 from edge_client.manifest import update_layouts
 from edge_client.predict import Model as Predictor
 from edge_client.shelf import Shelf
-from edge_client.store import Store
+from edge_client.store import FileCopies, Store
+from edge_client.trainer import Trainer
+from edge_client.wire import messages as m
+from edge_client.worker import Worker
 from tests.edge_client.learning.rounds import Reference, Rounds, exported, personal, plan, sources
+from tests.edge_client.test_store import Faults, PowerCut
+from tests.toy import toy_bundle, toy_data
 
 NEAR = {"rtol": 1e-5, "atol": 2e-6}
 
@@ -34,10 +44,6 @@ def assert_equal(found, expected, names):
     assert set(found) == set(names)
     for name in names:
         np.testing.assert_allclose(found[name], expected[name].numpy(), **NEAR, err_msg=name)
-
-
-def is_number(name):
-    return not name.endswith("num_batches_tracked")
 
 
 def mean(states, names):
@@ -334,3 +340,57 @@ def test_a_bundle_made_personal_at_export_or_by_the_server_has_the_same_bytes(ne
     roles = {parameter.name: parameter.role for parameter in bundle.manifest.parameters}
     assert {name for name, role in roles.items() if role == "personal"} == HEAD | {"norm.weight", "norm.bias"}
     assert {name for name, role in roles.items() if role == "personal-buffer"} == NORM - {"norm.weight", "norm.bias"}
+
+
+def career(folder, data, asked, came, trainer):
+    """A client's tasks from where its store is, one number for each as it begins; ``came`` has what the server got."""
+    bundle = trainer.bundle
+    store = Store(folder, durable=False)
+    source = ArraySource(toy_data(16, seed=1))
+    client = Worker("pi", source, source, store, FileCopies(folder))
+    if store.held().bundle == bytes(32):
+        store.install(bytes.fromhex(bundle.digest), data)
+    pending = store.held().pending
+    if pending is not None:
+        came.setdefault(pending.task, pending.update)
+        store.settle(1, pending.task, recorded=True)
+    model = untrained(bundle.layout, bundle.initial_buffers())
+    for number in range(1, 4):
+        if number in came:
+            continue
+        update = m.UpdatePlan("none", feedback="none")
+        invitation = m.Invitation(1, number, number, "train", asked, update, 5, 60.0, 0, 0, model.digest(), None)
+        answer = client.perform(e.Work(invitation, None), trainer, lambda: False)
+        assert isinstance(answer, e.Finished), answer
+        came[number] = answer.update
+        store.settle(1, number, recorded=True)
+
+
+@pytest.mark.parametrize("method", ["layers", "ditto"])
+def test_a_power_cut_at_any_file_operation_changes_no_bit_of_what_a_device_has_for_itself(tmp_path, method):
+    plain = toy_bundle(hidden=4, proximal=True, buffer=True)
+    data = personal(plain, "weight", "bias", "mean") if method == "layers" else plain
+    trainer = Trainer(Bundle.from_bytes(data))
+    own = {"head_epochs": 1} if method == "layers" else {"method": "ditto", "pull": 0.5}
+    asked = m.TrainPlan(steps=1, batch_size=8, personal=m.PersonalPlan(**own))
+
+    def run(name, cut):
+        came, faults = {}, None
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Faults(patch, cut)
+            with contextlib.suppress(PowerCut):
+                career(tmp_path / name, data, asked, came, trainer)
+        career(tmp_path / name, data, asked, came, trainer)
+        store = Store(tmp_path / name)
+        # Seconds differ from run to run.
+        deltas = [decode_update(came[n], update_layouts(trainer.bundle.manifest)).vectors for n in range(1, 4)]
+        return deltas, store.recall(method), faults.count
+
+    deltas, kept, steps = run("whole", -1)
+    assert steps > 20
+    assert kept is not None
+    for cut in range(steps):
+        found, has, _ = run(str(cut), cut)
+        assert has == kept, cut
+        for one, other in zip(found, deltas, strict=True):
+            assert {n: v.tobytes() for n, v in one.items()} == {n: v.tobytes() for n, v in other.items()}, cut
