@@ -89,10 +89,10 @@ def write_artifacts(
     Args:
         folder: where the files go, such as ``state/models/best``.
         bundle: the bundle that was trained.
-        vector: the trained model, ``[layout.size] float32``.
+        vector: the trained model, ``[trained.size] float32``.
         data: held-out data. It calibrates the static 8-bit model, which there is none of without it, and says how good
             each model is.
-        buffers: the trained buffers, flat float32; the bundle's own when not given.
+        buffers: the trained buffers, ``[tracked.size] float32``; the bundle's own when not given.
         about: facts for the report, such as version and round.
         threads: threads to measure with.
 
@@ -139,17 +139,17 @@ def check_folder(folder: Path) -> None:
 
 
 def named_tensors(bundle: Bundle, vector: Vector, buffers: Vector | None = None) -> dict[str, Array]:
-    """All parameters by name, each of its own shape and dtype, with the trainable ones taken from ``vector``.
+    """All parameters by name, each of its own shape and dtype, with those that are trained taken from ``vector``.
 
     Raises:
         CodecError: ``vector`` or ``buffers`` is of another size or dtype.
     """
     manifest = bundle.manifest
     tensors = {name: np.ascontiguousarray(array) for name, array in bundle.weights.items()}
-    tensors.update(manifest.layout().views(vector))
+    tensors.update(bundle.trained.views(vector))
     if buffers is not None:
         dtypes = {parameter.name: parameter.dtype for parameter in manifest.parameters}
-        for name, view in manifest.layout("buffer").views(buffers).items():
+        for name, view in bundle.tracked.views(buffers).items():
             tensors[name] = view.astype(dtypes[name])
     return tensors
 
@@ -165,7 +165,8 @@ def read_report(folder: Path) -> Report | None:
 def read_tensors(path: Path, bundle: Bundle) -> tuple[Vector, Vector]:
     """Trained weights for ``bundle`` from a safetensors file, such as ``global.safetensors``: parameters and buffers.
 
-    Both are flat float32; buffers that the file does not have are the bundle's own.
+    Both are float32, ``[trained.size]`` and ``[tracked.size]``; buffers and personal parameters that the file does not
+    have are the bundle's own.
 
     Raises:
         BundleError: the file cannot be read, lacks a parameter, or holds one of another shape.
@@ -188,7 +189,7 @@ def read_tensors(path: Path, bundle: Bundle) -> tuple[Vector, Vector]:
     values = {**bundle.weights, **given}
     vector, buffers = (
         layout.flatten({t.name: np.asarray(values[t.name], np.float32) for t in layout.tensors})
-        for layout in (bundle.layout, bundle.manifest.layout("buffer"))
+        for layout in (bundle.trained, bundle.tracked)
     )
     return vector, buffers
 

@@ -217,7 +217,8 @@ def deploy(bundle: Path, weights: Path | None, data: str | None, threads: int, o
     output = output.resolve()
     check_folder(output)
     console, opened = Console(highlight=False), Bundle.open(bundle)
-    vector, buffers = (opened.initial(), opened.initial_buffers()) if weights is None else read_tensors(weights, opened)
+    first = opened.first(opened.trained), opened.first(opened.tracked)
+    vector, buffers = first if weights is None else read_tensors(weights, opened)
     source = None if data is None else open_data(data, opened.manifest)
     _show(console, write_artifacts(output, opened, vector, data=source, buffers=buffers, threads=threads), str(output))
 

@@ -82,10 +82,11 @@ def table(rounds: Sequence[RoundRow], *, metric: str = "accuracy", title: str | 
 
     shown = Table(title=title, show_footer=True, header_style="bold", footer_style="bold")
     up, down = (sum(getattr(row, name) for row in rounds) for name in ("bytes_up", "bytes_down"))
-    found = {name for row in rounds for name in row.metrics}
-    values = {metric: metric} | beside(metric, found)
+    values = {metric: metric} | beside(metric, {name for row in rounds for name in row.metrics})
     own = "personal_" + metric.removeprefix("client_")
-    values |= {own: "personal"} | beside(own, found) if own in found else {}
+    # Where layers are personal both are of the same model.
+    if any(row.metrics[own] != row.metrics.get(metric) for row in rounds if own in row.metrics):
+        values[own] = "personal"
     last = {name: next((row.metrics[name] for row in reversed(rounds) if name in row.metrics), None) for name in values}
     columns = {
         "round": str(len(rounds)),

@@ -235,12 +235,19 @@ class Worker:
         data = self._held_out.source if self._held_out is not None else None
         reports = {}
         for name, version in (("best", best), ("last", self._publication.version)):
-            vector = self._publication.parameters(version)
             about: dict[str, str | int | float] = {"version": version, **self._absent()}
             folder = self._state / "models" / name
-            buffers = self._publication.buffers(version)
+            vector, buffers = self._whole(version)
             reports[str(folder)] = write_artifacts(folder, self.bundle, vector, data=data, buffers=buffers, about=about)
         return reports
+
+    def _whole(self, version: int) -> tuple[Vector, Vector]:
+        """Parameters and buffers of a version; those that stay on the clients are as in the bundle."""
+        bundle = self.bundle
+        vector, buffers = bundle.first(bundle.trained), bundle.first(bundle.tracked)
+        bundle.trained.insert(vector, bundle.layout, self._publication.parameters(version))
+        bundle.tracked.insert(buffers, bundle.manifest.layout("buffer"), self._publication.buffers(version))
+        return vector, buffers
 
     def _absent(self) -> dict[str, str]:
         """What a model of the server says of the layers that stay on the clients."""

@@ -69,7 +69,7 @@ def measure(
     board = board or Board()
     trainer = Trainer(bundle, threads=threads)
     source = NoiseSource(bundle.manifest, max(_SAMPLES, batch_size))
-    trainer.train(bundle.initial(), source, TrainPlan(steps=_WARM, batch_size=batch_size), seed=0)
+    trainer.train(bundle.first(bundle.trained), source, TrainPlan(steps=_WARM, batch_size=batch_size), seed=0)
     before = board.degrees()
     heat, power = [] if before is None else [before], []
     deadline, look = time.perf_counter() + seconds, 0.0
@@ -86,13 +86,13 @@ def measure(
         return now >= deadline
 
     plan = TrainPlan(steps=10_000_000, batch_size=batch_size)
-    result = trainer.train(bundle.initial(), source, plan, seed=0, stop=over)
+    result = trainer.train(bundle.first(bundle.trained), source, plan, seed=0, stop=over)
     rate = result.steps / result.seconds
     mean = sum(power) / len(power) if power else None
     return Benchmark(
         board=board.model(),
         bundle=bundle.manifest.name,
-        parameters=bundle.layout.size,
+        parameters=bundle.trained.size,
         batch_size=batch_size,
         threads=threads,
         onnxruntime=runtime.VERSION,

@@ -5,7 +5,9 @@ import asyncio
 import msgspec
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from broker_server.artifacts import named_tensors, read_tensors
 from broker_server.config import Federation, load
 from broker_server.personal import Personal, check_personal, personal_plan, publishable
 from broker_server.report import table
@@ -185,9 +187,26 @@ def test_layers_that_stay_leave_no_trace_on_the_server_and_each_client_is_measur
             secret = head[at : at + 2].tobytes()
             assert secret not in ledger
             assert secret not in models
+    assert "personal" not in [column.header for column in table(result.rounds).columns]
     report = msgspec.json.decode((tmp_path / "state" / "models" / "last" / "report.json").read_bytes())
     assert report["about"]["personal"] == "untrained here, as in the bundle: weight, bias"
     assert report["samples"] == 0
+
+
+def test_the_weights_of_a_device_make_a_whole_model(tmp_path):
+    bundle = Bundle.from_bytes(OWN)
+    mine = {name: np.ascontiguousarray(value) for name, value in bundle.weights.items()}
+    mine |= {name: mine[name] + np.float32(1) for name in ("weight", "hidden.bias", "mean")}
+    safetensors.numpy.save_file(mine, tmp_path / "weights.safetensors")
+    vector, buffers = read_tensors(tmp_path / "weights.safetensors", bundle)
+    found = named_tensors(bundle, vector, buffers)
+    assert set(found) == set(mine)
+    for name, value in mine.items():
+        np.testing.assert_array_equal(found[name], value)
+    del mine["weight"]
+    safetensors.numpy.save_file(mine, tmp_path / "shared.safetensors")
+    vector, buffers = read_tensors(tmp_path / "shared.safetensors", bundle)
+    np.testing.assert_array_equal(named_tensors(bundle, vector, buffers)["weight"], bundle.weights["weight"])
 
 
 def test_a_model_of_its_own_is_measured_beside_the_one_of_all(tmp_path):
@@ -196,5 +215,6 @@ def test_a_model_of_its_own_is_measured_beside_the_one_of_all(tmp_path):
     for figure in FIGURES:
         assert {"personal_accuracy" + figure, "client_accuracy" + figure} <= set(metrics)
     assert metrics["personal_accuracy"] > metrics["client_accuracy"] + 0.1
-    headings = [column.header for column in table(result.rounds).columns]
-    assert headings.index("accuracy") < headings.index("personal")
+    shown = {column.header: list(column.cells)[-1] for column in table(result.rounds).columns}
+    assert shown["accuracy"] == f"{metrics['accuracy']:.4f}"
+    assert shown["personal"] == f"{metrics['personal_accuracy']:.4f}"

@@ -7,14 +7,22 @@ import sys
 import pytest
 
 from edge_client.bench import NoiseSource, measure
-from edge_client.bundle import Bundle
+from edge_client.bundle import Bundle, with_manifest
 from edge_client.data import check
+from edge_client.manifest import with_personal
 from edge_client.service.board import Board
 from tests.toy import toy_bundle
 
 DATA = toy_bundle(hidden=8, momentum=True)
 BUNDLE = Bundle.from_bytes(DATA)
 PROGRAM = [sys.executable, "-c", "from edge_client.cli import main; main()", "bench"]
+
+
+def test_a_bundle_with_personal_layers_is_measured_whole(tmp_path):
+    data = with_manifest(toy_bundle(hidden=8), lambda manifest: with_personal(manifest, ["hidden.*"]))
+    found = measure(Bundle.from_bytes(data), seconds=0.05, board=Board(tmp_path))
+    assert found.parameters == Bundle.from_bytes(toy_bundle(hidden=8)).layout.size
+    assert found.steps > 0
 
 
 def test_noise_fits_the_bundle():
