@@ -18,6 +18,7 @@ from edge_client.address import Address
 from edge_client.doctor import broker, device, finding
 from edge_client.errors import ConfigError, FedgeError
 from edge_client.feeds.opening import Feeds
+from edge_client.reporting import sharing
 from edge_client.service.board import Board
 from edge_client.service.gate import Gate
 from edge_client.service.notify import Notifier
@@ -131,6 +132,7 @@ INSECURE = click.option("--insecure", is_flag=True, help="Go to another machine'
 @click.option("--spin", is_flag=True, help="Keep the threads awake within a step: faster, and warmer.")
 @click.option("--uplink", default=0.0, help="Bytes a second that the link can send, where known.")
 @click.option("--memory-limit", metavar="MIB", type=click.IntRange(min=1), default=None, help="Train nothing larger.")
+@click.option("--share", default="", help="Tell of the data where asked: labels, features, both with a comma, nothing.")
 @click.option("--once", is_flag=True, help="Leave when the federation has finished.")
 @IDENTITY
 @INSECURE
@@ -146,6 +148,7 @@ def join(
     spin: bool,
     uplink: float,
     memory_limit: int | None,
+    share: str,
     once: bool,
     identity: Path | None,
     insecure: bool,
@@ -171,7 +174,7 @@ def join(
         raise ConfigError(f"--holdout {holdout}: expected 0 or more and less than 1")
     if not 0 <= uplink <= 1e12:
         raise ConfigError(f"--uplink {uplink}: expected bytes a second, 0 where they are not known")
-    folder = state or default_state(name, client)
+    folder, shares = state or default_state(name, client), sharing(share)
     member = _identity(identity or folder / "identity", name, client, required=identity is not None)
     if member is None:
         _check_unsigned(address, folder, insecure=insecure)
@@ -212,6 +215,7 @@ def join(
             remember=remember,
             updater=updater,
             shelf=Shelf(folder / "model", pause=config.model_minutes * 60, wrote=wear.wrote),
+            shares=shares,
         )
         log(f"{client}: joining {name!r} at {address}")
         gate, notifier = Gate(config.training), Notifier(os.environ)

@@ -8,7 +8,7 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -48,6 +48,7 @@ from edge_client.held import NO_HASH, Held, SessionSettings
 from edge_client.inspection import inspect
 from edge_client.learning.own import stored
 from edge_client.manifest import Manifest
+from edge_client.reporting import USUAL
 from edge_client.service.notify import Pulse
 from edge_client.session import ClientSession
 from edge_client.shelf import Shelf
@@ -149,6 +150,8 @@ class Device:
     """Remembers over power cuts which offer was the newest that was believed."""
     shelf: Shelf | None = None
     """Where other programs find the newest model."""
+    shares: Collection[str] = USUAL
+    """What it tells of its data in evaluations, where it is asked (`edge_client.reporting`)."""
     pulse: Pulse = field(default_factory=Pulse)
     """Beats at every training step; pauses them where it is told to."""
     condition: Callable[[], Condition] = Condition
@@ -354,7 +357,7 @@ class Device:
         bundle = self.workshop.open(digest, data)
         train, test = self.open_data(bundle.manifest)
         self._bundle = bundle
-        self._worker = Worker(self.client, train, test, self.store, self.copies, self.shelf)
+        self._worker = Worker(self.client, train, test, self.store, self.copies, self.shelf, self.shares)
         return train.samples
 
     def _resume(self) -> Held:

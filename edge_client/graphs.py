@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_client import runtime
-from edge_client.bundle import EVAL, TRAIN, Bundle
+from edge_client.bundle import EVAL, INFER, TRAIN, Bundle
 from edge_client.codec.layout import Layout, Vector
 from edge_client.data import fill
 from edge_client.errors import BundleError, CodecError, DataError
@@ -207,17 +207,9 @@ class Evaluation:
     """
 
     def __init__(self, bundle: Bundle, vector: Vector, buffers: Vector, threads: int) -> None:
-        manifest, layout = bundle.manifest, bundle.trained
-        layout.check(vector)
-        tensors: dict[str, Array] = dict(bundle.weights)
-        tensors |= layout.views(vector)
-        for tensor, where in bundle.tracked.slices():
-            kind = bundle.weights[tensor.name].dtype
-            tensors[tensor.name] = buffers[where].reshape(tensor.shape).astype(kind)
+        manifest = bundle.manifest
         session = runtime.session(
-            bundle.eval,
-            threads=threads,
-            constants={f"param.{n}": aligned(tensors[n]) for n in manifest.constants[EVAL]},
+            bundle.eval, threads=threads, constants=_constants(bundle, vector, buffers, manifest.constants[EVAL])
         )
         self.sums = {name: np.zeros((), np.float32) for name in ("loss", "count", *manifest.metrics)}
         _expect(EVAL, session, required=[], optional=_features(manifest), results=[f"sum.{name}" for name in self.sums])
@@ -233,6 +225,51 @@ def _elsewhere(layout: Layout, names: Collection[str]) -> dict[str, Array]:
     tensors = [tensor for tensor in layout.tensors if tensor.name in names]
     waste = np.empty(max((tensor.size for tensor in tensors), default=0), np.float32)
     return {tensor.name: waste[: tensor.size].reshape(tensor.shape) for tensor in tensors}
+
+
+class Inference:
+    """``infer.onnx`` for one model, whose weights are constants of the session."""
+
+    def __init__(self, bundle: Bundle, vector: Vector, buffers: Vector, threads: int) -> None:
+        names = bundle.manifest.constants[INFER]
+        self._inputs = bundle.manifest.inputs
+        self._session = runtime.session(
+            bundle.infer, threads=threads, constants=_constants(bundle, vector, buffers, names)
+        )
+
+    def run(self, batch: Mapping[str, object]) -> list[Array]:
+        """The model's outputs for a batch, in the manifest's order, ``[rows, ...]`` each.
+
+        Raises:
+            DataError: the batch does not fit the bundle.
+        """
+        fed = {feature.name: converted(batch, feature) for feature in self._inputs}
+        return runtime.infer(self._session, fed)
+
+
+def converted(batch: Mapping[str, object], feature: Feature) -> Array:
+    """One feature of a batch as the model sees it: ``[rows, *shape]`` of the feature's dtype, new.
+
+    Raises:
+        DataError: it is missing, or does not fit.
+    """
+    given = batch.get(feature.name)
+    rows = len(given) if isinstance(given, np.ndarray) and given.ndim else 0
+    out = np.empty((rows, *feature.shape), feature.dtype)
+    fill(out, given, feature)
+    return out
+
+
+def _constants(bundle: Bundle, vector: Vector, buffers: Vector, names: Iterable[str]) -> dict[str, Array]:
+    """Of the model with these parameters and buffers, what a graph takes as constants."""
+    layout = bundle.trained
+    layout.check(vector)
+    tensors: dict[str, Array] = dict(bundle.weights)
+    tensors |= layout.views(vector)
+    for tensor, where in bundle.tracked.slices():
+        kind = bundle.weights[tensor.name].dtype
+        tensors[tensor.name] = buffers[where].reshape(tensor.shape).astype(kind)
+    return {f"param.{name}": aligned(tensors[name]) for name in names}
 
 
 def aligned(array: Array) -> Array:

@@ -28,6 +28,7 @@ Each ``next.*`` may have the memory of the value that it replaces: in ``train.on
 all others that read that value.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
@@ -67,6 +68,11 @@ class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Integer data (such as uint8 pixels) given for a float32 input is multiplied by this on the device."""
     labels: tuple[str, ...] = ()
     """Names of the classes, where the feature is a class index or a row of class scores."""
+
+    @property
+    def size(self) -> int:
+        """Values of one sample."""
+        return math.prod(self.shape)
 
 
 class Hyper(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

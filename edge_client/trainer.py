@@ -14,9 +14,9 @@ from edge_client import runtime
 from edge_client.bundle import Bundle
 from edge_client.codec.layout import Vector
 from edge_client.course import Clock, Course
-from edge_client.data import DataSource
+from edge_client.data import Array, DataSource
 from edge_client.errors import BundleError, DataError, TrainingError
-from edge_client.graphs import Evaluation, Feed, Step
+from edge_client.graphs import Evaluation, Feed, Inference, Step
 from edge_client.wire.messages import TrainPlan
 
 
@@ -204,6 +204,14 @@ class Trainer:
             for name, value in evaluation.sums.items():
                 sums[name] += value.item()
         return sums
+
+    def predict(
+        self, vector: Vector, source: DataSource, *, batch_size: int = 64, buffers: Vector | None = None
+    ) -> Iterator[tuple[Mapping[str, Array], list[Array]]]:
+        """Each batch of ``source`` as it comes, with the model's outputs for it; arguments and errors as `evaluate`."""
+        inference = Inference(self.bundle, vector, self._buffers(buffers), self._threads)
+        for batch in source.batches(batch_size, seed=None):
+            yield batch, inference.run(batch)
 
     def _hypers(self, plan: TrainPlan) -> dict[str, float]:
         known = self.bundle.manifest.defaults()

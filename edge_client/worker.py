@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from edge_client.learning.local import train
 from edge_client.learning.own import Served
 from edge_client.learning.personal import is_personal
 from edge_client.manifest import update_layouts
+from edge_client.reporting import USUAL, report_layouts
 from edge_client.shelf import Shelf
 from edge_client.store import ModelCopies, Store
 from edge_client.trainer import Trainer
@@ -38,6 +39,8 @@ class Worker:
     copies: ModelCopies
     shelf: Shelf | None = None
     """Where other programs find the model; a phone that is emulated has none."""
+    shares: Collection[str] = USUAL
+    """What it tells of its data in evaluations, where it is asked."""
 
     def perform(self, work: Work, trainer: Trainer, stop: Callable[[], bool]) -> Finished | Failed:
         """Do one task; whatever goes wrong with it becomes the reason of a Failed.
@@ -119,13 +122,16 @@ class Worker:
             self.store.recall,
             stop,
             self.shelf is not None,
+            self.shares,
         )
         return train(task) if invitation.kind == "train" else assess(task)
 
     def _encoded(self, invitation: Invitation, learned: Learned, bundle: Bundle) -> tuple[bytes, bytes | None]:
         """The update, and what its encoding left over: no bytes are nothing, None leaves what there is."""
         if invitation.kind == "evaluate":
-            return encode_update({}, {}, learned.scalars, CodecSettings()).data, None
+            asked = report_layouts(bundle.manifest, invitation.plan.report)
+            layouts = {name: asked[name] for name in learned.vectors}
+            return encode_update(learned.vectors, layouts, learned.scalars, CodecSettings()).data, None
         plan, delta = invitation.update, learned.vectors["delta"]
         layouts = update_layouts(bundle.manifest)
         stored = self.store.residual() if plan.feedback == "residual" else None

@@ -32,6 +32,7 @@ from edge_client.emulator.profile import PhoneProfile, draw_profiles
 from edge_client.errors import DataError
 from edge_client.events import Failed, Finished, Work
 from edge_client.manifest import Manifest
+from edge_client.reporting import sharing
 from edge_client.store import Store
 from edge_client.tls import Tls
 from edge_client.transport import Link, MqttLink
@@ -59,6 +60,8 @@ class FleetSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Name of the array that holds each sample's class, for the splits by label."""
     holdout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of each phone's samples that it evaluates on instead of training."""
+    share: str = ""
+    """What each phone tells of its data where it is asked, as ``labels,features``."""
     seed: int = 0
     slots: Annotated[int, Meta(ge=0)] = 0
     """Phones that train at once; 0 is one for each core."""
@@ -252,6 +255,7 @@ class Fleet:
             voice=voice,
             remember=remember,
             profile=profile,
+            shares=sharing(spec.share),
         )
 
     def _fitting(self, manifest: Manifest) -> Arrays:

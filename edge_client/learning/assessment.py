@@ -2,14 +2,17 @@
 
 from edge_client.learning import personal
 from edge_client.learning.assignment import Assignment, Learned
+from edge_client.learning.disclosure import told
 
 
 def assess(task: Assignment) -> Learned:
     """Evaluate the received model, and the device's own where it has one, on the data that it does not train on.
 
+    What the federation asks for beside it, and the device tells, is about the received model with the device's layers.
+
     Raises:
         DataError: the data does not fit the bundle.
-        TrainingError: the runtime failed.
+        TrainingError: the task was stopped, or the runtime failed.
     """
     own = personal.assembled(task)
     sums = task.trainer.evaluate(own.parameters, task.test, buffers=own.buffers)
@@ -22,4 +25,4 @@ def assess(task: Assignment) -> Learned:
             sums if whole else task.trainer.evaluate(serves.model.parameters, task.test, buffers=serves.model.buffers)
         )
         scalars |= {f"personal.sum.{name}": value for name, value in again.items()}
-    return Learned({}, scalars, serves=serves)
+    return Learned(told(task, own.parameters, own.buffers), scalars, serves=serves)

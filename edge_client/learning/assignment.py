@@ -1,6 +1,6 @@
 """A task as learning sees it: what is to be done with which model and data, and what comes of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from edge_client.bundle import Bundle
@@ -8,6 +8,7 @@ from edge_client.codec.layout import Vector
 from edge_client.codec.model import Model
 from edge_client.data import DataSource
 from edge_client.learning.own import Served
+from edge_client.reporting import USUAL
 from edge_client.trainer import Trainer
 from edge_client.wire.messages import TrainPlan
 
@@ -30,6 +31,8 @@ class Assignment:
     """Asked between steps; once it is true the task ends with a TrainingError."""
     serves: bool = True
     """Whether programs on the device use what it learns: what nobody uses need not be made."""
+    shares: Collection[str] = USUAL
+    """What the device tells of its data where it is asked (`edge_client.reporting`)."""
 
     @property
     def bundle(self) -> Bundle:

@@ -10,6 +10,7 @@ import msgspec
 
 from edge_client.errors import ConfigError
 from edge_client.feeds.drop import Retention
+from edge_client.reporting import sharing
 from edge_client.service.gate import ALWAYS, Gate, Rules
 
 _DAY = 86_400.0
@@ -44,6 +45,9 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, re
     state: str | None = None
     identity: str | None = None
     holdout: float | None = None
+    share: str | None = None
+    """What it tells of its data in evaluations where it is asked: ``labels``, ``features``, both with a comma between
+    them, or ``nothing``."""
     threads: int | None = None
     spin: bool | None = None
     uplink: float | None = None
@@ -73,6 +77,7 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, re
             raise ConfigError(f"{path}: {error}; see README, A fleet of Raspberry Pis") from error
         try:
             Gate(found.training)
+            sharing(found.share or "")
             data = found.data
             if (
                 min(data.quiet, data.keep_mib, data.keep_days, found.stall, found.model_minutes) < 0
@@ -85,9 +90,9 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, re
 
     def options(self) -> dict[str, Any]:
         """What it says of the command line's options, by their names in the program."""
-        names = ("client", "federation", "state", "identity", "holdout", "threads", "spin", "uplink", "memory_limit")
+        names = ("client", "federation", "state", "identity", "holdout", "share", "threads", "spin", "uplink")
         found = {"url": self.broker, "data": self.data.source or None, "insecure": self.insecure}
-        found |= {name: getattr(self, name) for name in names}
+        found |= {name: getattr(self, name) for name in (*names, "memory_limit")}
         return {name: value for name, value in found.items() if value is not None}
 
 

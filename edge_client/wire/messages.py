@@ -67,7 +67,18 @@ class PersonalPlan(Struct, frozen=True, array_like=True):
 
 
 class ReportPlan(Struct, frozen=True, array_like=True):
-    """What a client tells of its data and its model beside sums of metrics."""
+    """What a client is asked to tell in evaluations beside sums of metrics (see `edge_client.reporting`).
+
+    It is asked for; what a client tells is for its owner to say.
+    """
+
+    confusion: bool = False
+    labels: bool = False
+    bins: Annotated[int, Meta(ge=0, le=1000)] = 0
+    """Of the histograms of inputs; 0 asks for none."""
+    low: Annotated[float, Meta(ge=-1e30, le=1e30)] = 0.0
+    high: Annotated[float, Meta(ge=-1e30, le=1e30)] = 1.0
+    """The range that the bins share, in what the model sees."""
 
 
 class TrainPlan(Struct, frozen=True, array_like=True):
