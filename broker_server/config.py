@@ -10,24 +10,26 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from broker_server.analytics import Analytics, Evaluation
 from broker_server.consistency import VALUES, check_together
 from broker_server.metrics import higher_is_better
 from broker_server.personal import Personal
+from broker_server.sections import (
+    Bytes,
+    ClientPattern,
+    Count,
+    Duration,
+    Factor,
+    Option,
+    Positive,
+    Rate,
+    Seconds,
+    Share,
+    Word,
+)
 from broker_server.training import Schedule, Train
 from broker_server.validation import check_keys
 from edge_client.errors import ConfigError
-
-Count = Annotated[int, Meta(ge=0, le=10_000_000)]
-Positive = Annotated[int, Meta(ge=1, le=10_000_000)]
-Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
-Duration = Annotated[float, Meta(ge=0, le=31_536_000)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-Rate = Annotated[float, Meta(gt=0, le=1e12)]
-Factor = Annotated[float, Meta(gt=0, le=1000)]
-Bytes = Annotated[int, Meta(ge=0, le=2**62)]
-ClientPattern = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.*?-]{1,64}\Z")]
-Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,63}\Z")]
-Option = bool | int | float | str
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -62,9 +64,10 @@ class Broker(_Section, frozen=True):
 class Round(_Section, frozen=True):
     """``[round]``: who is asked, how many answers are wanted, and how long the server waits for them."""
 
-    mode: Literal["synchronous", "buffered"] = "synchronous"
+    mode: Literal["synchronous", "buffered", "evaluation"] = "synchronous"
     """Rounds, in which a cohort trains the same version; or none: clients train all the time, each from the version
-    that is the newest when it is asked, and every ``buffer`` updates make the next one."""
+    that is the newest when it is asked, and every ``buffer`` updates make the next one. Or nobody trains: the newest
+    version is evaluated, as ``[evaluation]`` says."""
     cohort: Positive = 10
     """Updates that end the round (the goal count)."""
     over_select: Annotated[float, Meta(ge=1, le=10)] = 1.0
@@ -90,7 +93,7 @@ class Round(_Section, frozen=True):
     @property
     def quorum(self) -> int:
         """Clients that must be there before the first round starts."""
-        return self.clients or (self.cohort if self.mode == "synchronous" else min(self.buffer, self.concurrency))
+        return self.clients or (min(self.buffer, self.concurrency) if self.mode == "buffered" else self.cohort)
 
 
 class Aggregation(_Section, frozen=True):
@@ -153,19 +156,6 @@ class Codec(_Section, frozen=True):
         if not uplink or not self.upload_seconds:
             return 0
         return int(min(max(1.0, uplink * self.upload_seconds), 2.0**34))
-
-
-class Evaluation(_Section, frozen=True):
-    """``[evaluation]``: where and how often the global model is measured."""
-
-    every: Count = 1
-    """Rounds between evaluations; 0 means never."""
-    clients: Count = 0
-    """Clients asked to evaluate; 0 means none."""
-    data: str = ""
-    """An npz file for the server's held-out evaluation; empty means none."""
-    batch_size: Annotated[int, Meta(ge=1, le=65536)] = 256
-    deadline: Seconds = 300.0
 
 
 class Stop(_Section, frozen=True):
@@ -270,6 +260,8 @@ class Simulation(_Section, frozen=True):
     """Share of the samples kept for the server's evaluation where ``evaluation.data`` is empty."""
     holdout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of each phone's samples that it evaluates on instead of training."""
+    share: str = ""
+    """What each phone tells of its data where ``[analytics]`` asks: ``labels``, ``features``, both, or ``nothing``."""
     slots: Annotated[int, Meta(ge=0, le=1024)] = 0
     """Phones that train at once; 0 means one for each core."""
     availability: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -298,6 +290,7 @@ class Federation(_Section, frozen=True):
     server: ServerStep = ServerStep()
     codec: Codec = Codec()
     evaluation: Evaluation = Evaluation()
+    analytics: Analytics = Analytics()
     stop: Stop = Stop()
     transfer: Transfer = Transfer()
     trust: Trust = Trust()
@@ -305,7 +298,7 @@ class Federation(_Section, frozen=True):
     simulation: Simulation = Simulation()
 
 
-S = TypeVar("S", bound=_Section)
+S = TypeVar("S", bound=msgspec.Struct)
 
 
 def load(path: str | Path, overrides: Mapping[str, object] | None = None) -> Federation:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from broker_server.aggregation import registry
 from broker_server.aggregation.algorithm import Everyone
 from broker_server.aggregation.schedules import SPANNING
+from broker_server.analytics import check_analytics
 from broker_server.metrics import BY_CLIENTS
 from edge_client.codec.update import TARGETS
 from edge_client.errors import ConfigError
@@ -37,7 +38,9 @@ def check_together(federation: "Federation") -> None:
     for name in ("bundle", "state"):
         if not getattr(federation.federation, name):
             raise ConfigError(f"federation.{name} is empty; expected a path")
-    _check_mode(rounds)
+    if rounds.mode != "evaluation":
+        _check_mode(rounds)
+    check_analytics(federation)
     if federation.broker.password_file and not federation.broker.username:
         raise ConfigError("broker.password_file is set without broker.username; set both or none")
     _check_rates(federation.codec)
@@ -48,9 +51,9 @@ def check_together(federation: "Federation") -> None:
     if simulation.speed[0] > simulation.speed[1]:
         raise ConfigError(f"simulation.speed is {list(simulation.speed)}; expected [slowest, fastest]")
     if simulation.data:
-        asked = "cohort" if rounds.mode == "synchronous" else "concurrency"
-        for key, wanted in ((asked, getattr(rounds, asked)), ("clients", rounds.clients)):
-            if wanted > simulation.clients:
+        asked = {"synchronous": "cohort", "buffered": "concurrency", "evaluation": "clients"}[rounds.mode]
+        for key in (asked, "clients"):
+            if (wanted := getattr(rounds, key)) > simulation.clients:
                 raise ConfigError(
                     f"round.{key} is {wanted}; expected at most simulation.clients, {simulation.clients}: "
                     "there are no more phones to ask"

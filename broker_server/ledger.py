@@ -1,9 +1,10 @@
 """What the server must not forget: one SQLite file, every commit on the disk before it is acknowledged.
 
 The ledger holds open tasks and the updates recorded for them, the versions of the global model, the rounds' results,
-the topics that are retained on the broker, what clients did wrong, and notes. A crash at any moment leaves the last
-commit; a task and the version made from it change in one transaction, so an update is counted in exactly one version.
-Of closed tasks it remembers the last ones, to answer those who did not hear what became of their updates.
+what evaluations found, the topics that are retained on the broker, what clients did wrong, and notes. A crash at any
+moment leaves the last commit; a task and the version made from it change in one transaction, so an update is counted in
+exactly one version. Of closed tasks it remembers the last ones, to answer those who did not hear what became of their
+updates.
 
 All calls on one ledger come from the thread that opened it.
 """
@@ -303,6 +304,20 @@ class Ledger:
             metrics = {name: math.nan if value is None else value for name, value in stored.items()}
             rounds.append(Round(metrics=metrics, **dict(zip(columns.split(", "), row, strict=True))))
         return rounds
+
+    # -- findings
+
+    def find(self, round_: int, data: bytes) -> None:
+        """Keep what an evaluation found, beside the first findings: those of between are forgotten."""
+        with self.group():
+            self._database.write("INSERT OR REPLACE INTO findings VALUES (?, ?)", round_, data)
+            self._database.write(
+                "DELETE FROM findings WHERE round > (SELECT min(round) FROM findings) AND round < ?", round_
+            )
+
+    def findings(self) -> list[bytes]:
+        """What the first and the newest evaluation found, as it was given."""
+        return [bytes(data) for (data,) in self._database.all("SELECT data FROM findings ORDER BY round")]
 
     # -- misconduct
 

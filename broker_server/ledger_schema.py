@@ -73,4 +73,6 @@ MIGRATIONS: Migrations = (
             seconds REAL NOT NULL
         )""",
     ),
+    # What clients told of their data in evaluations, as JSON.
+    ("CREATE TABLE findings (round INTEGER PRIMARY KEY, data BLOB NOT NULL)",),
 )

@@ -145,6 +145,7 @@ async def _start(settings: Federation, address: Address, data: str, module: str)
         key=simulation.key,
         label=simulation.label,
         holdout=simulation.holdout,
+        share=simulation.share,
         seed=settings.federation.seed,
         slots=simulation.slots,
         speed=simulation.speed,

@@ -8,18 +8,15 @@ from msgspec import Meta
 
 from broker_server.aggregation import registry
 from broker_server.aggregation.schedules import schedule
+from broker_server.analytics import report_plan
 from broker_server.personal import personal_plan
+from broker_server.sections import Count, Duration, Positive, Word
 from edge_client.errors import ConfigError
 from edge_client.manifest import Manifest
 from edge_client.wire.messages import RECEIVED_LOSS, TrainPlan
 
 if TYPE_CHECKING:
     from broker_server.config import Federation  # whose section is here
-
-Count = Annotated[int, Meta(ge=0, le=10_000_000)]
-Positive = Annotated[int, Meta(ge=1, le=10_000_000)]
-Duration = Annotated[float, Meta(ge=0, le=31_536_000)]
-Word = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.]{0,63}\Z")]
 
 _AS_TIME_ALLOWS = 10_000
 _EXPORTED_FOR = {"max_norm": "--clip", "mu": "--proximal", "momentum": "--optimizer momentum"}
@@ -102,6 +99,7 @@ def train_plan(settings: "Federation", round_: int, run: int = 0) -> TrainPlan:
         patience=train.patience,
         run=run,
         personal=personal_plan(settings.personal),
+        report=report_plan(settings),
     )
 
 

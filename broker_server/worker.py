@@ -10,10 +10,11 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from broker_server import events as e
 from broker_server.aggregation.buffers import BufferAggregator
@@ -21,9 +22,11 @@ from broker_server.aggregation.gathering import Gathering
 from broker_server.aggregation.weighting import Report as Contribution
 from broker_server.algorithms import aggregator, needs, server_optimizer, stage, variates
 from broker_server.artifacts import Report, write_artifacts
+from broker_server.claims import checked_samples, trained
 from broker_server.config import Federation
 from broker_server.database import Lock
 from broker_server.evaluation import HeldOut
+from broker_server.findings import FOLDER, Collection, write_findings
 from broker_server.ledger import BEST, Ledger
 from broker_server.personal import check_personal
 from broker_server.publication import Publication
@@ -37,12 +40,11 @@ from edge_client.manifest import update_layouts
 from edge_client.wire import transfer
 from edge_client.wire.messages import BlobRef
 
+Arrays = Mapping[str, npt.NDArray[Any]]
 _MODE = "mode"
 """The note that holds the ``round.mode`` of the open tasks, and what their updates must say."""
 _RUN = "run"
 """The note that holds the first epoch of the ledger, which names what is trained in it."""
-_SAMPLES_LIMIT = 2**29
-"""More samples than this of one client are refused: their product with an update would not be exact any more."""
 _FLEET = "fleet"
 """The note that holds how many clients there were."""
 _ISSUED = "issued"
@@ -101,7 +103,9 @@ class Worker:
             self._state,
             None if kept is None else kept.factor,
         )
-        self.spool = Spool(self._state / "uploads", limit=max_update_bytes(self._layouts))
+        self._collection = Collection(settings, self.bundle.manifest)
+        self._limit = max(max_update_bytes(self._layouts), self._collection.limit)
+        self.spool = Spool(self._state / "uploads", limit=self._limit)
         self._tasks: dict[tuple[int, int], Task] = {}
         self._blobs: dict[bytes, bytes] = {}
         self._files: dict[bytes, Path] = {}
@@ -121,7 +125,7 @@ class Worker:
             version=self._publication.version,
             digest=self._publication.digest,
             bundle=self._blob(self._bundle_bytes),
-            update_limit=max_update_bytes(self._layouts),
+            update_limit=self._limit,
             last_task=self._ledger.last_task(),
             rounds=rounds,
             unfinished=self._ledger.unfinished(),
@@ -201,11 +205,16 @@ class Worker:
             case e.Adopt(ref, path):
                 self._files[ref.sha256] = Path(path)
             case e.FinishRound(result, best, fleet):
+                found = self._collection.finish(result.round, result.version)
                 with self._ledger.group():
                     self._ledger.put(_FLEET, str(fleet))
                     self._ledger.finish_round(result)
                     if best:
                         self._ledger.put(BEST, str(result.version))
+                    if found is not None:
+                        self._ledger.find(result.round, msgspec.json.encode(found))
+                if found is not None:
+                    write_findings(self._state / FOLDER, found)
             case _:
                 raise AssertionError(f"{action} is not for the worker")
         return None
@@ -294,37 +303,40 @@ class Worker:
         client: str,
         samples: int,
         scalars: Mapping[str, float],
-        vectors: Mapping[str, Vector],
+        vectors: Arrays,
     ) -> None:
         if "delta" in vectors:
             # The version grows only when a sum is finished: a replay finds the same staleness.
             age = self._publication.version - self._tasks[identity].version
             self._gathering.add(identity, Contribution(client, samples, scalars, age), vectors)
+        else:
+            self._collection.add(vectors)
 
-    def _decode(self, data: bytes, task: Task) -> tuple[int, dict[str, float], dict[str, Vector]]:
-        """Samples, scalars and, of a training task, the vectors of an update.
+    def _decode(self, data: bytes, task: Task) -> tuple[int, dict[str, float], Arrays]:
+        """Samples, scalars and vectors of an update; those of an evaluation are counts.
 
         Raises:
             CodecError: it is damaged, is for another bundle, is not finite or counts no samples.
         """
-        update = decode_update(data, self._layouts if task.kind == "train" else {})
-        samples = update.scalars.get("samples", 0.0)
-        if not 1 <= samples < _SAMPLES_LIMIT:
-            raise CodecError(f"update counts {samples:g} samples; expected 1 to {_SAMPLES_LIMIT - 1}")
+        if task.kind == "evaluate":
+            return self._collection.read(data)
+        update = decode_update(data, self._layouts)
+        samples = checked_samples(update.scalars.get("samples", 0.0))
         for vector in update.vectors.values():
             highest = float(np.abs(vector).max(initial=0.0))
             if not highest < _VALUE_LIMIT:
                 found = f"values up to {highest:.1e}" if math.isfinite(highest) else "NaN or infinite values"
                 raise CodecError(f"update holds {found}: training diverged; a lower learning rate may help")
         finite = {name: value for name, value in update.scalars.items() if math.isfinite(value)}
-        for name, least in self._needs.items() if task.kind == "train" else ():
-            told = finite.get(name, -1.0)
-            if told and not least <= told <= _VALUE_LIMIT:
+        for name, least in self._needs.items():
+            value = finite.get(name, -1.0)
+            if value and not least <= value <= _VALUE_LIMIT:
                 raise CodecError(
                     f"update says {update.scalars.get(name, 'nothing')} of its {name}; expected {least:g} to "
                     f"{_VALUE_LIMIT:g}, which {self._settings.aggregation.algorithm} needs: update fedge on the device"
                 )
-        return self._settings.limits.count(int(samples)), finite, update.vectors
+        told = trained(finite, samples, self.bundle.manifest)
+        return self._settings.limits.count(samples), told, update.vectors
 
     def _bound(self, vectors: Mapping[str, Vector]) -> None:
         """Refuse an update that would pull the model of all too far.

@@ -23,6 +23,8 @@ from edge_client.wire.messages import ReportPlan
 
 CONFUSION, LABELS, FEATURES = "confusion", "labels", "features"
 NOTHING = "nothing"
+HELD = "samples.held"
+"""The scalar of an update that says how many samples the labels and features are of: those that it trains on."""
 USUAL = frozenset({CONFUSION})
 """What a device tells of its data unless it is told otherwise, where it is asked; metrics it tells always."""
 MOST_CLASSES = 1000

@@ -31,6 +31,7 @@ SERVER = {
     "edge_client.doctor",
     "edge_client.events",
     "edge_client.partial",
+    "edge_client.reporting",
     "edge_client.terminal",
     "edge_client.tls",
     "edge_client.trainer",

@@ -257,6 +257,15 @@ def decode_scalars(data: bytes) -> dict[str, float]:
     return _read_header(Reader(data, "update")).scalars
 
 
+def vector_names(data: bytes) -> frozenset[str]:
+    """The names of the vectors that an update says it has, without a look at them.
+
+    Raises:
+        CodecError: the header is damaged or of another version.
+    """
+    return frozenset(_read_header(Reader(data, "update")).vectors)
+
+
 def max_update_bytes(layouts: Mapping[str, Layout]) -> int:
     """No update for these layouts is longer: refuse what is, before receiving it."""
     return len(MAGIC) + 1 + 3 + HEADER_LIMIT + sum(4 * layout.size for layout in layouts.values())

@@ -3,6 +3,7 @@
 from edge_client.learning import personal
 from edge_client.learning.assignment import Assignment, Learned
 from edge_client.learning.disclosure import told
+from edge_client.reporting import CONFUSION, HELD
 
 
 def assess(task: Assignment) -> Learned:
@@ -25,4 +26,7 @@ def assess(task: Assignment) -> Learned:
             sums if whole else task.trainer.evaluate(serves.model.parameters, task.test, buffers=serves.model.buffers)
         )
         scalars |= {f"personal.sum.{name}": value for name, value in again.items()}
-    return Learned(told(task, own.parameters, own.buffers), scalars, serves=serves)
+    vectors = told(task, own.parameters, own.buffers)
+    if vectors.keys() - {CONFUSION}:
+        scalars[HELD] = float(task.train.samples)
+    return Learned(vectors, scalars, serves=serves)

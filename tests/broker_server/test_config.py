@@ -103,10 +103,17 @@ model_noise = 0.1
 "pi-*" = 0.05
 [evaluation]
 every = 5
-clients = 3
+clients = 30
 data = "test.npz"
 batch_size = 512
 deadline = 30
+confusion = true
+period = 3600
+[analytics]
+labels = true
+features = 20
+range = [-3, 3]
+least = 15
 [stop]
 rounds = 50
 metric = "loss"
@@ -143,6 +150,7 @@ key = "writer"
 label = "digit"
 test_fraction = 0.1
 holdout = 0.2
+share = "labels,features"
 slots = 2
 availability = 0.5
 dropout = 0.1
@@ -187,7 +195,10 @@ BAD = {
         '[round]\nmode = "buffered"\nminimum = 2',
         r'round\.minimum is 2 and means nothing with round\.mode = "buffered"; remove it, or',
     ),
-    "no such mode": ('[round]\nmode = "async"', r'round\.mode is \'async\'; expected one of "buffered", "synchronous"'),
+    "no such mode": (
+        '[round]\nmode = "async"',
+        r'round\.mode is \'async\'; expected one of "buffered", "evaluation", "synchronous"',
+    ),
     "growing with age": ('[round]\nmode = "buffered"\nstaleness = -1', r"round\.staleness is -1; .* from 0 to 100"),
     "more at once than phones": (
         '[round]\nmode = "buffered"\nconcurrency = 9\n[simulation]\nclients = 5\ndata = "d.npz"',
@@ -363,6 +374,27 @@ BAD = {
     "nobody to measure": (
         '[evaluation]\ndata = "test.npz"\n[stop]\nmetric = "client_accuracy_worst"\ntarget = 0.9',
         r"stop\.metric is 'client_accuracy_worst', which clients measure.*set evaluation\.clients",
+    ),
+    "nobody to count": (
+        "[evaluation]\nconfusion = true",
+        r"evaluation\.confusion is asked of evaluation\.clients, 0; expected at least 10 clients.*analytics\.least",
+    ),
+    "too few to count": (
+        "[evaluation]\nclients = 20\n[analytics]\nlabels = true\nleast = 21",
+        r"analytics\.labels is asked of evaluation\.clients, 20; expected at least 21 clients",
+    ),
+    "never counted": (
+        "[evaluation]\nclients = 20\nevery = 0\n[analytics]\nfeatures = 8",
+        r"analytics\.features is asked for and evaluation\.every is 0",
+    ),
+    "empty range": ("[analytics]\nrange = [1, 1]", r"analytics\.range is \[1\.0, 1\.0\]; expected \[lowest, highest\]"),
+    "nothing to share": (
+        '[simulation]\nshare = "faces"',
+        r"simulation\.share is 'faces'; expected labels, features, both with a comma, or nothing",
+    ),
+    "nobody evaluates": (
+        '[round]\nmode = "evaluation"',
+        r"nobody evaluates; set evaluation\.clients or evaluation\.data",
     ),
     "not TOML": ("[round\n", r"is not TOML: .*line 4"),
 }

@@ -20,6 +20,7 @@ from edge_client.codec.update import CodecSettings, encode_update
 from edge_client.data import ArraySource
 from edge_client.errors import BundleError
 from edge_client.manifest import update_layouts
+from edge_client.reporting import report_layouts
 from edge_client.store import FileCopies, Store
 from edge_client.trainer import Trainer
 from edge_client.wire import messages as m
@@ -30,6 +31,7 @@ from tests.toy import toy_bundle, toy_data
 
 DATA = toy_bundle(buffer=True)
 BUNDLE = Bundle.from_bytes(DATA)
+EVALUATION = Task(epoch=1, task=1, round=1, kind="evaluate", version=0, cohort=("a",), plan=b"", opened=0.0)
 SEEDS = st.integers(0, 2**32)
 
 
@@ -62,6 +64,42 @@ def server(tmp_path_factory):
     worker.perform(e.OpenTask(task))
     yield worker
     worker.close()
+
+
+@pytest.fixture(scope="module")
+def evaluating(tmp_path_factory):
+    """The server's worker with an open evaluation that asks for everything."""
+    sections = {
+        "federation": {"name": "toys", "bundle": "b", "state": str(tmp_path_factory.mktemp("evaluating"))},
+        "evaluation": {"clients": 1, "confusion": True},
+        "analytics": {"labels": True, "features": 4, "least": 1},
+    }
+    worker = ServerWorker(msgspec.convert(sections, Federation), DATA)
+    worker.start()
+    worker.perform(e.OpenTask(EVALUATION))
+    yield worker
+    worker.close()
+
+
+def counts() -> bytes:
+    """A valid update of an evaluation, whose counts may be changed into any others."""
+    layouts = report_layouts(BUNDLE.manifest, m.ReportPlan(True, True, 4))
+    rows = {"confusion": np.eye(3), "labels": np.array([1, 2, 3]), "features": np.zeros((4, 10))}
+    vectors = {name: array.astype(np.float32).ravel() for name, array in rows.items()}
+    return encode_update(vectors, layouts, {"samples": 9, "samples.held": 9, "sum.count": 9}, CodecSettings()).data
+
+
+@settings(max_examples=150, deadline=None)
+@given(SEEDS)
+def test_counts_that_are_none_are_refused_and_their_sums_stay_counts(evaluating, seed):
+    before = dict(evaluating._collection._clients)
+    answer = evaluating.perform(e.Record(1, 1, f"x{seed}", changed(counts(), seed)))
+    assert isinstance(answer, e.Refused | e.Recorded)
+    if isinstance(answer, e.Refused):
+        assert evaluating._collection._clients == before
+    for name, sums in evaluating._collection._sums.items():
+        assert sums.dtype == np.int64
+        assert 0 <= sums.min() <= sums.max() < 2**34 * evaluating._collection._clients[name]
 
 
 def update() -> bytes:
