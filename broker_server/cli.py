@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,8 @@ from broker_server.artifacts import Report, check_folder, read_report, read_tens
 from broker_server.config import Federation, load
 from broker_server.connection import broker, hush, keys, server_link
 from broker_server.entrance import enter
+from broker_server.findings import Findings
+from broker_server.findings_table import lines, read_findings, tables
 from broker_server.fleet import FleetCare
 from broker_server.ledger import BEST, Ledger
 from broker_server.records import Round, Task
@@ -39,18 +41,22 @@ from edge_client.transport import Link, MqttLink
 _FAULTS = 10
 """The latest things that clients did wrong, as many as are shown."""
 _FILE = click.argument("file", type=click.Path(path_type=Path))
+_EVALUATE = click.option(
+    "--evaluate", is_flag=True, help='Nobody trains: clients evaluate the newest version (round.mode = "evaluation").'
+)
 _INSECURE = click.option("--insecure", is_flag=True, help="Go to another machine's broker without TLS.")
 
 
 @click.command()
 @_FILE
+@_EVALUATE
 @_INSECURE
-def serve(file: Path, insecure: bool) -> None:
+def serve(file: Path, evaluate: bool, insecure: bool) -> None:
     """Run a federation: broker and server.
 
     FILE is the federation's TOML file. Stopped and started again, the server goes on where it was.
     """
-    settings, console = load(file), Console(stderr=True, highlight=False)
+    settings, console = load(file, _mode(evaluate)), Console(stderr=True, highlight=False)
 
     log = _logger(console)
 
@@ -88,6 +94,7 @@ def serve(file: Path, insecure: bool) -> None:
 @click.option("--clients", type=click.IntRange(1), default=None, help="Emulated phones; replaces simulation.clients.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a setting, as stop.rounds=5.")
 @click.option("--json", "path", type=click.Path(path_type=Path), default=None, help="Write the results here.")
+@_EVALUATE
 @_INSECURE
 @click.option(
     "--sweep", "sweep_file", type=click.Path(path_type=Path), default=None, help="Run all that this file says."
@@ -104,6 +111,7 @@ def simulate(
     clients: int | None,
     overrides: tuple[str, ...],
     path: Path | None,
+    evaluate: bool,
     insecure: bool,
     sweep_file: Path | None,
     output: Path | None,
@@ -117,7 +125,7 @@ def simulate(
     FILE is the federation's TOML file; its [simulation] section describes the phones and their data. With --sweep it
     is run with many settings and seeds; what is done already is not done again.
     """
-    replaced = dict(_override(text) for text in overrides)
+    replaced = dict(_override(text) for text in overrides) | _mode(evaluate)
     if clients is not None:
         replaced["simulation.clients"] = clients
     if sweep_file is not None:
@@ -139,6 +147,7 @@ def simulate(
             "remove that folder to start over, name another in federation.state, or raise the stop condition"
         )
     console.print(table(result.rounds, metric=settings.stop.metric, title=settings.federation.name))
+    _find(console, result.findings)
     _tell(console, result.outcome)
     fleet = result.fleet
     console.print(f"{fleet.clients} phones sent {human_bytes(fleet.sent)} and received {human_bytes(fleet.received)}")
@@ -148,18 +157,24 @@ def simulate(
 
 @click.command()
 @_FILE
-def status(file: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print rounds, and what evaluations found, for a program.")
+def status(file: Path, as_json: bool) -> None:
     """Show what a federation has done so far, also while it runs."""
     settings, console = load(file), Console(highlight=False)
     with _ledger(settings) as ledger:
         rounds = ledger.rounds()
+        found = read_findings(ledger.findings())
         open_tasks = ledger.open_tasks()
         recorded = {(task.epoch, task.task): len(ledger.recorded(task.epoch, task.task)) for task in open_tasks}
         faults = ledger.misconduct()[-_FAULTS:]
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode({"rounds": rounds, "findings": _plain(found)}), indent=2))
+        return
     if rounds:
         console.print(table(rounds, metric=settings.stop.metric, title=settings.federation.name))
     else:
         console.print(f"{settings.federation.name}: no round is finished yet")
+    _find(console, found)
     for fault in faults:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fault.time))
         heard = f"not listened to for {fault.seconds:.0f} s: " if fault.kind == "muted" else ""
@@ -277,8 +292,25 @@ def results(result: Simulated) -> dict[str, object]:
         "bytes_down": result.fleet.received,
         "dropped": result.fleet.dropped,
         "peak_rss_mib": result.peak_rss_mib,
+        "findings": _plain(result.findings),
         "models": {folder: msgspec.to_builtins(report) for folder, report in result.outcome.models.items()},
     }
+
+
+def _mode(evaluate: bool) -> dict[str, object]:
+    return {"round.mode": "evaluation"} if evaluate else {}
+
+
+def _plain(found: Sequence[Findings]) -> dict[str, object]:
+    """The first findings and the newest, for JSON; nothing where there are none."""
+    return {"first": found[0].plain(), "newest": found[-1].plain()} if found else {}
+
+
+def _find(console: Console, found: Sequence[Findings]) -> None:
+    for shown in tables(found):
+        console.print(shown)
+    for line in lines(found):
+        _logger(console)(line)
 
 
 @asynccontextmanager
@@ -321,7 +353,8 @@ def _writable(path: Path) -> None:
 def _line(done: Round) -> str:
     shown = "".join(f" · {text}" for text in brief(done.metrics))
     traffic = f"up {human_bytes(done.bytes_up)} · down {human_bytes(done.bytes_down)}"
-    return f"round {done.round} · {done.clients} clients · {done.seconds:.1f} s · {traffic}{shown}"
+    trained = f"{done.clients} clients" if done.clients else f"version {done.version} in service"
+    return f"round {done.round} · {trained} · {done.seconds:.1f} s · {traffic}{shown}"
 
 
 def _tell(console: Console, outcome: Outcome) -> None:

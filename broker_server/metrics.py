@@ -8,6 +8,8 @@ _NAMES = {"correct": "accuracy"}
 """What a sum is called once divided by the count; others keep their name."""
 MEAN, WORST, SPREAD = "_mean", "_worst", "_spread"
 """What the fairness figures of a metric end with; see `fairness`."""
+ANSWERS = "client_answers"
+"""Beside the metrics of clients, how many of them answered."""
 _TENTH = 10
 BY_CLIENTS = ("client_", "personal_")
 """What metrics begin with that clients have measured: of the model of all, and of the one that each has for itself."""

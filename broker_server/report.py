@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from broker_server.metrics import MEAN, SPREAD, WORST
+from broker_server.metrics import ANSWERS, MEAN, SPREAD, WORST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,6 +70,9 @@ def brief(metrics: Mapping[str, float]) -> list[str]:
     told = []
     for name, value in sorted(metrics.items()):
         if name.endswith((MEAN, WORST, SPREAD)):
+            continue
+        if name == ANSWERS:
+            told.append(f"evaluated by {value:.0f}")
             continue
         spread = "" if name.startswith("train_") else _spread(name, metrics)
         told.append(f"{name} {value:.4f}{spread}")

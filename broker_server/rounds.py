@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from broker_server.metrics import ANSWERS
 from broker_server.records import Round
 from broker_server.tally import Tally
 
@@ -51,7 +52,7 @@ class OpenRound:
         """Clients have evaluated its model; where the server has not, theirs are its metrics."""
         if self.result is not None:
             told = tally.metrics("client_") | tally.fairness("client_")
-            metrics = {**tally.metrics(""), **self.result.metrics, **told}
+            metrics = {**tally.metrics(""), **self.result.metrics, **told, ANSWERS: float(tally.results)}
             self.result = msgspec.structs.replace(self.result, metrics=metrics)
 
     def finished(self, up: int, down: int, now: float) -> Round | None:

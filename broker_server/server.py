@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from broker_server import events as e
 from broker_server.artifacts import Report
-from broker_server.asynchronous import AsynchronousCoordinator
 from broker_server.config import Federation
 from broker_server.conversation import Conversation
-from broker_server.coordinator import Coordinator
 from broker_server.database import Lock
 from broker_server.fleet import FleetCare
 from broker_server.hush import Hush
 from broker_server.metrics import names
+from broker_server.modes import coordinator
 from broker_server.personal import publishable
 from broker_server.records import Round
 from broker_server.training import check_hypers
@@ -351,12 +350,6 @@ class Server:
         data = read_bundle(self.settings)
         check_names(self.settings, Bundle.from_bytes(data))
         return Worker(self.settings, data, self.lock)
-
-
-def coordinator(settings: Federation, restored: e.Restored, voice: Host | None = None) -> Conversation:
-    """The state machine of the mode that the settings name."""
-    kind = AsynchronousCoordinator if settings.round.mode == "buffered" else Coordinator
-    return kind(settings, restored, voice or PlainHost())
 
 
 def read_bundle(settings: Federation) -> bytes:

@@ -15,8 +15,12 @@ import numpy as np
 from broker_server.config import Federation, Trust
 from broker_server.connection import broker, keys, server_link
 from broker_server.entrance import enter
+from broker_server.findings import Findings
+from broker_server.findings_table import read_findings
+from broker_server.ledger import Ledger
 from broker_server.records import Round
 from broker_server.server import Outcome, Server, locked, read_bundle
+from broker_server.worker import ledger_path
 from edge_client.address import Address
 from edge_client.bundle import Bundle
 from edge_client.data import load_arrays
@@ -37,6 +41,8 @@ class Simulated:
     fleet: FleetReport
     peak_rss_mib: float
     """Most memory of the server and the fleet together."""
+    findings: tuple[Findings, ...] = ()
+    """What the first and the newest evaluation in the ledger found, where clients counted anything."""
 
 
 async def simulate(
@@ -100,7 +106,9 @@ async def simulate(
                     phones.terminate()
                 await asyncio.gather(phones.wait(), told, serving, return_exceptions=True)
     peak = peak_rss_mib() + report.peak_rss_mib
-    return Simulated(outcome, rounds, time.monotonic() - started, report, peak)
+    with Ledger.read(ledger_path(settings)) as ledger:
+        found = read_findings(ledger.findings())
+    return Simulated(outcome, rounds, time.monotonic() - started, report, peak, tuple(found))
 
 
 def _check(settings: Federation) -> None:

@@ -21,7 +21,12 @@ class Progress:
             self.add(finished)
 
     def add(self, finished: Round) -> bool:
-        """Count a finished round; True when its model is the best so far (each one is while nothing is measured)."""
+        """Count a finished round; True when its model is the best so far (each one is while nothing is measured).
+
+        One that nobody has trained in, an evaluation of a model in service, is none of training.
+        """
+        if not finished.clients:
+            return False
         self.rounds += 1
         self._seconds += finished.seconds
         self._bytes += finished.bytes_up + finished.bytes_down

@@ -12,8 +12,8 @@ import msgspec
 
 from broker_server import events as e
 from broker_server.config import Federation
+from broker_server.modes import coordinator
 from broker_server.records import Round, Task
-from broker_server.server import coordinator
 from edge_client.errors import WireError
 from edge_client.wire import messages as m
 from edge_client.wire import transfer

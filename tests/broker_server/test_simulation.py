@@ -103,6 +103,43 @@ def test_all_phones_evaluate_and_how_fair_the_model_is_to_them_is_told(tmp_path)
         assert done.metrics["client_loss_worst"] > done.metrics["client_loss_mean"]
 
 
+def counting(tmp_path, **sections) -> Federation:
+    return settings(
+        tmp_path,
+        evaluation={"clients": 8, "confusion": True},
+        analytics={"labels": True, "features": 5, "range": [-4.0, 4.0], "least": 8},
+        simulation={"share": "labels,features", "holdout": 0.3, "test_fraction": 0.0},
+        stop={"rounds": 1},
+        **sections,
+    )
+
+
+def test_what_all_phones_hold_is_counted_and_a_finished_federation_goes_on_being_evaluated(tmp_path):
+    """In rounds, and without them: then the phones come back to the model that they have trained."""
+    trained = run(counting(tmp_path))
+    (found,) = trained.findings
+    assert (found.round, found.version, found.clients) == (1, 1, {"confusion": 8, "labels": 8, "features": 8})
+    y = toy_data(400)["y"]
+    held = [row.samples + label for row, label in zip(found.by_class, found.labels, strict=True)]
+    assert held == np.bincount(y).tolist(), "each sample is tested on or trained on"
+    right = sum(found.confusion[label][label] for label in range(3))
+    assert right / sum(map(sum, found.confusion)) == trained.rounds[0].metrics["client_accuracy"]
+    assert all(sum(one.shares) == sum(found.labels) for one in found.features)
+    served = run(counting(tmp_path, round={"mode": "evaluation"}))
+    assert served.outcome.reason == "version 1 is evaluated"
+    (result,) = served.rounds
+    assert (result.round, result.version, result.clients, result.metrics["client_answers"]) == (2, 1, 0, 8)
+    first, again = served.findings
+    assert first == found
+    assert (again.round, again.confusion, again.labels, again.features) == (
+        2,
+        found.confusion,
+        found.labels,
+        found.features,
+    )
+    assert result.metrics["client_accuracy"] == trained.rounds[0].metrics["client_accuracy"]
+
+
 def test_phones_that_come_go_and_vanish(tmp_path):
     config = settings(
         tmp_path,
