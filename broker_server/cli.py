@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,17 +16,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from broker_server.artifacts import Report, check_folder, read_report, read_tensors, write_artifacts
+from broker_server.artifacts import check_folder, read_report, read_tensors, write_artifacts
 from broker_server.config import Federation, load
 from broker_server.connection import broker, hush, keys, server_link
 from broker_server.entrance import enter
-from broker_server.findings import Findings
-from broker_server.findings_table import lines, read_findings, tables
+from broker_server.findings_table import read_findings
 from broker_server.fleet import FleetCare
 from broker_server.ledger import BEST, Ledger
-from broker_server.records import Round, Task
-from broker_server.report import brief, human_bytes, table
+from broker_server.records import Round
+from broker_server.report import human_bytes, table
 from broker_server.server import Outcome, Server, locked
+from broker_server.showing import (
+    logger,
+    plain_findings,
+    round_line,
+    show_buffer,
+    show_findings,
+    show_models,
+    tell_outcome,
+)
 from broker_server.simulation import Simulated
 from broker_server.simulation import simulate as run_simulation
 from broker_server.sweep.command import sweep
@@ -58,7 +66,7 @@ def serve(file: Path, evaluate: bool, insecure: bool) -> None:
     """
     settings, console = load(file, _mode(evaluate)), Console(stderr=True, highlight=False)
 
-    log = _logger(console)
+    log = logger(console)
 
     async def run() -> Outcome:
         with (
@@ -73,7 +81,7 @@ def serve(file: Path, evaluate: bool, insecure: bool) -> None:
                 settings,
                 log,
                 link,
-                on_round=lambda done: log(_line(done)),
+                on_round=lambda done: log(round_line(done)),
                 lock=lock,
                 fit=fit,
                 keyring=keyring,
@@ -86,7 +94,7 @@ def serve(file: Path, evaluate: bool, insecure: bool) -> None:
             async with _enrolling(settings, address, tls, log):
                 return await server.run()
 
-    _tell(console, asyncio.run(run()))
+    tell_outcome(console, asyncio.run(run()))
 
 
 @click.command()
@@ -140,15 +148,15 @@ def simulate(
         _writable(path)
     console = Console(stderr=True, highlight=False)
     with progress(settings, console) as bar:
-        result = asyncio.run(run_simulation(settings, _logger(console), bar, insecure=insecure))
+        result = asyncio.run(run_simulation(settings, logger(console), bar, insecure=insecure))
     if not result.rounds:
         raise ConfigError(
             f"there was nothing left to do in {settings.federation.state}: {result.outcome.reason}; "
             "remove that folder to start over, name another in federation.state, or raise the stop condition"
         )
     console.print(table(result.rounds, metric=settings.stop.metric, title=settings.federation.name))
-    _find(console, result.findings)
-    _tell(console, result.outcome)
+    show_findings(console, result.findings)
+    tell_outcome(console, result.outcome)
     fleet = result.fleet
     console.print(f"{fleet.clients} phones sent {human_bytes(fleet.sent)} and received {human_bytes(fleet.received)}")
     if path is not None:
@@ -168,19 +176,21 @@ def status(file: Path, as_json: bool) -> None:
         recorded = {(task.epoch, task.task): len(ledger.recorded(task.epoch, task.task)) for task in open_tasks}
         faults = ledger.misconduct()[-_FAULTS:]
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode({"rounds": rounds, "findings": _plain(found)}), indent=2))
+        click.echo(
+            msgspec.json.format(msgspec.json.encode({"rounds": rounds, "findings": plain_findings(found)}), indent=2)
+        )
         return
     if rounds:
         console.print(table(rounds, metric=settings.stop.metric, title=settings.federation.name))
     else:
         console.print(f"{settings.federation.name}: no round is finished yet")
-    _find(console, found)
+    show_findings(console, found)
     for fault in faults:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(fault.time))
         heard = f"not listened to for {fault.seconds:.0f} s: " if fault.kind == "muted" else ""
-        _logger(console)(f"{when} {fault.client}: {heard}{fault.reason}")
+        logger(console)(f"{when} {fault.client}: {heard}{fault.reason}")
     if settings.round.mode == "buffered":
-        _show_buffer(console, settings, open_tasks, recorded)
+        show_buffer(console, settings, open_tasks, recorded)
         return
     for task in open_tasks:
         have = recorded[task.epoch, task.task]
@@ -211,8 +221,8 @@ def models(file: Path) -> None:
         )
     console.print(shown)
     for folder in sorted(Path(settings.federation.state, "models").glob("*")):
-        _logger(console)(f"{folder.name}: {', '.join(sorted(entry.name for entry in folder.iterdir()))} in {folder}")
-        _show(console, read_report(folder), folder.name)
+        logger(console)(f"{folder.name}: {', '.join(sorted(entry.name for entry in folder.iterdir()))} in {folder}")
+        show_models(console, read_report(folder), folder.name)
 
 
 @click.command()
@@ -235,7 +245,9 @@ def deploy(bundle: Path, weights: Path | None, data: str | None, threads: int, o
     first = opened.first(opened.trained), opened.first(opened.tracked)
     vector, buffers = first if weights is None else read_tensors(weights, opened)
     source = None if data is None else open_data(data, opened.manifest)
-    _show(console, write_artifacts(output, opened, vector, data=source, buffers=buffers, threads=threads), str(output))
+    show_models(
+        console, write_artifacts(output, opened, vector, data=source, buffers=buffers, threads=threads), str(output)
+    )
 
 
 @click.command()
@@ -292,25 +304,13 @@ def results(result: Simulated) -> dict[str, object]:
         "bytes_down": result.fleet.received,
         "dropped": result.fleet.dropped,
         "peak_rss_mib": result.peak_rss_mib,
-        "findings": _plain(result.findings),
+        "findings": plain_findings(result.findings),
         "models": {folder: msgspec.to_builtins(report) for folder, report in result.outcome.models.items()},
     }
 
 
 def _mode(evaluate: bool) -> dict[str, object]:
     return {"round.mode": "evaluation"} if evaluate else {}
-
-
-def _plain(found: Sequence[Findings]) -> dict[str, object]:
-    """The first findings and the newest, for JSON; nothing where there are none."""
-    return {"first": found[0].plain(), "newest": found[-1].plain()} if found else {}
-
-
-def _find(console: Console, found: Sequence[Findings]) -> None:
-    for shown in tables(found):
-        console.print(shown)
-    for line in lines(found):
-        _logger(console)(line)
 
 
 @asynccontextmanager
@@ -336,11 +336,6 @@ async def _enrolling(
         yield
 
 
-def _logger(console: Console) -> Callable[[str], None]:
-    """Prints lines as they are: what a client says may hold brackets, which rich would take for styles."""
-    return lambda line: console.print(line, markup=False, soft_wrap=True)
-
-
 def _writable(path: Path) -> None:
     """Find out before the run, not after it, that its results have no place."""
     try:
@@ -350,22 +345,6 @@ def _writable(path: Path) -> None:
         raise ConfigError(f"--json {path}: {error.strerror}; name a file that can be written") from error
 
 
-def _line(done: Round) -> str:
-    shown = "".join(f" · {text}" for text in brief(done.metrics))
-    traffic = f"up {human_bytes(done.bytes_up)} · down {human_bytes(done.bytes_down)}"
-    trained = f"{done.clients} clients" if done.clients else f"version {done.version} in service"
-    return f"round {done.round} · {trained} · {done.seconds:.1f} s · {traffic}{shown}"
-
-
-def _tell(console: Console, outcome: Outcome) -> None:
-    log = _logger(console)
-    log(f"ended: {outcome.reason}")
-    if outcome.dropped:
-        log(f"dropped: {outcome.dropped} messages that were malformed, foreign or too large")
-    for folder in outcome.models:
-        log(f"model: {folder}")
-
-
 @contextmanager
 def _ledger(settings: Federation) -> Iterator[Ledger]:
     path = ledger_path(settings)
@@ -373,44 +352,6 @@ def _ledger(settings: Federation) -> Iterator[Ledger]:
         raise LedgerError(f"{path} does not exist: this federation has not been served yet; run `fedge serve` first")
     with Ledger.read(path) as ledger:
         yield ledger
-
-
-def _show_buffer(
-    console: Console, settings: Federation, tasks: list[Task], recorded: Mapping[tuple[int, int], int]
-) -> None:
-    """What the next version is made of so far, and how many clients are asked; by number of versions behind."""
-    training = [task for task in tasks if task.kind == "train"]
-    if not training:
-        return
-    have = sum(recorded[task.epoch, task.task] for task in training)
-    newest = max(task.version for task in tasks)
-    console.print(f"version {newest + 1}: {have} of {settings.round.buffer} updates recorded")
-    asked = [task for task in training if not recorded[task.epoch, task.task]]
-    oldest = newest - min((task.version for task in asked), default=newest)
-    console.print(f"{len(asked)} clients have a task without an update, the oldest from {oldest} versions before")
-
-
-def _show(console: Console, report: Report | None, title: str) -> None:
-    """A table of deployable models: size, time and worth of each, and why one is missing."""
-    if report is None:
-        return
-    names = list(dict.fromkeys(name for model in report.models for name in model.metrics))
-    head = ("model", "size", *(f"ms for {rows}" for rows in report.models[0].milliseconds), *names)
-    shown = Table(*head, title=title, header_style="bold")
-    for model in report.models:
-        times = [
-            f"{model.milliseconds[rows]:.3f}" if model.milliseconds else "" for rows in report.models[0].milliseconds
-        ]
-        values = [f"{model.metrics[name]:.4f}" if name in model.metrics else "" for name in names]
-        shown.add_row(model.file, human_bytes(model.bytes) if model.bytes else "", *times, *values)
-    console.print(shown)
-    log = _logger(console)
-    for model in report.models:
-        for text in (model.problem, model.worse):
-            if text:
-                log(f"{model.file}: {text}")
-    samples = f"{report.samples} held-out samples, " if report.samples else ""
-    log(f"{samples}onnxruntime {report.onnxruntime}, {report.machine}, {report.threads} thread(s)")
 
 
 def _override(text: str) -> tuple[str, object]:

@@ -88,7 +88,8 @@ def _filled(shown: "Table", rows: list[tuple[float, int, list[str]]], what: str,
     for _, _, cells in chosen:
         shown.add_row(*cells)
     if len(rows) > _ROWS:
-        shown.caption = f"{_ROWS} of {len(rows)} {what}, those {which}"
+        shown.caption = caption = f"{_ROWS} of {len(rows)} {what}, those {which}"
+        shown.min_width = len(caption)
     return shown
 
 

@@ -1,13 +1,16 @@
 """Mistakes of the user's: one line, exit status 2, nothing half-written. And what the commands show."""
 
+import json
 import socket
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from broker_server.database import Lock
+from broker_server.findings import Findings
 from broker_server.ledger import BEST, Ledger
 from broker_server.records import Misconduct, Round, Task, Version
 from edge_client import cli
@@ -228,6 +231,34 @@ def test_status_and_models(fedge, file):
     best, last = (line for line in shown.splitlines() if "0.7500" in line or "0.5000" in line)
     assert "best" in best
     assert "last" in last
+
+
+def test_status_tells_what_evaluations_found_to_people_and_to_programs(fedge, file):
+    found = Findings(round=2, version=1, classes=("a", "b"), confusion=((3, 1), (0, 2)), clients={"confusion": 11})
+    metrics = {"client_accuracy": 5 / 6, "client_accuracy_worst": 0.5}
+    with Ledger.open(file.with_name("state") / "ledger.db", federation="toys", bundle="ab" * 32) as ledger:
+        done = Round(round=2, version=1, clients=0, samples=0, seconds=1.0, bytes_up=0, bytes_down=0, metrics=metrics)
+        ledger.finish_round(done)
+        ledger.find(2, msgspec.json.encode(found))
+        status, shown, _ = fedge("status", file)
+        assert status == 0
+        assert "0.7500" in shown
+        assert "worst 10 %" in shown
+        assert "round 2, version 1: told by clients: confusion by 11" in shown
+        status, shown, _ = fedge("status", file, "--json")
+    assert status == 0
+    told = json.loads(shown)
+    assert told["rounds"][0]["metrics"] == metrics
+    assert told["findings"]["newest"]["confusion"] == [[3, 1], [0, 2]]
+    assert told["findings"]["newest"]["by_class"][0] == {"name": "a", "samples": 4, "recall": 0.75, "precision": 1.0}
+
+
+@pytest.mark.parametrize("command", ["serve", "simulate"])
+def test_nobody_evaluates_where_nobody_is_asked_to(fedge, file, command):
+    file.write_text(TOML.replace('data = "test.npz"', ""))
+    status, _, errors = fedge(command, file, "--evaluate")
+    assert status == 2
+    assert 'round.mode is "evaluation" and nobody evaluates; set evaluation.clients or evaluation.data' in errors
 
 
 def test_status_tells_what_clients_did_wrong(fedge, file):

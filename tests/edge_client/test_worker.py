@@ -1,5 +1,6 @@
 """One task: the right model in, the trained difference out, and a reason for whatever does not work."""
 
+import dataclasses
 import sys
 
 import msgspec
@@ -10,12 +11,13 @@ from edge_client import events as e
 from edge_client.bundle import Bundle
 from edge_client.codec.layout import Layout, TensorSpec
 from edge_client.codec.model import Model, encode_model_delta, untrained
-from edge_client.codec.update import decode_scalars, decode_update
+from edge_client.codec.update import decode_scalars, decode_update, vector_names
 from edge_client.codec.versions import CodedState, encode_delta
 from edge_client.data import ArraySource
 from edge_client.errors import StoreError
 from edge_client.feedback import pack_residual
 from edge_client.held import NO_HASH
+from edge_client.reporting import report_layouts, sharing
 from edge_client.store import FileCopies, Store
 from edge_client.trainer import Trainer
 from edge_client.wire import messages as m
@@ -145,6 +147,25 @@ def test_evaluation_sends_sums_and_no_vector(worker, trainer):
     assert decode_update(answer.update, {}).vectors == {}
     assert (scalars["samples"], scalars["sum.count"]) == (10, 10)
     assert worker.store.residual() is None
+
+
+def test_in_an_evaluation_the_bytes_hold_what_the_owner_shares_and_nothing_else(worker, trainer):
+    asked = m.TrainPlan(report=m.ReportPlan(confusion=True, labels=True, bins=8))
+    layouts = report_layouts(BUNDLE.manifest, asked.report)
+    silent = worker.perform(invitation(kind="evaluate"), trainer, never).update
+    sizes = []
+    for task, shares in enumerate(("nothing", "", "labels", "labels,features"), 2):
+        device = dataclasses.replace(worker, shares=sharing(shares))
+        update = device.perform(invitation(task, kind="evaluate", plan=asked), trainer, never).update
+        names = vector_names(update)
+        vectors = decode_update(update, {name: layouts[name] for name in names}).vectors
+        assert names == {"nothing": set()}.get(shares, {"confusion", *shares.split(",")} - {""})
+        if "labels" in names:
+            assert vectors["labels"].tolist() == np.bincount(toy_data(40, seed=1)["y"], minlength=3).tolist()
+        sizes.append(len(update))
+        if shares == "nothing":
+            assert update == silent, "to the byte"
+    assert sizes == sorted(set(sizes))
 
 
 @pytest.mark.parametrize("delta", [b"garbage", None, b""])

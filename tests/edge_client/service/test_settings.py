@@ -13,6 +13,7 @@ BAD = {
     "no TOML": ("broker = ", "device.toml: "),
     "unknown": ("brokr = 'x'", "unknown field `brokr`"),
     "type": ("threads = 'two'", "Expected `int"),
+    "share": ("share = 'faces'", "share is 'faces'; expected labels, features, both with a comma, or nothing"),
     "rule": ("[training]\nhours = ['noon']", "expected a window such as"),
     "negative": ("[data]\nkeep_mib = -1", "expected 0 or more"),
     "no memory": ("[data]\nmemory_mib = 0", "memory_mib"),
@@ -48,16 +49,18 @@ def joined(monkeypatch):
 def test_the_file_says_what_the_command_line_does_not(tmp_path, joined):
     path = tmp_path / "device.toml"
     path.write_text(
-        'broker = "mqtt://h"\nid = "pi"\nthreads = 3\nholdout = 0.25\nspin = true\n'
+        'broker = "mqtt://h"\nid = "pi"\nthreads = 3\nholdout = 0.25\nspin = true\nshare = "labels"\n'
         '[data]\nsource = "x.npz"\nkeep_days = 2\nkeep_mib = 1\n[training]\nhottest = 60\n'
     )
     found = joined("--config", str(path), "--threads", "2")
     assert (found["url"], found["client"], found["data"]) == ("mqtt://h", "pi", "x.npz")
     assert (found["threads"], found["holdout"], found["spin"], found["once"]) == (2, 0.25, True, False)
+    assert found["share"] == "labels"
     assert found["config"].training.hottest == 60
     assert (found["config"].data.retention.size, found["config"].data.retention.seconds) == (1 << 20, 172_800)
     assert joined("mqtt://other", "--config", str(path))["url"] == "mqtt://other"
 
 
 def test_without_a_file_a_client_trains_always(joined):
-    assert joined("mqtt://h", "--id", "pi", "--data", "x.npz")["config"].training == ALWAYS
+    found = joined("mqtt://h", "--id", "pi", "--data", "x.npz")
+    assert (found["config"].training, found["share"]) == (ALWAYS, "")
