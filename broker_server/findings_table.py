@@ -61,7 +61,7 @@ def _classes(found: Findings) -> "Table":
         if found.labels:
             cells.append(str(found.labels[number]))
         rows.append((1.0 if not by_class or (recall := by_class[number].recall) is None else recall, number, cells))
-    return _filled(shown, rows, "classes", "with the lowest recall" if by_class else "first")
+    return _filled(shown, rows, "classes", "those with the lowest recall" if by_class else "the first")
 
 
 def _inputs(first: Findings, found: Findings) -> "Table":
@@ -79,7 +79,7 @@ def _inputs(first: Findings, found: Findings) -> "Table":
         if before:
             cells.append("" if moved is None else f"{moved:.3f}")
         rows.append((-(moved or 0.0), number, cells))
-    return _filled(shown, rows, "inputs", "that have changed most" if before else "first")
+    return _filled(shown, rows, "inputs", "those that have changed most" if before else "the first")
 
 
 def _filled(shown: "Table", rows: list[tuple[float, int, list[str]]], what: str, which: str) -> "Table":
@@ -88,7 +88,7 @@ def _filled(shown: "Table", rows: list[tuple[float, int, list[str]]], what: str,
     for _, _, cells in chosen:
         shown.add_row(*cells)
     if len(rows) > _ROWS:
-        shown.caption = caption = f"{_ROWS} of {len(rows)} {what}, those {which}"
+        shown.caption = caption = f"{_ROWS} of {len(rows)} {what}, {which}"
         shown.min_width = len(caption)
     return shown
 

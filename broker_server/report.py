@@ -61,7 +61,7 @@ def human_bytes(count: float) -> str:
 def beside(metric: str, metrics: Collection[str]) -> dict[str, str]:
     """Which of ``metrics`` say how ``metric`` is spread over clients, each with a heading for it."""
     base = metric if metric.startswith(("train_", "personal_")) else "client_" + metric.removeprefix("client_")
-    found = {base + MEAN: "by client", base + WORST: "worst 10 %", base + SPREAD: "spread"}
+    found = {base + WORST: "worst\n10 %", base + SPREAD: "spread"}
     return {name: heading for name, heading in found.items() if name in metrics}
 
 
@@ -100,7 +100,7 @@ def table(rounds: Sequence[RoundRow], *, metric: str = "accuracy", title: str | 
         "down": human_bytes(down),
     }
     for name, footer in columns.items():
-        shown.add_column(name, footer, justify="right")
+        shown.add_column(name, footer, justify="right", no_wrap=True)
     for row in rounds:
         shown.add_row(
             str(row.round),

@@ -243,7 +243,7 @@ def test_status_tells_what_evaluations_found_to_people_and_to_programs(fedge, fi
         status, shown, _ = fedge("status", file)
         assert status == 0
         assert "0.7500" in shown
-        assert "worst 10 %" in shown
+        assert "0.5000" in shown
         assert "round 2, version 1: told by clients: confusion by 11" in shown
         status, shown, _ = fedge("status", file, "--json")
     assert status == 0

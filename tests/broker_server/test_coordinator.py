@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -720,6 +721,23 @@ def test_clients_evaluate_in_weighted_sums():
     assert "accuracy_worst" not in result.metrics
     assert result.clients == 3
     assert of(actions, e.CloseTask) == [e.CloseTask(1, 2, "done")]
+
+
+def test_the_order_in_which_clients_answer_changes_no_bit_of_a_round():
+    found = []
+    for order in itertools.permutations(range(4)):
+        table = desk(evaluation={"clients": 4}, round={"cohort": 4})
+        table.hello("a", "b", "c", "d")
+        for phase in ("train", "evaluate"):
+            assert table.coordinator.phase == phase
+            for number in order:
+                loss = (0.1, 1e9, 0.7, -1e-7)[number]
+                table.upload(
+                    "abcd"[number], update(number + 1, sum_count=number + 1, sum_loss=loss, sum_correct=number)
+                )
+        found.append(table.paper.rounds[1])
+    assert all(one == found[0] for one in found)
+    assert found[0].metrics["client_accuracy"] == 6 / 10
 
 
 def test_an_evaluation_that_a_restart_interrupts_comes_to_the_same():

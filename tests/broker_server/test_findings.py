@@ -240,6 +240,20 @@ def test_a_server_that_ends_in_between_finds_the_same(tmp_path):
     assert found[0][0].clients == {"confusion": 2, "labels": 1}
 
 
+def test_without_rounds_each_client_has_a_task_of_its_own_and_its_counts_are_added(tmp_path):
+    worker = Worker(settings(tmp_path, round={"mode": "buffered"}), DATA)
+    worker.start()
+    for number, (client, counts) in enumerate((("a", FIRST), ("b", SECOND)), 1):
+        worker.perform(e.OpenTask(task(number, (client,))))
+        worker.perform(e.Record(1, number, client, encoded(confusion=counts)))
+    for number in (1, 2):
+        worker.perform(e.CloseTask(1, number, "done"))
+    worker.perform(finish())
+    worker.close()
+    with Ledger.read(tmp_path / "ledger.db") as ledger:
+        assert json.loads(ledger.findings()[0])["confusion"] == [[3, 1, 1], [0, 7, 0], [1, 4, 3]]
+
+
 def test_the_first_findings_and_the_newest_stay(tmp_path):
     worker = Worker(settings(tmp_path, analytics={"least": 1, "labels": True}), DATA)
     worker.start()
