@@ -145,7 +145,7 @@ def named_tensors(bundle: Bundle, vector: Vector, buffers: Vector | None = None)
         CodecError: ``vector`` or ``buffers`` is of another size or dtype.
     """
     manifest = bundle.manifest
-    tensors = {name: np.ascontiguousarray(array) for name, array in bundle.weights.items()}
+    tensors = {name: np.asarray(array, order="C") for name, array in bundle.weights.items()}
     tensors.update(bundle.trained.views(vector))
     if buffers is not None:
         dtypes = {parameter.name: parameter.dtype for parameter in manifest.parameters}

@@ -132,7 +132,7 @@ class Shelf:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(place, ignore_errors=True)
         temporary.mkdir()
-        weights = {p.name: np.ascontiguousarray(bundle.weights[p.name]) for p in manifest.parameters}
+        weights = {p.name: np.asarray(bundle.weights[p.name], order="C") for p in manifest.parameters}
         whole = OwnModel.joined(bundle, model) if own is None else own.model
         weights |= bundle.trained.views(whole.parameters)
         for name, view in bundle.tracked.views(whole.buffers).items():

@@ -202,11 +202,11 @@ def test_a_run_is_named_once_for_all_of_its_ledger(tmp_path):
 
 def test_the_plan_names_the_method_and_what_it_fixes(tmp_path):
     more = {"aggregation": {"algorithm": "feddyn", "options": {"alpha": 0.25}}, "train": {"hypers": {"lr": 0.5}}}
-    plan = train_plan(settings(tmp_path, **more), 7)
+    plan = train_plan(settings(tmp_path, **more), 1, 7)
     assert (plan.method, plan.hypers, plan.run) == ("feddyn", {"lr": 0.5, "mu": 0.25}, 7)
-    plan = train_plan(settings(tmp_path, aggregation={"algorithm": "scaffold"}), 7)
+    plan = train_plan(settings(tmp_path, aggregation={"algorithm": "scaffold"}), 1, 7)
     assert (plan.method, plan.hypers) == ("scaffold", {})
-    assert train_plan(settings(tmp_path)).method == "sgd"
+    assert train_plan(settings(tmp_path), 1).method == "sgd"
 
 
 def test_updates_that_lack_what_another_algorithm_needs_are_void(tmp_path):

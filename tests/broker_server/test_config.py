@@ -37,6 +37,9 @@ concurrency = 30
 buffer = 6
 staleness = 0.25
 max_staleness = 9
+[personal]
+layers = ["head.*"]
+head_epochs = 4
 """
 
 
@@ -66,10 +69,24 @@ clients = 20
 [train]
 epochs = 2
 steps = 5
+seconds = 20
 batch_size = 16
+schedule = "linear"
+validation = 0.2
+patience = 3
+[train.decay]
+kind = "exponential"
+every = 20
 [train.hypers]
 lr = 0.05
 mu = 1
+[personal]
+method = "ditto"
+lambda = 0.5
+epochs = 3
+steps = 9
+[personal.hypers]
+lr = 0.01
 [aggregation]
 algorithm = "multi-krum"
 weights = "uniform"
@@ -274,7 +291,7 @@ BAD = {
     ),
     "noise of what is no mean": (
         '[aggregation]\nalgorithm = "fednova"\n[codec]\ntarget = "cohort"',
-        r'algorithm = "fednova" cannot be combined with codec\.target = "cohort", .*expected "fedavg", or another',
+        r'algorithm = "fednova" cannot be combined with codec\.target = "cohort", .*expected "fedavg", or ',
     ),
     "noise by weights of one's own": (
         '[aggregation.clients]\n"pi-*" = 2\n[codec]\ntarget = "cohort"',
@@ -320,6 +337,32 @@ BAD = {
     "falls for ever": (
         '[server.schedule]\nkind = "linear"\n[stop]\nrounds = 0',
         r'server\.schedule\.rounds is 0 and so is stop\.rounds; expected one of them with kind = "linear"',
+    ),
+    "validation alone": (
+        "[train]\nvalidation = 0.2",
+        r"train\.validation is set without train\.patience; expected both, as validation = 0\.2 and patience = 3, or",
+    ),
+    "patience alone": ("[train]\npatience = 2", r"train\.patience is set without train\.validation; expected both"),
+    "all aside": ("[train]\nvalidation = 1.0", r"train\.validation is 1\.0; expected a number from 0 to below 1"),
+    "no time to answer": (
+        "[train]\nseconds = 60\n[round]\ndeadline = 60",
+        r"train\.seconds is 60; expected less than round\.deadline, 60, which also holds the transfers",
+    ),
+    "no such schedule": (
+        '[train]\nschedule = "step"',
+        r"train\.schedule is 'step'; expected one of \"constant\", \"cosine\", \"linear\"",
+    ),
+    "decay of what": (
+        '[train.decay]\nkind = "step"',
+        r"train\.decay is set without train\.hypers\.lr; expected the learning rate that it falls from",
+    ),
+    "decays for ever": (
+        '[train]\nhypers = { lr = 0.1 }\ndecay = { kind = "cosine" }\n[stop]\nrounds = 0',
+        r'train\.decay\.rounds is 0 and so is stop\.rounds; expected one of them with kind = "cosine"',
+    ),
+    "decays to nothing": (
+        '[train]\nhypers = { lr = 0.1 }\ndecay = { kind = "linear", rounds = 50 }\n[stop]\nrounds = 51',
+        r"train\.decay\.least is 0 and train\.decay\.rounds 50: nothing would be learned in later rounds; ex",
     ),
     "choice": ('[codec]\nkind = "zip"', r'codec\.kind is \'zip\'; expected one of "none", "quantized"'),
     "hyper": ('[train.hypers]\nlr = "x"', r"train\.hypers\.lr is 'x'; expected a number"),
@@ -435,6 +478,19 @@ def test_targets_with_a_default_have_their_own_and_clients_may_have_others():
     assert Codec(target="cohort").rate("a") == 2.0
     codec = Codec(target="cohort", value=3.0, clients={"pi-*": 5.0})
     assert (codec.rate("a"), codec.rate("pi-1")) == (3.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[train]\nseconds = 60\n[round]\nmode = 'buffered'\ndeadline = 60",
+        "[train]\nhypers = { lr = 0.1 }\ndecay = { kind = 'linear', rounds = 50 }\n[stop]\nrounds = 50",
+        "[train]\nhypers = { lr = 0.1 }\ndecay = { kind = 'linear', rounds = 50, least = 0.1 }\n[stop]\nrounds = 0",
+        "[train]\nhypers = { lr = 0.1 }\ndecay = { kind = 'cosine' }",
+    ],
+)
+def test_what_can_be_together(write, text):
+    load(write(LEAST + text))
 
 
 def test_which_value_is_better():

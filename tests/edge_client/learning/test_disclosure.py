@@ -1,5 +1,7 @@
 """What a device tells of its data: counts by hand, exact and in any order, and nothing that its owner keeps."""
 
+import dataclasses
+
 import msgspec
 import numpy as np
 import pytest
@@ -137,7 +139,7 @@ def test_each_place_of_a_sequence_counts_and_padding_does_not(axis):
     manifest = with_shapes((4,), (4, 3) if axis == -1 else (3, 4))
 
     class Scores:
-        bundle = type("Bundle", (), {"manifest": manifest, "initial": BUNDLE.initial})
+        bundle = dataclasses.replace(BUNDLE, manifest=manifest)
 
         def evaluate(self, *_, **__):
             return {}
