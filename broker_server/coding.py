@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_client.codec.layout import Layout, Vector
+from edge_client.codec.rate import solve
 from edge_client.codec.vector import VectorEncoder
 from edge_client.codec.versions import CODES_LIMIT, CodedState, add_codes
 
@@ -25,8 +26,9 @@ _TRIES = 8
 _FALL, _LEAST, _MOST = 0.7, 0.3, 0.9
 """A finer step is the noise that is allowed over that found, to this power, within these bounds, times the last."""
 _NEAR = 1.02
-_START = 8.0
-"""Step at which to begin where only the noise is given, in root mean squares of what may be left out."""
+_START, _SLOPE = 8.0, 1.2
+"""Step at which to begin where only the noise is given, in root mean squares of what is left out; about how that goes
+with the step, as powers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +89,13 @@ def _code(vector: npt.NDArray[np.float64], layout: Layout, step: float, limit: f
     return encoder.encode(step)
 
 
-def code_within(vector: Vector, layout: Layout, noise: float) -> bytes:
-    """A quantized vector that leaves out at most this share of the energy of ``vector``, or nearly so; none of zeros.
+def code_at(noise: float, vector: Vector, layout: Layout) -> bytes:
+    """A quantized vector that leaves out about this share of the energy of ``vector``; no bytes where that is none.
 
     ``vector`` is ``[layout.size] float32``, finite.
     """
-    limit = noise * float(np.square(vector, dtype=np.float64).mean())
-    return _code(vector.astype(np.float64), layout, _START * math.sqrt(limit), limit)
+    if not vector.any():
+        return b""
+    encoder = VectorEncoder(vector, layout)
+    solve(encoder.noise, noise, _START * math.sqrt(noise) * encoder.rms, _SLOPE, encoder.bounds)
+    return encoder.encode(encoder.step)

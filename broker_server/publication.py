@@ -10,7 +10,7 @@ import numpy as np
 from broker_server.aggregation.gathering import Gathered
 from broker_server.aggregation.optimizer import ServerOptimizer, State, pack, unpack
 from broker_server.aggregation.variates import Variates
-from broker_server.coding import Coder, code_within
+from broker_server.coding import Coder, code_at
 from broker_server.config import Codec
 from broker_server.ledger import Ledger
 from broker_server.records import Round, Version
@@ -199,7 +199,7 @@ class Publication:
             return direction, variates, raw_control(exact), head.withheld
         if head.withheld.size:
             exact = exact + head.withheld
-        control = coded_control(code_within(exact, self._layout, _CONTROL_NOISE))
+        control = coded_control(code_at(_CONTROL_NOISE, exact, self._layout))
         told = decode_control(control, self._layout)
         return direction, variates, control, exact if told is None else exact - told
 

@@ -21,7 +21,7 @@ from broker_server.aggregation.variates import Side, Variates
 from broker_server.aggregation.weighting import Report
 from edge_client.codec.layout import Vector
 from edge_client.errors import ConfigError
-from edge_client.wire.messages import DISTANCE
+from edge_client.wire.messages import CORRECTION, DISTANCE
 
 
 def scaffold(clients: int) -> Variates:
@@ -60,7 +60,7 @@ def _make(options: Everyone, local: LocalTraining) -> Aggregator:
 ALGORITHM = Algorithm(
     make=_make,
     options=Everyone,
-    needs=(DISTANCE,),
+    needs=(DISTANCE, CORRECTION),
     least=lambda local: {DISTANCE: 0.99 * local.learning_rate * min(local.distance(1), local.distance(2))},
     method="scaffold",
     exported=("control",),

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from broker_server.coding import Coder
+from broker_server.coding import Coder, code_at
 from edge_client.codec.layout import Layout, TensorSpec
+from edge_client.codec.vector import decode_vector
 from edge_client.codec.versions import CODES_LIMIT, CodedState, encode_delta
 
 LAYOUT = Layout((TensorSpec("w", (40, 60)), TensorSpec("b", (40,))))
@@ -86,3 +87,16 @@ def test_any_step_leads_to_a_version(step):
     target = next(drift(1))
     state, _ = Coder.after(ORIGIN, 0, 0.07).encode(target, step)
     assert np.square(target - state.offset).sum() < 0.1 * np.square(target).sum()
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.5])
+@pytest.mark.parametrize("peaked", [False, True])
+def test_a_vector_is_told_at_the_noise_asked_for(noise, peaked):
+    rng = np.random.default_rng(0)
+    vector = (rng.standard_t(2, LAYOUT.size) if peaked else rng.normal(size=LAYOUT.size)).astype(np.float32)
+    left = vector - decode_vector(memoryview(code_at(noise, vector, LAYOUT)), LAYOUT, "vector")
+    assert np.square(left).sum() == pytest.approx(noise * np.square(vector).sum(), rel=0.1)
+
+
+def test_nothing_is_told_of_zeros():
+    assert code_at(0.5, np.zeros(LAYOUT.size, np.float32), LAYOUT) == b""

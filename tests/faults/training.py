@@ -4,7 +4,7 @@ It stands where the ONNX trainer does, so that everything around it - worker, st
 thing: what a client learns depends on the model that it received, on its data and on its task's seed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +49,11 @@ class Pull:
         buffers: Vector | None = None,
         control: Vector | None = None,
         after: Callable[[Epoch], bool] | None = None,
+        anchor: Vector | None = None,
+        fixed: Collection[str] = (),
     ) -> TrainResult:
         """As `edge_client.trainer.Trainer.train`."""
-        del control, stop, after
+        del control, stop, after, anchor, fixed
         noise = np.random.default_rng(seed).normal(0, 0.02, model.size).astype(np.float32)
         model += np.float32(0.3) * (source.target(model.size) - model) + noise
         moved = self.bundle.initial_buffers() if buffers is None else buffers.copy()
