@@ -64,7 +64,10 @@ def believable(scalars: Mapping[str, float], samples: float, manifest: Manifest)
     Raises:
         CodecError: a count is not one of so many samples, or a sum is not one of so many counts.
     """
-    known, most = {"loss", "count", *manifest.metrics}, samples * _places(manifest) * _HEAVIEST
+    known = {"loss", "count", *manifest.metrics}
+    # What a loss counts may be places of its inputs, as where the next word is what is told.
+    places = max(feature.size for feature in (*manifest.inputs, *manifest.targets))
+    most = samples * places * _HEAVIEST
     found: dict[str, float] = {}
     for name, value in scalars.items():
         if (match := _SUM.match(name)) is None:

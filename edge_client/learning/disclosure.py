@@ -26,6 +26,7 @@ from edge_client.wire.messages import ReportPlan
 
 Counts = npt.NDArray[np.int64]
 _BATCH = 256
+"""Samples counted at once, where no model needs memory for them."""
 
 
 def told(task: Assignment, parameters: Vector, buffers: Vector) -> dict[str, Vector]:
@@ -69,7 +70,7 @@ def _confusion(task: Assignment, parameters: Vector, buffers: Vector) -> Counts:
     scored = classes(task.bundle.manifest)
     assert scored is not None
     counts = np.zeros((scored.count, scored.count), np.int64)
-    for batch, (scores, *_) in task.trainer.predict(parameters, task.test, batch_size=_BATCH, buffers=buffers):
+    for batch, (scores, *_) in task.trainer.predict(parameters, task.test, buffers=buffers):
         if task.stop():
             raise TrainingError("stopped: the server has moved on")
         wanted = converted(batch, task.bundle.manifest.targets[0]).ravel().astype(np.int64)

@@ -1,5 +1,6 @@
 import math
 
+import msgspec
 import pytest
 
 from broker_server.config import Stop
@@ -63,3 +64,14 @@ def test_rounds_without_a_measurement_cost_no_patience():
 
 def test_time_of_earlier_runs_counts():
     assert Progress(Stop(seconds=10.0), [result(1, seconds=11.0)]).reason() == "11 s have passed"
+
+
+def test_evaluations_of_a_model_in_service_are_no_rounds_of_training():
+    progress = Progress(Stop(rounds=2, target=0.9, patience=1, seconds=5.0, bytes=100))
+    progress.add(result(1, accuracy=0.5))
+    for number in range(2, 9):
+        served = msgspec.structs.replace(result(number, seconds=9.0, moved=999, accuracy=0.99), clients=0)
+        assert not progress.add(served)
+    assert progress.reason() is None
+    assert progress.add(result(9, accuracy=0.6)), "is the best so far"
+    assert progress.reason() == "2 rounds are done"
