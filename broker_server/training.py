@@ -76,9 +76,10 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 def train_plan(settings: "Federation", round_: int, run: int = 0) -> TrainPlan:
-    """The plan of a task of a round (from 1; without rounds, of a task); what an algorithm asks of clients is here.
+    """The plan of a task; what an algorithm asks of clients is here.
 
-    ``run`` as in `TrainPlan`.
+    ``round_`` is which round of training it is, from 1: rounds in which a model in service was evaluated are none, so
+    it is the version that is to be made. ``run`` as in `TrainPlan`.
     """
     train, section = settings.train, settings.aggregation
     chosen = registry.algorithm(section.algorithm)

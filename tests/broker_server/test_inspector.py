@@ -94,9 +94,10 @@ def test_training_goes_on_afterwards_and_counts_its_own_rounds_alone():
     table = Desk(settings(**EVALUATE), paper)
     table.hello("a", "b", version=2)
     answer(table)
-    table = Desk(settings(round={"cohort": 2}, stop={"rounds": 3}), paper)
+    decay = {"hypers": {"lr": 0.8}, "decay": {"kind": "step", "every": 1, "factor": 0.5}}
+    table = Desk(settings(round={"cohort": 2}, stop={"rounds": 3}, train=decay), paper)
     asked = invited(table.hello("a", "b", version=2))
-    assert {(one.kind, one.round) for one in asked.values()} == {("train", 4)}
+    assert {(one.kind, one.round, one.plan.hypers["lr"]) for one in asked.values()} == {("train", 4, 0.2)}
     for client in "ab":
         table.upload(client)
     assert of(table.actions, e.Stop)[0].reason == "3 rounds are done"
