@@ -50,7 +50,7 @@ class WatchedStore(Store):
         name, oracle = self._node.name, self._oracle
         oracle.made(name, (epoch, task), update, self._node.data.samples)
         oracle.holds(name, epoch, version, digest)
-        view = oracle.commits(name, (epoch, task), residual)
+        view = oracle.commits(name, (epoch, task), residual, settles or {})
         self._watched(
             view,
             lambda: super(WatchedStore, self).commit(

@@ -31,6 +31,11 @@ Key = tuple[int, int, str]
 Floats = npt.NDArray[np.float64]
 
 
+Rest = tuple[bytes | None, bytes | None]
+"""A residual, and what is remembered of a gradient."""
+MEMORY = "scaffold"
+
+
 @dataclass
 class Produced:
     """An update that a client encoded: its bytes, and the samples that the client has."""
@@ -52,6 +57,10 @@ class LedgerView:
     rows: dict[Key, Produced] = field(default_factory=dict)
     outcomes: dict[Identity, str] = field(default_factory=dict)
     counted: dict[Key, int] = field(default_factory=dict)
+    variates: Floats | float = 0.0
+    """The sum of what clients remember of their gradients, where they do."""
+    control: Floats | float = 0.0
+    """What goes with the newest version."""
     version: int = 0
     rounds: int = 0
     epoch: int = 0
@@ -60,12 +69,12 @@ class LedgerView:
 
 @dataclass
 class ClientView:
-    """One client's residual, by the rules."""
+    """What rests on one client between tasks, by the rules."""
 
-    residual: bytes | None = None
+    rests: Rest = (None, None)
     last: Identity | None = None
-    before: bytes | None = None
-    after: bytes | None = None
+    before: Rest = (None, None)
+    after: Rest = (None, None)
     fate: bool | None = None
     """None: not settled."""
     doubt: tuple["ClientView", ...] = ()
@@ -177,9 +186,9 @@ class Oracle:
         Of each of their updates once, and of nothing else; in a federation without rounds, of enough of them, of
         none that is too old, and of each as its age tells.
         """
-        ((version, state, remainder),) = rows(
-            "SELECT version, state, remainder FROM versions ORDER BY version DESC LIMIT 1"
-        ) or [(0, b"", b"")]
+        ((version, state, remainder, optimizer),) = rows(
+            "SELECT version, state, remainder, optimizer FROM versions ORDER BY version DESC LIMIT 1"
+        ) or [(0, b"", b"", b"")]
         if version != view.version + 1:
             self.world.violated(f"version {version} after {view.version}")
         members = {key: known for key, known in view.rows.items() if key[:2] in tasks}
@@ -200,7 +209,10 @@ class Oracle:
             age = view.version - tasks[key[:2]]
             if not 0 <= age <= (rounds.max_staleness if rounds.mode == "buffered" else 0):
                 self.world.violated(f"the update {key} is counted in version {version} and began from {tasks[key[:2]]}")
-            delta = decode_update(known.data, self._layouts).vectors["delta"].astype(np.float64)
+            update = decode_update(known.data, self._layouts)
+            delta = update.vectors["delta"].astype(np.float64)
+            if self.settings.aggregation.algorithm == "scaffold":
+                view.variates = view.variates - view.control - delta / update.scalars["distance"]
             total += delta * share / (1 + age) ** rounds.staleness
             weight += share
             deltas.append(delta)
@@ -212,15 +224,26 @@ class Oracle:
         target = view.model + (view.velocity if momentum else mean)
         model = unpack_model(state, self.bundle.layout)
         published = model.parameters(self._base)
-        left = np.frombuffer(remainder, "<f4").astype(np.float64) if remainder else 0.0
+        left = np.frombuffer(remainder, "<f4")[: published.size].astype(np.float64) if remainder else 0.0
         reached = published.astype(np.float64) + left
         apart = float(np.abs(reached - target).max())
         scale = 1.0 + float(np.abs(target).max()) + float(np.abs(mean).max())
         if not apart < 1e-5 * scale:
             self.world.violated(f"version {version} is {apart:.2e} away from what its {len(members)} updates add up to")
+        if self.settings.aggregation.algorithm == "scaffold":
+            self._remembered(view, version, optimizer)
+            control = model.control_vector(self.bundle.layout)
+            view.control = 0.0 if control is None else control.astype(np.float64)
         view.model, view.version = reached, version
         view.digests[version], view.bits[version] = model.digest(), published.tobytes()
         self.world.note("oracle", f"version {version} of {len(members)} updates")
+
+    def _remembered(self, view: LedgerView, version: int, optimizer: bytes) -> None:
+        """The server's sum of control variates, at the end of whose name its state begins, is what updates make it."""
+        kept = np.frombuffer(optimizer, "<f4", self._base.size, 2 + optimizer[1]).astype(np.float64)
+        apart = float(np.abs(kept - view.variates).max())
+        if not apart < 1e-4 * (1.0 + float(np.abs(kept).max())):
+            self.world.violated(f"with version {version} the sum of control variates is {apart:.2e} off")
 
     @property
     def newest(self) -> LedgerView:
@@ -278,14 +301,17 @@ class Oracle:
         if version and (view is None or view.digests.get(version) != digest):
             self.world.violated(f"{client} holds version {version} with a digest that is not the version's")
 
-    def commits(self, client: str, identity: Identity, residual: bytes | None) -> ClientView:
+    def commits(
+        self, client: str, identity: Identity, residual: bytes | None, settles: Mapping[str, bytes]
+    ) -> ClientView:
         """A client is about to store an update; what the store will say then."""
         now = self.clients.setdefault(client, ClientView())
         if now.last is not None and now.fate is None and now.last != identity:
             self.world.violated(f"{client} overwrites the update {now.last}, whose fate it does not know")
         self._knows_void(client, now, identity)
-        before = now.residual
-        return ClientView(before, identity, before, before if residual is None else residual or None)
+        before = now.rests
+        left = before[0] if residual is None else residual or None
+        return ClientView(before, identity, before, (left, settles.get(MEMORY, before[1])))
 
     def _knows_void(self, client: str, now: ClientView, identity: Identity) -> None:
         """Whoever begins a task that is open knows of the void one before, which its residual hangs on."""
@@ -333,11 +359,11 @@ class Oracle:
         pending = store.held().pending
         found = (pending.epoch, pending.task) if pending is not None else None
         for view in (*now.doubt, now):
-            if view.residual == store.residual() and found == (view.last if view.fate is None else None):
+            if view.rests == _rests(store) and found == (view.last if view.fate is None else None):
                 view.doubt = ()
                 self.clients[client] = view
                 return
-        self.world.violated(f"{client} starts with a residual or an update that it did not have before")
+        self.world.violated(f"{client} starts with a residual, a memory or an update that it did not have before")
 
     def forgets(self, client: str) -> None:
         """A client's state is gone with its SD card, or belonged to another bundle."""
@@ -346,8 +372,8 @@ class Oracle:
             del self.kept[file]
 
     def _residual(self, client: str, view: ClientView, store: Store) -> None:
-        if store.residual() != view.residual:
-            self.world.violated(f"{client} has a residual that its receipts do not explain (task {view.last})")
+        if _rests(store) != view.rests:
+            self.world.violated(f"{client} has a residual or memory that its receipts do not explain ({view.last})")
 
     # Blobs under way, on either side's disk.
 
@@ -413,3 +439,7 @@ class Oracle:
             elif mine is view and mine.outcomes.get(key[:2]) is None and self.settings.round.mode == "synchronous":
                 self.lost += 1
                 self.world.violated(f"the update {key} has a receipt; its task never ends")
+
+
+def _rests(store: Store) -> Rest:
+    return store.residual(), store.recall(MEMORY)

@@ -93,7 +93,7 @@ class Plan:
     buffered: Buffered | None = None
     """None: synchronous rounds."""
     algorithm: str = "fedavg"
-    """Or ``median``, which reads all updates of a round from the ledger."""
+    """Or ``median``, which reads all updates of a round from the ledger; or ``scaffold``, which devices remember."""
 
     @property
     def quiet(self) -> float:
@@ -145,7 +145,7 @@ def draw(seed: int, size: Size = "mixed") -> Plan:
     count = rng.choice([0, 1, 2, 4, 8, 16]) if size == "small" else rng.randint(0, 60)
     weather = (_weather(rng, length) for _ in range(rng.choice([0, 0, 1, 2])))
     faults = [*weather, *(_fault(rng, clients, length) for _ in range(count))]
-    return Plan(
+    plan = Plan(
         seed=seed,
         clients=clients,
         strangers=rng.choice([0, 0, 1, 2]),
@@ -170,8 +170,16 @@ def draw(seed: int, size: Size = "mixed") -> Plan:
         queue=rng.choice([20, 100, 1000]),
         training=training,
         faults=tuple(sorted(faults, key=lambda fault: fault.at)),
-        algorithm="median" if random.Random(f"{seed}/algorithm").random() < 0.2 else "fedavg",
+        algorithm=_algorithm(random.Random(f"{seed}/algorithm")),
     )
+    if plan.algorithm == "scaffold" and plan.kind != "none":
+        plan = replace(plan, feedback="residual")
+    return plan
+
+
+def _algorithm(rng: random.Random) -> str:
+    drawn = rng.random()
+    return "median" if drawn < 0.2 else "scaffold" if drawn > 0.75 else "fedavg"
 
 
 def without_rounds(plan: Plan) -> Plan:

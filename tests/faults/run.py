@@ -47,8 +47,8 @@ class Result:
 
 
 @cache
-def _bundle(hidden: int, buffers: bool) -> bytes:
-    return toy_bundle(features=8 if hidden > 8 else 4, hidden=hidden, buffer=buffers)
+def _bundle(hidden: int, buffers: bool, control: bool) -> bytes:
+    return toy_bundle(features=8 if hidden > 8 else 4, hidden=hidden, buffer=buffers, control=control)
 
 
 def run(plan: Plan, *, trace: bool = False, signed: bool = False, tampering: float = 0.0) -> Result:
@@ -68,7 +68,7 @@ class Run:
 
     def __init__(self, plan: Plan, folder: Path, *, trace: bool, signed: bool = False, tampering: float = 0.0) -> None:
         self.plan, self.folder = plan, folder
-        data = _bundle(plan.hidden, plan.buffers)
+        data = _bundle(plan.hidden, plan.buffers, plan.algorithm == "scaffold")
         (folder / "toy.fedge").write_bytes(data)
         bundle = Bundle.from_bytes(data)
         self.settings = settings = _settings(plan, folder)
@@ -265,7 +265,11 @@ def _settings(plan: Plan, folder: Path) -> Federation:
         "round": _rounds(plan),
         "train": {"epochs": 1},
         "codec": {"kind": plan.kind, "feedback": plan.feedback},
-        "aggregation": {"weights": plan.weights, "algorithm": plan.algorithm},
+        "aggregation": {
+            "weights": plan.weights,
+            "algorithm": plan.algorithm,
+            "options": {"clients": plan.clients} if plan.algorithm == "scaffold" else {},
+        },
         "server": {"options": {"momentum": plan.momentum}},
         "evaluation": {
             "every": plan.every,

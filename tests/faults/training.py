@@ -53,9 +53,11 @@ class Pull:
         fixed: Collection[str] = (),
     ) -> TrainResult:
         """As `edge_client.trainer.Trainer.train`."""
-        del control, stop, after, anchor, fixed
+        del stop, after, anchor, fixed
         noise = np.random.default_rng(seed).normal(0, 0.02, model.size).astype(np.float32)
         model += np.float32(0.3) * (source.target(model.size) - model) + noise
+        if control is not None:
+            model -= np.float32(0.1) * control
         moved = self.bundle.initial_buffers() if buffers is None else buffers.copy()
         moved += np.float32(1.0)
         loss = float(np.square(noise).sum())
