@@ -21,6 +21,7 @@ from edge_client.store import FileCopies, Store
 from edge_client.trainer import Trainer
 from edge_client.wire import messages as m
 from edge_client.worker import Worker
+from export.bundle import export_bundle
 from tests.edge_client.learning.rounds import Reference, Rounds, exported, personal, plan, sources
 from tests.edge_client.test_store import Faults, PowerCut
 from tests.toy import toy_bundle, toy_data
@@ -355,7 +356,7 @@ def career(folder, data, asked, came, trainer):
         came.setdefault(pending.task, pending.update)
         store.settle(1, pending.task, recorded=True)
     model = untrained(bundle.layout, bundle.initial_buffers())
-    for number in range(1, 4):
+    for number in (1, 2):
         if number in came:
             continue
         update = m.UpdatePlan("none", feedback="none")
@@ -383,14 +384,33 @@ def test_a_power_cut_at_any_file_operation_changes_no_bit_of_what_a_device_has_f
         career(tmp_path / name, data, asked, came, trainer)
         store = Store(tmp_path / name)
         # Seconds differ from run to run.
-        deltas = [decode_update(came[n], update_layouts(trainer.bundle.manifest)).vectors for n in range(1, 4)]
+        deltas = [decode_update(came[n], update_layouts(trainer.bundle.manifest)).vectors for n in (1, 2)]
         return deltas, store.recall(method), faults.count
 
     deltas, kept, steps = run("whole", -1)
-    assert steps > 20
+    assert steps > 14
     assert kept is not None
     for cut in range(steps):
         found, has, _ = run(str(cut), cut)
         assert has == kept, cut
         for one, other in zip(found, deltas, strict=True):
             assert {n: v.tobytes() for n, v in one.items()} == {n: v.tobytes() for n, v in other.items()}, cut
+
+
+def test_dittos_models_stand_between_the_device_and_the_mean_as_worked_by_hand(tmp_path):
+    """Device k has the loss (v - a_k)^2: its model comes to (2 a_k + lambda w) / (2 + lambda), and w to the mean."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(module.weight, 3.0)
+    path = tmp_path / "line.fedge"
+    export_bundle(module, path, name="line", inputs=[((1,), "float32")], loss="mse", optimizer="sgd", proximal=True)
+    wanted = (-1.0, 3.0)
+    ones = np.ones((4, 1), np.float32)
+    rounds = Rounds(tmp_path, path.read_bytes(), [ArraySource({"x": ones, "y": a * ones}) for a in wanted])
+    asked = plan(hypers={"lr": 0.2}, method="ditto", pull=2.0, epochs=8)
+    for _ in range(14):
+        rounds.train(asked)
+    assert rounds.shared()["weight"].item() == pytest.approx(1.0, abs=1e-4)
+    for client, a in enumerate(wanted):
+        found = remembered_model(rounds.bundle, rounds.workers[client].store.recall)
+        assert found is not None
+        assert found.parameters.item() == pytest.approx((2 * a + 2.0 * 1.0) / 4, abs=1e-4)
