@@ -1,6 +1,7 @@
 """Personal layers, Ditto and fine-tuning against PyTorch; what stays on the device stays there, through power cuts."""
 
 import contextlib
+import shutil
 
 import msgspec
 import numpy as np
@@ -12,6 +13,7 @@ from edge_client.bundle import Bundle
 from edge_client.codec.model import untrained
 from edge_client.codec.update import decode_scalars, decode_update
 from edge_client.data import ArraySource
+from edge_client.device import Device, Workshop
 from edge_client.errors import BundleError
 from edge_client.learning.own import DITTO, LAYERS, OwnModel, remembered_layers, remembered_model
 from edge_client.manifest import update_layouts
@@ -19,6 +21,7 @@ from edge_client.predict import Model as Predictor
 from edge_client.shelf import Shelf
 from edge_client.store import FileCopies, Store
 from edge_client.trainer import Trainer
+from edge_client.transport import MemoryBroker, MemoryLink
 from edge_client.wire import messages as m
 from edge_client.worker import Worker
 from export.bundle import export_bundle
@@ -414,3 +417,33 @@ def test_dittos_models_stand_between_the_device_and_the_mean_as_worked_by_hand(t
         found = remembered_model(rounds.bundle, rounds.workers[client].store.recall)
         assert found is not None
         assert found.parameters.item() == pytest.approx((2 * a + 2.0 * 1.0) / 4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_after_a_restart_a_device_still_serves_its_own_model(net, tmp_path, kind):
+    layers, fields = SERVED[kind]
+    shelf = Shelf(tmp_path / "model", durable=False)
+    rounds = Rounds(tmp_path, personal(net, *layers) if layers else net, sources(1), shelf)
+    asked = plan(**fields)
+    for _ in range(2):
+        rounds.train(asked)
+    rows = next(iter(rounds.workers[0].test.batches(99, seed=None)))
+    before = Predictor.open(tmp_path / "model").predict(x=rows["x"])["logits"]
+    workshop, source = Workshop(), rounds.workers[0].train
+    if kind != "fine-tune":
+        shutil.rmtree(tmp_path / "model")
+    Device(
+        client="client-0",
+        federation="nets",
+        connect=lambda will: MemoryLink(MemoryBroker(), will=will),
+        store=Store(tmp_path / "0", durable=False),
+        copies=FileCopies(tmp_path / "0"),
+        workshop=workshop,
+        open_data=lambda manifest: (source, source),
+        log=lambda line: None,
+        shelf=Shelf(tmp_path / "model", durable=False),
+    )
+    workshop.close()
+    model = Predictor.open(tmp_path / "model")
+    assert (model.version, model.description.personal) == (1, kind)
+    np.testing.assert_array_equal(model.predict(x=rows["x"])["logits"], before)
