@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 import pytest
 
-from edge_client.bundle import Bundle
+from edge_client.bundle import Bundle, with_manifest
 from edge_client.course import Course
 from edge_client.data import ArraySource
 from edge_client.errors import BundleError, CodecError, DataError, TrainingError
+from edge_client.manifest import with_personal
 from edge_client.trainer import Trainer, _epoch_seed
 from edge_client.wire.messages import TrainPlan
 from tests.toy import reference_step, toy_bundle, toy_data
@@ -465,6 +466,21 @@ def test_a_fixed_parameter_stays_over_many_steps_with_momentum():
             views = {name: start[name] if name in fixed else value for name, value in views.items()}
     for name, value in views.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_control_variates_push_at_what_is_shared_and_not_at_personal_parameters():
+    data = with_manifest(
+        toy_bundle(hidden=4, control=True), lambda manifest: with_personal(manifest, ["hidden.weight", "bias"])
+    )
+    bundle = Bundle.from_bytes(data)
+    source, plan = ArraySource(toy_data(10)), TrainPlan(epochs=1, batch_size=10, hypers={"lr": 0.5})
+    control = np.arange(bundle.layout.size, dtype=np.float32)
+    start = bundle.first(bundle.trained)
+    found = Trainer(bundle).train(start.copy(), source, plan, seed=SEED, control=control).local
+    plain = Trainer(bundle).train(start.copy(), source, plan, seed=SEED).local
+    pushed = np.zeros(bundle.trained.size, np.float32)
+    bundle.trained.insert(pushed, bundle.layout, -0.5 * control)
+    np.testing.assert_allclose(found - plain, pushed, atol=1e-5)
 
 
 def test_the_proximal_term_pulls_to_the_anchor_that_is_given():

@@ -17,11 +17,11 @@ from edge_client.device import Device, Workshop
 from edge_client.errors import BundleError
 from edge_client.learning.own import DITTO, LAYERS, OwnModel, remembered_layers, remembered_model
 from edge_client.manifest import update_layouts
+from edge_client.memory import MemoryBroker, MemoryLink
 from edge_client.predict import Model as Predictor
 from edge_client.shelf import Shelf
 from edge_client.store import FileCopies, Store
 from edge_client.trainer import Trainer
-from edge_client.transport import MemoryBroker, MemoryLink
 from edge_client.wire import messages as m
 from edge_client.worker import Worker
 from export.bundle import export_bundle
