@@ -10,7 +10,10 @@ from pathlib import Path
 
 import msgspec
 
+from broker_server.algorithms import aggregator
+from broker_server.analytics import report_vectors
 from broker_server.config import Federation, load
+from broker_server.personal import check_personal
 from broker_server.server import check_names, read_bundle
 from broker_server.sweep.contents import Contents
 from broker_server.sweep.settings_file import differing
@@ -40,6 +43,10 @@ class Run:
     """The name that it has in common with runs of other settings and seeds, such as that of an algorithm."""
 
 
+_Bundles = dict[tuple[str, tuple[str, ...]], Bundle]
+"""What clients would get, by the file's digest and the patterns of what stays on them."""
+
+
 @dataclass(frozen=True)
 class Planned:
     """A run whose settings are checked."""
@@ -65,7 +72,7 @@ def plan(file: Path, runs: Iterable[Run], overrides: Mapping[str, object] | None
     """
     planned: list[Planned] = []
     names: dict[str, str] = {}
-    contents, bundles = Contents(), dict[str, Bundle]()
+    contents, bundles = Contents(), _Bundles()
     for run in runs:
         if not _NAME.fullmatch(run.name):
             raise ConfigError(
@@ -83,7 +90,7 @@ def plan(file: Path, runs: Iterable[Run], overrides: Mapping[str, object] | None
 
 
 def _planned(
-    file: Path, run: Run, overrides: Mapping[str, object], contents: Contents, bundles: dict[str, Bundle]
+    file: Path, run: Run, overrides: Mapping[str, object], contents: Contents, bundles: _Bundles
 ) -> Planned:
     for key in overrides:
         if key in run.settings:
@@ -98,10 +105,19 @@ def _planned(
     if not federation.simulation.data:
         raise ConfigError(f"{file}: simulation.data is empty; expected an .npz file or module:function")
     digest = contents.digest(Path(federation.federation.bundle))
-    if digest not in bundles:
-        bundles[digest] = Bundle.from_bytes(read_bundle(federation))
-    check_names(federation, bundles[digest])
+    clients = digest, federation.personal.patterns
+    if clients not in bundles:
+        bundles[clients] = Bundle.from_bytes(read_bundle(federation))
+    _check_bundle(federation, bundles[clients])
     return Planned(run, federation, _fingerprint(federation, digest, contents))
+
+
+def _check_bundle(federation: Federation, bundle: Bundle) -> None:
+    """What a server would refuse as it starts."""
+    check_names(federation, bundle)
+    check_personal(federation, bundle)
+    aggregator(federation, bundle.manifest)
+    report_vectors(federation, bundle.manifest)
 
 
 def _fingerprint(settings: Federation, bundle: str, contents: Contents) -> str:

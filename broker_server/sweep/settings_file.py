@@ -17,12 +17,12 @@ def differing(section: msgspec.Struct) -> dict[str, Any]:
         value = getattr(section, field.name)
         if isinstance(value, msgspec.Struct):
             if inner := differing(value):
-                found[field.name] = inner
+                found[field.encode_name] = inner
             continue
         made = field.default_factory
         default = field.default if made is msgspec.NODEFAULT else made()
         if value != default:
-            found[field.name] = msgspec.to_builtins(value)
+            found[field.encode_name] = msgspec.to_builtins(value)
     return found
 
 

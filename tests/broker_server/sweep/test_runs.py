@@ -6,7 +6,7 @@ import pytest
 from broker_server.config import load
 from broker_server.sweep.runs import Run, plan
 from broker_server.sweep.settings_file import settings_file
-from edge_client.errors import BundleError, ConfigError
+from edge_client.errors import BundleError, ConfigError, FedgeError
 from tests.broker_server.sweep.files import TOML, federation
 from tests.toy import toy_bundle, toy_data
 
@@ -56,6 +56,27 @@ def test_a_bundle_that_cannot_be_used(file):
         plan(file, [Run("a")])
 
 
+PERSONAL = {"simulation.test_fraction": 0.0, "evaluation.clients": 2, "simulation.holdout": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"aggregation.algorithm": "scaffold"}, "exported without --control"),
+        ({"personal.method": "ditto"}, "needs the proximal term"),
+        (PERSONAL | {"personal.layers": ["head.*"]}, "personal.layers"),
+        ({"analytics.features": 4, "analytics.least": 1, "evaluation.clients": 2}, None),
+    ],
+)
+def test_what_the_bundle_cannot_do_is_found_before_the_first_run_too(file, settings, says):
+    runs = [Run("a", PERSONAL | {"personal.layers": ["bias"]}), Run("b", settings)]
+    if says is None:
+        assert len(plan(file, runs)) == 2
+        return
+    with pytest.raises(FedgeError, match=f"run b: .*{says}"):
+        plan(file, runs)
+
+
 def test_a_run_is_the_same_wherever_it_lies_and_however_it_is_said(file, tmp_path):
     other = tmp_path / "elsewhere"
     other.mkdir()
@@ -96,6 +117,8 @@ def test_settings_written_to_a_file_are_read_as_they_were(file, tmp_path):
         "evaluation.data": "some.module:function",
         "stop.target": 0.5,
         "federation.seed": 2**40,
+        "personal.method": "ditto",
+        "personal.lambda": 0.5,
     }
     known = load(file, settings)
     written = tmp_path / "elsewhere.toml"
