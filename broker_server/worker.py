@@ -21,6 +21,7 @@ from broker_server.aggregation.buffers import BufferAggregator
 from broker_server.aggregation.gathering import Gathering
 from broker_server.aggregation.weighting import Report as Contribution
 from broker_server.algorithms import aggregator, needs, server_optimizer, stage, variates
+from broker_server.analytics import report_plan
 from broker_server.artifacts import Report, write_artifacts
 from broker_server.claims import checked_samples, trained
 from broker_server.config import Federation
@@ -43,6 +44,8 @@ from edge_client.wire.messages import BlobRef
 Arrays = Mapping[str, npt.NDArray[Any]]
 _MODE = "mode"
 """The note that holds the ``round.mode`` of the open tasks, and what their updates must say."""
+_REPORT = "report"
+"""The note that holds what the open evaluation asks clients to count."""
 _RUN = "run"
 """The note that holds the first epoch of the ledger, which names what is trained in it."""
 _FLEET = "fleet"
@@ -283,15 +286,19 @@ class Worker:
         return e.Recorded(action.epoch, action.task, action.client, samples, scalars)
 
     def _reopen(self) -> tuple[Task, ...]:
-        """The tasks to go on with; others are void: of an evaluation without rounds, which is done anew, or of a mode
-        that was changed."""
+        """The tasks to go on with; others are void: of an evaluation without rounds, which is done anew, or where what
+        updates must say was changed."""
         mode, tasks = self._settings.round.mode, self._ledger.open_tasks()
-        asked = " ".join((mode, *self._needs))
+        asked = " ".join((mode, *(f"{name}>={least:g}" if least else name for name, least in self._needs.items())))
+        report = msgspec.json.encode(report_plan(self._settings)).decode()
         kept = tasks[-1:] if mode == "synchronous" else [task for task in tasks if task.kind == "train"]
         with self._ledger.group():
             if self._ledger.get(_MODE) not in (None, asked):
                 kept = []
+            if self._ledger.get(_REPORT) not in (None, report):
+                kept = [task for task in kept if task.kind == "train"]
             self._ledger.put(_MODE, asked)
+            self._ledger.put(_REPORT, report)
             for task in tasks:
                 if task not in kept:
                     self._ledger.close_task(task.epoch, task.task, "void")

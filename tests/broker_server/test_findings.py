@@ -240,6 +240,22 @@ def test_a_server_that_ends_in_between_finds_the_same(tmp_path):
     assert found[0][0].clients == {"confusion": 2, "labels": 1}
 
 
+@pytest.mark.parametrize(
+    "changed", [{"evaluation": {"clients": 3}}, {"analytics": {"labels": True, "features": 2, "range": [0.0, 5.0]}}]
+)
+def test_an_evaluation_that_asked_for_something_else_is_void_after_a_restart(tmp_path, changed):
+    worker = Worker(settings(tmp_path), DATA)
+    worker.start()
+    worker.perform(e.OpenTask(task(1)))
+    worker.perform(e.Record(1, 1, "a", encoded(confusion=FIRST, labels=[1, 0, 4])))
+    worker.close()
+    worker = Worker(settings(tmp_path, **changed), DATA)
+    restored = worker.start()
+    assert restored.open_tasks == ()
+    assert list(worker.replay(restored)) == []
+    worker.close()
+
+
 def test_without_rounds_each_client_has_a_task_of_its_own_and_its_counts_are_added(tmp_path):
     worker = Worker(settings(tmp_path, round={"mode": "buffered"}), DATA)
     worker.start()

@@ -170,6 +170,16 @@ def test_restarts_of_server_and_clients_change_no_bit(tmp_path, algorithm, kind)
         assert torn.close() == digest
 
 
+def test_a_task_of_another_learning_rate_is_void_after_a_restart(tmp_path):
+    played = cast(tmp_path, "scaffold")
+    played.open(("a", "b"))
+    played.record("a")
+    faster = msgspec.structs.replace(played.settings.train, hypers={"lr": 50.0})
+    played.settings = msgspec.structs.replace(played.settings, train=faster)
+    played.restart_server()
+    assert played.restored.open_tasks == ()
+
+
 @pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
 def test_an_update_that_does_not_count_leaves_no_memory(tmp_path, algorithm):
     played = cast(tmp_path, algorithm)
