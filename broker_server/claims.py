@@ -99,14 +99,14 @@ def counted(
     """
     found = {}
     for name, vector in vectors.items():
-        # All that float32 holds is whole from 2^24 on, and int64 ends at 2^63.
+        # All that float32 holds is whole from 2^24 on; int64 ends at 2^63, which many of these would pass together.
         if not (np.isfinite(vector) & (vector >= 0) & (vector == np.floor(vector)) & (vector < 2.0**53)).all():
             raise CodecError(f"update holds numbers in {name!r} that are no counts; expected whole ones of at least 0")
         found[name] = counts = vector.astype(np.int64)
         if name == FEATURES:
             _check_features(counts, layouts[name], samples[name], manifest)
         else:
-            _check(name, int(counts.sum()), samples[name] * _places(manifest))
+            _check(name, counts.sum(dtype=np.float64), samples[name] * _places(manifest))
     return found
 
 
@@ -135,7 +135,8 @@ def _check_features(counts: Counts, layout: Layout, samples: float, manifest: Ma
     sizes = {feature.name: feature.size // columns(feature) for feature in floats(manifest)}
     for tensor, where in layout.slices():
         rows = counts[where].reshape(tensor.shape)
-        _check(f"{FEATURES} of {tensor.name}", int(rows[:, :-4].sum(1).max()), samples * sizes[tensor.name])
+        values = rows[:, :-4].sum(1, dtype=np.float64).max()
+        _check(f"{FEATURES} of {tensor.name}", values, samples * sizes[tensor.name])
         inside = rows[:, 1:-5].sum(1) * float(UNIT)
         for place in (-4, -2):
             units = rows[:, place] * float(LIMB) + rows[:, place + 1]
@@ -143,9 +144,9 @@ def _check_features(counts: Counts, layout: Layout, samples: float, manifest: Ma
                 raise CodecError(f"update says sums of {tensor.name!r} beyond what so many values in the range come to")
 
 
-def _check(name: str, found: int, most: float) -> None:
+def _check(name: str, found: float, most: float) -> None:
     if found > most * (1 + _ROUNDING):
-        raise CodecError(f"update counts {found} in {name!r}; expected at most {most:g}, what its samples come to")
+        raise CodecError(f"update counts {found:.0f} in {name!r}; expected at most {most:g}, what its samples come to")
 
 
 def _places(manifest: Manifest) -> int:

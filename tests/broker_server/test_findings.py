@@ -154,6 +154,18 @@ def test_a_lie_that_can_be_seen_is_refused(said, words):
         Collection(settings(), BUNDLE.manifest).read(encoded(**said))
 
 
+def test_counts_whose_sum_is_too_large_for_whole_numbers_are_refused():
+    bundle = Bundle.from_bytes(toy_bundle(classes=40))
+    asked = settings(analytics={"least": 1})
+    layouts = report_layouts(bundle.manifest, report_plan(asked))
+    # 1600 of nearly 2^53 are more than 2^63, where int64 begins again below 0.
+    told = {"samples": 10.0, "sum.count": 10.0, "sum.correct": 1.0, "sum.loss": 2.0}
+    counts = np.full(40 * 40, np.nextafter(np.float32(2**53), np.float32(0)), np.float32)
+    data = encode_update({"confusion": counts}, layouts, told, CodecSettings()).data
+    with pytest.raises(CodecError, match="in 'confusion'; expected at most 10"):
+        Collection(asked, bundle.manifest).read(data)
+
+
 def test_what_was_not_asked_for_is_refused_and_made_up_sums_are_left_out():
     few = Collection(settings(analytics={}, evaluation={}), BUNDLE.manifest)
     with pytest.raises(CodecError, match=r"update has the vectors \['labels'\]; expected \[\]"):
