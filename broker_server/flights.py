@@ -306,7 +306,7 @@ class Flights:
                 *flight.identity,
                 task.task,
                 task.kind,
-                train_plan(self.settings, task.version + 1),
+                train_plan(self.settings, task.makes),
                 update_plan(self.settings, task, client, member.samples, member.uplink),
                 self.settings.federation.seed,
                 self._seconds(task),

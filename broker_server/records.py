@@ -19,6 +19,14 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     opened: float
     """Wall-clock seconds since 1970."""
 
+    @property
+    def makes(self) -> int:
+        """The version that its settings are of, at least 1: the one that training leads to, or that is evaluated.
+
+        Rounds in service, which only evaluate, make none.
+        """
+        return self.version + 1 if self.kind == "train" else max(1, self.version)
+
 
 class Version(msgspec.Struct, frozen=True, kw_only=True):
     """One published global model."""

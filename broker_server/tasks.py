@@ -313,7 +313,7 @@ class OpenTask:
                 *self.identity,
                 task.round,
                 task.kind,
-                train_plan(self.settings, task.version + 1, self.run),
+                train_plan(self.settings, task.makes, self.run),
                 self._plans[client],
                 self.settings.federation.seed,
                 self.seconds,

@@ -75,18 +75,17 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Epochs in a row without a better loss on what is kept aside that end training; the best model is what counts."""
 
 
-def train_plan(settings: "Federation", round_: int, run: int = 0) -> TrainPlan:
-    """The plan of a task; what an algorithm asks of clients is here.
+def train_plan(settings: "Federation", version: int, run: int = 0) -> TrainPlan:
+    """The plan of a task that makes this version (from 1); what an algorithm asks of clients is here.
 
-    ``round_`` is which round of training it is, from 1: rounds in which a model in service was evaluated are none, so
-    it is the version that is to be made. ``run`` as in `TrainPlan`.
+    ``run`` as in `TrainPlan`.
     """
     train, section = settings.train, settings.aggregation
     chosen = registry.algorithm(section.algorithm)
     fixed = chosen.hypers(registry.options(chosen.options, section.options, "aggregation.options"))
     hypers = {**train.hypers, **fixed}
     if train.decay.changes:
-        hypers["lr"] *= train.decay.over(settings.stop.rounds)(round_ - 1)
+        hypers["lr"] *= train.decay.over(settings.stop.rounds)(version - 1)
     return TrainPlan(
         epochs=train.epochs or (_AS_TIME_ALLOWS if train.seconds else 1),
         steps=train.steps,

@@ -89,9 +89,7 @@ def plan(file: Path, runs: Iterable[Run], overrides: Mapping[str, object] | None
     return tuple(planned)
 
 
-def _planned(
-    file: Path, run: Run, overrides: Mapping[str, object], contents: Contents, bundles: _Bundles
-) -> Planned:
+def _planned(file: Path, run: Run, overrides: Mapping[str, object], contents: Contents, bundles: _Bundles) -> Planned:
     for key in overrides:
         if key in run.settings:
             raise ConfigError(f"{key} is set for all runs, and by this one to {run.settings[key]!r}; set it once")

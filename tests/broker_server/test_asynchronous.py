@@ -76,6 +76,16 @@ def test_a_rate_falls_with_the_versions_that_there_are():
     assert rates == {0.5}
 
 
+def test_a_version_is_evaluated_at_the_rate_that_made_it():
+    train = {"hypers": {"lr": 0.5}, "decay": {"kind": "step", "every": 1}}
+    table = desk(train=train, evaluation={"clients": 1, "every": 1})
+    table.hello(*"abcd")
+    while table.paper.version < 1:
+        actions = send(table, next(iter(flying(table))))
+    rates = {(one.kind, one.version): one.plan.hypers["lr"] for one in invited(actions).values()}
+    assert rates["evaluate", 1] == 0.5
+
+
 def test_an_old_update_counts_and_says_how_old_it_is():
     table = started()
     slow, *_ = flying(table)

@@ -104,6 +104,19 @@ def test_training_goes_on_afterwards_and_counts_its_own_rounds_alone():
     assert (paper.version, sorted(paper.rounds)) == (3, [1, 2, 3, 4])
 
 
+def test_rounds_in_service_do_not_make_the_rate_fall():
+    """Fine-tuning for an evaluation is done at the rate that made the model, and not at 0."""
+    train = {"hypers": {"lr": 0.5}, "decay": {"kind": "linear"}}
+    paper = trained()
+    table = Desk(settings(**EVALUATE, train=train, stop={"rounds": 2}), paper)
+    asked = invited(table.hello("a", "b", version=2))
+    assert {one.plan.hypers["lr"] for one in asked.values()} == {0.25}
+    answer(table)
+    table = Desk(settings(round={"cohort": 2}, train=train, stop={"rounds": 4}), paper)
+    asked = invited(table.hello("a", "b", version=2))
+    assert {(one.round, one.plan.hypers["lr"]) for one in asked.values()} == {(4, 0.25)}
+
+
 def test_a_server_that_ends_in_between_asks_anew():
     paper = trained()
     table = Desk(settings(**EVALUATE), paper)

@@ -204,7 +204,7 @@ def test_an_update_that_is_not_finite_is_refused_and_forgets_nothing(tmp_path, a
     played.round(("a", "b"))
     before = remembers(played, "a", algorithm)
     played.open(("a",))
-    plan = train_plan(played.settings, played.restored.run)
+    plan = train_plan(played.settings, played.task, played.restored.run)
     wild = msgspec.structs.replace(plan, hypers=plan.hypers | {"lr": 1e30, "weight_decay": 1e30})
     answer = played.server.perform(e.Record(1, played.task, "a", played.train("a", plan=wild).update))
     assert isinstance(answer, e.Refused)
