@@ -50,8 +50,8 @@ class Course:
 
     def factor(self, done: int) -> float:
         """What the learning rate of the next step is multiplied by, after ``done`` steps."""
-        if self.schedule == "constant":
-            return 1.0
+        if self.schedule == "constant" or not done:
+            return 1.0  # the first batch may have taken a while
         gone = max(done / self.steps, self.elapsed() / self.seconds if self.seconds else 0.0)
         gone = min(1.0, gone)
         return 1.0 - gone if self.schedule == "linear" else (1.0 + math.cos(math.pi * gone)) / 2.0

@@ -55,6 +55,14 @@ def test_factors_as_in_pytorch(steps):
             scheduler.step()
 
 
+def test_the_first_step_is_whole_however_long_its_batch_took():
+    clock = Clock()
+    course = Course(10, 8.0, "cosine", clock)
+    clock.now += 6.0
+    assert course.factor(0) == 1
+    assert course.factor(1) < 0.5
+
+
 def test_with_a_bound_in_time_it_falls_by_whichever_is_further():
     clock = Clock()
     course = Course(10, 8.0, "linear", clock)
