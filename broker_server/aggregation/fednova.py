@@ -17,6 +17,7 @@ from broker_server.aggregation.streaming import Aggregator, Share, weighted_sum
 from broker_server.aggregation.weighting import Report
 from edge_client.codec.layout import Vector
 from edge_client.errors import ConfigError
+from edge_client.wire.messages import DISTANCE
 
 _LEAST = 0.1
 """The least mean of a schedule's factors that is believed: what a client says must not make its update any longer."""
@@ -39,7 +40,8 @@ def fednova(local: LocalTraining) -> Aggregator:
         steps = max(1.0, report.scalars["steps"])
         distance = local.distance(steps)
         if local.falls and report.scalars["steps"] >= 1:
-            told = report.scalars.get("distance", 0.0) / local.learning_rate
+            # Clients that say nothing of it are older, and know of no rate that falls.
+            told = report.scalars.get(DISTANCE, steps * local.learning_rate) / local.learning_rate
             distance = min(max(told, _LEAST * steps), steps)
         weight = report.weight
         return Share(weight * report.scale / distance, (weight, weight * distance))

@@ -102,6 +102,12 @@ def test_what_a_client_says_of_its_distance_makes_its_update_at_most_ten_times_a
     assert found.item() == pytest.approx((counts + 4) / 2 / counts / 2)
 
 
+def test_a_client_that_knows_of_no_schedule_counts_by_its_steps():
+    rule, old = fednova(FALLING), Report(scalars={"steps": 4.0})
+    found = rule.finish(total(rule, [(np.float32([4]), old), (np.float32([4]), told(4, 2.0))]))
+    assert found.item() == pytest.approx(LocalTraining("sgd", 0.5).distance(4))
+
+
 def test_an_update_of_no_steps_counts_as_one_that_led_nowhere():
     # It stopped early, and the model as received was the best.
     for local in (RULES["sgd"], FALLING):
