@@ -58,6 +58,11 @@ def check_together(federation: "Federation") -> None:
                     f"round.{key} is {wanted}; expected at most simulation.clients, {simulation.clients}: "
                     "there are no more phones to ask"
                 )
+        if rounds.mode == "evaluation" and not rounds.clients and federation.evaluation.clients > simulation.clients:
+            raise ConfigError(
+                f"evaluation.clients is {federation.evaluation.clients}; expected at most simulation.clients, "
+                f"{simulation.clients}, or round.clients, how many to wait for: there are no more phones to ask"
+            )
         if simulation.split == "natural" and not simulation.key:
             raise ConfigError('simulation.key is empty; expected the npz key of the user for split = "natural"')
     evaluation = federation.evaluation

@@ -217,6 +217,10 @@ BAD = {
         r'round\.mode is \'async\'; expected one of "buffered", "evaluation", "synchronous"',
     ),
     "growing with age": ('[round]\nmode = "buffered"\nstaleness = -1', r"round\.staleness is -1; .* from 0 to 100"),
+    "more that evaluate than phones": (
+        '[round]\nmode = "evaluation"\n[evaluation]\nclients = 9\n[simulation]\nclients = 5\ndata = "d.npz"',
+        r"evaluation\.clients is 9; expected at most simulation\.clients, 5, or round\.clients, how many to wait for",
+    ),
     "more at once than phones": (
         '[round]\nmode = "buffered"\nconcurrency = 9\n[simulation]\nclients = 5\ndata = "d.npz"',
         r"round\.concurrency is 9; expected at most simulation\.clients, 5: there are no more phones to ask",
