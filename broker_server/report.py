@@ -83,7 +83,6 @@ def table(rounds: Sequence[RoundRow], *, metric: str = "accuracy", title: str | 
     """A rich table: a line a round, and the sums below; where clients evaluate, also how fair the metric is to them."""
     from rich.table import Table
 
-    shown = Table(title=title, show_footer=True, header_style="bold", footer_style="bold")
     up, down = (sum(getattr(row, name) for row in rounds) for name in ("bytes_up", "bytes_down"))
     values = {metric: metric} | beside(metric, {name for row in rounds for name in row.metrics})
     own = "personal_" + metric.removeprefix("client_")
@@ -99,6 +98,10 @@ def table(rounds: Sequence[RoundRow], *, metric: str = "accuracy", title: str | 
         "up": human_bytes(up),
         "down": human_bytes(down),
     }
+    # A terminal of 80 characters has room for all of them.
+    shown = Table(
+        title=title, show_footer=True, header_style="bold", footer_style="bold", padding=(0, int(len(columns) < 9))
+    )
     for name, footer in columns.items():
         shown.add_column(name, footer, justify="right", no_wrap=True)
     for row in rounds:

@@ -57,6 +57,9 @@ def test_beside_a_metric_stands_how_it_is_spread_over_clients():
         console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
         console.print(shown)
         assert metric != "accuracy" or "…" not in console.export_text(), "a terminal has room for it"
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table([*rounds, Row(3, rounds[1].metrics | {"personal_accuracy": 0.95}, 1000, 86_400.5)]))
+    assert "…" not in console.export_text(), "nor with the models that clients have for themselves"
     assert [column.header for column in table(rounds, metric="loss").columns][:3] == ["round", "loss", "clients"]
     assert brief(rounds[1].metrics | {"train_loss": 1.0, "train_loss_worst": 2.0}) == [
         "accuracy 0.9000",
