@@ -376,7 +376,8 @@ class Device:
         if copy is not None and bundle is not None and self.shelf is not None:
             own = stored(bundle, copy, self.store.recall)
             with contextlib.suppress(StoreError):
-                if own is not None or not self.shelf.tuned(bundle):
+                # What was fine-tuned is nowhere else than on the shelf.
+                if not self.shelf.tuned(bundle) or (own is not None and own.kind == "ditto"):
                     self.shelf.put(bundle, copy, held.version, own)
         if held.version and bundle is not None and copy is None:
             # Said now, the server sends the whole difference; found out later, it costs a task.

@@ -1,6 +1,7 @@
 """The model of one device: what it shares with all others, and what stays with it."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,7 @@ import numpy as np
 from edge_client.bundle import Bundle
 from edge_client.codec.layout import Layout, Vector
 from edge_client.codec.model import Model
+from edge_client.codec.quantize import peak
 from edge_client.errors import CodecError
 from edge_client.learning.remembered import pack_vector, unpack_vector
 
@@ -49,6 +51,11 @@ class OwnModel:
     def copy(self) -> "OwnModel":
         """The same values, in memory of its own."""
         return OwnModel(self.parameters.copy(), self.buffers.copy())
+
+    @property
+    def finite(self) -> bool:
+        """Whether it did not diverge."""
+        return math.isfinite(peak(self.parameters)) and math.isfinite(peak(self.buffers))
 
     def shared(self, bundle: Bundle) -> tuple[Vector, Vector]:
         """The parameters and the buffers that travel."""

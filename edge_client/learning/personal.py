@@ -13,7 +13,6 @@ import math
 from collections.abc import Collection, Mapping
 
 from edge_client.bundle import Bundle
-from edge_client.codec.layout import Vector
 from edge_client.codec.quantize import peak
 from edge_client.errors import TrainingError
 from edge_client.learning.assignment import Assignment
@@ -56,14 +55,14 @@ def learned(task: Assignment, model: OwnModel) -> tuple[dict[str, bytes], Served
     bundle, method, found = task.bundle, task.plan.personal.method, dict[str, bytes]()
     if method == "ditto":
         own = _ditto(task)
-        if _finite(own.parameters) and _finite(own.buffers):
+        if own.finite:
             return {DITTO: own.packed(bundle)}, Served(own, "ditto")
     elif task.recall(DITTO) is not None:
         found[DITTO] = b""
     layers = None
     if bundle.kept.size:
         layers = model.kept(bundle)
-        if _finite(layers):
+        if math.isfinite(peak(layers)):
             found[LAYERS] = pack_vector(layers, bundle.kept)
         else:
             layers = remembered_layers(bundle, task.recall)
@@ -84,7 +83,7 @@ def served(task: Assignment, model: OwnModel) -> Served | None:
     """The model that the device has for itself at the task's version; None where that is the global one.
 
     ``model`` is the received one with the device's own layers. Fine-tuning happens here; it trains the personal layers
-    alone where there are any.
+    alone where there are any, and where it diverges the model is served without it.
 
     Raises:
         TrainingError: the task was stopped, or the runtime failed.
@@ -96,7 +95,8 @@ def served(task: Assignment, model: OwnModel) -> Served | None:
         hypers = {"mu": 0.0} if bundle.manifest.proximal else {}
         plan = _pass(task.plan, hypers, epochs=personal.epochs, steps=personal.steps)
         fixed = _names(bundle, "trainable") if bundle.kept.size else ()
-        return Served(_trained(task, model.copy(), plan, _OWN, fixed=fixed), "fine-tune")
+        tuned = _trained(task, model.copy(), plan, _OWN, fixed=fixed)
+        return Served(tuned if tuned.finite else model, "fine-tune")
     return Served(model, "layers") if bundle.kept.size else None
 
 
@@ -144,7 +144,3 @@ def _trained(
 
 def _names(bundle: Bundle, role: str) -> frozenset[str]:
     return frozenset(parameter.name for parameter in bundle.manifest.parameters if parameter.role == role)
-
-
-def _finite(vector: Vector) -> bool:
-    return math.isfinite(peak(vector))
