@@ -15,7 +15,7 @@ from edge_client import runtime
 from edge_client.bundle import EVAL, INFER, TRAIN, Bundle
 from edge_client.codec.layout import Layout, Vector
 from edge_client.data import fill
-from edge_client.errors import BundleError, CodecError, DataError
+from edge_client.errors import BundleError, CodecError, DataError, TrainingError
 from edge_client.manifest import Feature, Manifest
 
 Array = npt.NDArray[np.generic]
@@ -180,7 +180,8 @@ class Task:
             pulling = layout.views(model.copy() if anchor is None else anchor)
             inputs |= _prefix("anchor.", pulling | {name: changing[name] for name in own})
         if manifest.control:
-            pushing = layout.views(np.zeros_like(model))
+            # Zeros that are only read take no memory: the kernel has one page for all of them.
+            pushing = layout.views(np.zeros(layout.size, np.float32))
             inputs |= _prefix("control.", pushing | ({} if control is None else step.shared.views(control)))
         self._binding = _Binding(step.session, inputs, outputs | _prefix("next.", changing | _elsewhere(layout, fixed)))
 
@@ -232,7 +233,7 @@ class Inference:
 
     def __init__(self, bundle: Bundle, vector: Vector, buffers: Vector, threads: int) -> None:
         names = bundle.manifest.constants[INFER]
-        self._inputs = bundle.manifest.inputs
+        self._inputs, self._outputs = bundle.manifest.inputs, bundle.manifest.outputs
         self._session = runtime.session(
             bundle.infer, threads=threads, constants=_constants(bundle, vector, buffers, names)
         )
@@ -242,9 +243,14 @@ class Inference:
 
         Raises:
             DataError: the batch does not fit the bundle.
+            TrainingError: the runtime failed, or gave what the manifest does not say.
         """
         fed = {feature.name: converted(batch, feature) for feature in self._inputs}
-        return runtime.infer(self._session, fed)
+        rows, found = len(fed[self._inputs[0].name]), runtime.infer(self._session, fed)
+        wanted = [((rows, *feature.shape), feature.dtype) for feature in self._outputs]
+        if [(getattr(array, "shape", ()), str(getattr(array, "dtype", ""))) for array in found] != wanted:
+            raise TrainingError(f"{INFER} gives other outputs than its manifest says; export it again")
+        return found
 
 
 def converted(batch: Mapping[str, object], feature: Feature) -> Array:

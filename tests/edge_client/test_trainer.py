@@ -428,6 +428,13 @@ def test_evaluation_graph_that_does_not_fit_the_manifest():
         Trainer(bundle).evaluate(bundle.initial(), ArraySource(toy_data(9)))
 
 
+def test_an_inference_graph_that_does_not_fit_the_manifest():
+    (logits,) = rebuilt({}).manifest.outputs
+    bundle = rebuilt({}, outputs=(msgspec.structs.replace(logits, shape=(2,)),))
+    with pytest.raises(TrainingError, match=r"infer\.onnx gives other outputs than its manifest says"):
+        next(iter(Trainer(bundle).predict(bundle.initial(), ArraySource(toy_data(9)))))
+
+
 def test_a_newer_runtime_is_asked_for():
     with pytest.raises(BundleError, match=r"needs onnxruntime 99\.1, .* is installed; run `pip install"):
         Trainer(rebuilt({}, least_runtime="99.1"))
