@@ -127,7 +127,7 @@ def distance(optimizer: str, hypers: Mapping[str, float], steps: int) -> float:
     At an even learning rate, of SGD, with momentum or not, by the name that the manifest has for it; the proximal term
     makes it less.
     """
-    rate, pull = hypers["lr"], hypers.get("mu", 0.0)
+    rate, pull = hypers.get("lr", 0.0), hypers.get("mu", 0.0)
     momentum = 0.0 if optimizer == "sgd" else hypers.get("momentum", 0.0)
     gone = velocity = 0.0
     for _ in range(steps):

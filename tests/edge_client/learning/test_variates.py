@@ -76,6 +76,10 @@ def test_a_rule_without_momentum_has_none_whatever_the_plan_says():
     assert distance("sgd", {"lr": 0.5, "momentum": 0.9}, 4) == 2.0
 
 
+def test_a_rule_that_takes_no_learning_rate_goes_no_known_way():
+    assert distance("momentum", {"momentum": 0.9}, 4) == 0.0
+
+
 def test_a_memory_comes_back_and_what_cannot_be_used_counts_as_none():
     data = packed(OWN, LAYOUT, 7)
     assert data is not None
