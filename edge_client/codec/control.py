@@ -13,6 +13,8 @@ from edge_client.codec.vector import decode_vector
 from edge_client.errors import CodecError
 
 _RAW, _QUANTIZED = 2, 3
+_HEADS = 1024
+"""Bytes that a quantized vector of few elements may have more than their floats."""
 
 
 def raw_control(vector: Vector) -> bytes:
@@ -26,7 +28,7 @@ def coded_control(code: bytes) -> bytes:
 
 
 def check_control(data: bytes, layout: Layout, what: str) -> None:
-    """Look at its kind and, where that says all, at its length; a quantized one is decoded when it is needed.
+    """Look at its kind and its length; a quantized one is decoded when it is needed.
 
     Raises:
         CodecError: it cannot be a control of this layout.
@@ -35,6 +37,9 @@ def check_control(data: bytes, layout: Layout, what: str) -> None:
         raise CodecError(f"{what} has a control of kind {data[0]}; expected {_RAW} or {_QUANTIZED}: fetch it again")
     if data[:1] == bytes([_RAW]) and len(data) != 1 + 4 * layout.size:
         raise CodecError(f"{what} has a control of {len(data)} bytes; expected {1 + 4 * layout.size}: other bundle?")
+    # Nobody may look inside for long, and devices keep what they are sent.
+    if len(data) > (most := 1 + 4 * layout.size + _HEADS):
+        raise CodecError(f"{what} has a control of {len(data)} bytes; expected at most {most}: other bundle?")
 
 
 def decode_control(data: bytes, layout: Layout) -> Vector | None:

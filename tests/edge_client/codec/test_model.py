@@ -133,6 +133,18 @@ def test_what_is_no_control_is_refused(control, words):
         unpack_model(pack_model(Model(model(1).state, NONE, control)), LAYOUT).control_vector(LAYOUT)
 
 
+def test_a_control_longer_than_any_of_its_layout_is_refused_before_anyone_keeps_it():
+    most = 4 * LAYOUT.size + 1025
+    for length, refused in ((most, False), (most + 1, True)):
+        data = encode_model_delta(model(1), Model(model(2).state, model(2).buffers, b"\x03" + bytes(length - 1)))
+        with (
+            pytest.raises(CodecError, match=f"{length} bytes; expected at most")
+            if refused
+            else contextlib.nullcontext()
+        ):
+            apply_model_delta(model(1), data, LAYOUT)
+
+
 def test_a_control_takes_part_in_the_digest_and_another_model_s_does_not_pass():
     first, second = model(1, control=True), model(2, control=True)
     assert len({first.digest(), model(1).digest(), Model(first.state, first.buffers, second.control).digest()}) == 3
