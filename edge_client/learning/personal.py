@@ -56,7 +56,7 @@ def learned(task: Assignment, model: OwnModel) -> tuple[dict[str, bytes], Served
     if method == "ditto":
         own = _ditto(task)
         if own.finite:
-            return {DITTO: own.packed(bundle)}, Served(own, "ditto")
+            return {DITTO: own.packed(bundle)}, Served(own, "ditto") if task.serves else None
     elif task.recall(DITTO) is not None:
         found[DITTO] = b""
     layers = None

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from edge_client.device import Device, Workshop
+from edge_client.learning.assignment import Assignment
+from edge_client.learning.local import train
+from edge_client.learning.own import DITTO
 from edge_client.memory import MemoryBroker, MemoryLink
 from edge_client.predict import Model as Predictor
 from edge_client.shelf import Shelf
@@ -47,3 +50,16 @@ def test_where_fine_tuning_diverges_the_model_before_it_is_served(tmp_path):
     assert np.isfinite(Predictor.open(tmp_path / "model").predict(x=rows["x"])["logits"]).all()
     scalars = rounds.evaluate(0, asked)
     assert scalars["personal.sum.loss"] == scalars["sum.loss"]
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_a_model_of_its_own_that_nobody_uses_is_kept_and_not_held_in_memory(tmp_path, serves):
+    rounds = Rounds(tmp_path, exported(tmp_path / "net.fedge"), sources(1))
+    worker = rounds.workers[0]
+    task = Assignment(
+        plan(method="ditto"), 5, rounds.model, rounds.trainer, worker.train, worker.test, worker.store.recall,
+        lambda: False, serves,
+    )  # fmt: skip
+    learned = train(task)
+    assert set(learned.keeps) == {DITTO}
+    assert (learned.serves is not None) == serves
