@@ -88,7 +88,7 @@ class Shelf:
 
     def tuned(self, bundle: Bundle) -> bool:
         """Whether the current version is of this bundle and was fine-tuned: only a new task can make the next one."""
-        with contextlib.suppress(OSError, msgspec.DecodeError):
+        with contextlib.suppress(OSError, ValueError):
             found = msgspec.json.decode((self._folder / CURRENT / DESCRIPTION).read_bytes(), type=Description)
             return found.bundle == bundle.digest and found.personal == "fine-tune"
         return False

@@ -175,6 +175,18 @@ def test_a_damaged_version_is_one_line(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("data", [None, b"", b"damaged", b'{"version":1,"digest":"\xff"}'])
+def test_a_description_that_cannot_be_read_is_of_nothing_that_was_fine_tuned(tmp_path, data):
+    shelf = Shelf(tmp_path)
+    shelf.put(BUNDLE, model(1), 1)
+    description = tmp_path / "current" / "model.json"
+    if data is None:
+        description.unlink()
+    else:
+        description.write_bytes(data)
+    assert not shelf.tuned(BUNDLE)
+
+
 @pytest.mark.parametrize(
     ("inputs", "expected"),
     [
