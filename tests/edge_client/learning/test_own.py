@@ -14,13 +14,12 @@ from edge_client.store import FileCopies, Store
 from tests.edge_client.learning.rounds import Rounds, exported, personal, plan, sources
 
 
-@pytest.mark.parametrize("kind", ["fine-tune", "layers"])
-def test_what_was_fine_tuned_stays_after_a_restart_where_layers_are_personal_too(tmp_path, kind):
+def test_what_was_fine_tuned_stays_after_a_restart_where_layers_are_personal_too(tmp_path):
     data, source = personal(exported(tmp_path / "net.fedge"), "head.*"), sources(1)
     shelf = Shelf(tmp_path / "model", durable=False)
     rounds = Rounds(tmp_path, data, source, shelf)
     for _ in range(2):
-        rounds.train(plan(method="fine-tune") if kind == "fine-tune" else plan())
+        rounds.train(plan(method="fine-tune"))
     rows = next(iter(source[0].batches(99, seed=None)))
     before = Predictor.open(tmp_path / "model").predict(x=rows["x"])["logits"]
     workshop = Workshop()
@@ -37,7 +36,7 @@ def test_what_was_fine_tuned_stays_after_a_restart_where_layers_are_personal_too
     )
     workshop.close()
     model = Predictor.open(tmp_path / "model")
-    assert (model.version, model.description.personal) == (1, kind)
+    assert (model.version, model.description.personal) == (1, "fine-tune")
     np.testing.assert_array_equal(model.predict(x=rows["x"])["logits"], before)
 
 
