@@ -152,12 +152,18 @@ class Store:
         return Held(index.bundle, index.version, index.digest, pending)
 
     def install(self, digest: bytes, bundle: bytes) -> None:
-        """Store a bundle; what belonged to another one is forgotten."""
+        """Store a bundle; what belonged to another one is forgotten.
+
+        The same one again, where its file was damaged, takes the copy of the model alone: what a device remembers it
+        could learn from nobody.
+        """
         path = self._bundles / _bundle_file(digest)
         with self._lock:
             if self._bundles == self._folder or not path.exists():
                 self._save(path, bundle)
-            self._commit(_Index(bundle=digest, serial=self._index.serial))
+            same = digest == self._index.bundle
+            known = self._index if same else _Index(bundle=digest, serial=self._index.serial)
+            self._commit(msgspec.structs.replace(known, version=0, digest=NO_HASH))
 
     def bundle(self) -> bytes | None:
         """The stored bundle's bytes, None when there is none."""

@@ -355,3 +355,13 @@ def test_another_bundle_forgets_all_memories(tmp_path):
     store.install(B, b"bundle b")
     assert remembered(tmp_path) == (None, None)
     assert not list(tmp_path.glob("memory-*"))
+
+
+def test_the_same_bundle_again_takes_nothing_that_only_the_device_knows(tmp_path):
+    store = prepared(tmp_path)
+    (tmp_path / f"bundle-{A.hex()}.fedge").write_bytes(b"damaged")
+    store.install(A, b"bundle a")
+    assert seen(tmp_path) == (Held(A, pending=Pending(1, 2, b"update 2")), b"bundle a", b"residual 1")
+    assert remembered(tmp_path) == (b"c1", b"h2")
+    store.settle(1, 2, recorded=True)
+    assert (remembered(tmp_path), store.residual()) == ((b"c2", b"h2"), b"residual 2")
