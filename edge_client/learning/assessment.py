@@ -17,7 +17,7 @@ def assess(task: Assignment) -> Learned:
     """
     own = personal.assembled(task)
     sums = task.trainer.evaluate(own.parameters, task.test, buffers=own.buffers)
-    scalars = {f"sum.{name}": value for name, value in sums.items()} | {"samples": float(task.test.samples)}
+    scalars = {f"sum.{name}": value for name, value in sums.items()}
     serves = personal.served(task, own)
     if serves is not None:
         # Where some layers are personal there is no other model, and nothing to measure twice.
@@ -26,7 +26,9 @@ def assess(task: Assignment) -> Learned:
             sums if whole else task.trainer.evaluate(serves.model.parameters, task.test, buffers=serves.model.buffers)
         )
         scalars |= {f"personal.sum.{name}": value for name, value in again.items()}
-    vectors = told(task, own.parameters, own.buffers)
-    if vectors.keys() - {CONFUSION}:
-        scalars[HELD] = float(task.train.samples)
-    return Learned(vectors, scalars, serves=serves)
+    found = told(task, own.parameters, own.buffers)
+    # More counts than samples are refused, and some of these may have come or gone since they were counted.
+    scalars["samples"] = float(max(task.test.samples, found.tested))
+    if found.vectors.keys() - {CONFUSION}:
+        scalars[HELD] = float(max(task.train.samples, found.held))
+    return Learned(found.vectors, scalars, serves=serves)

@@ -1,6 +1,7 @@
 """What a device tells of its data in an evaluation: only what it was asked for, and of that what its owner lets it."""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,29 +30,42 @@ _BATCH = 256
 """Samples counted at once, where no model needs memory for them."""
 
 
-def told(task: Assignment, parameters: Vector, buffers: Vector) -> dict[str, Vector]:
-    """The vectors of an evaluation's update, by name, as `edge_client.reporting` lays them out.
+class Told(NamedTuple):
+    """What a device tells of its data."""
+
+    vectors: dict[str, Vector]
+    """By name, as `edge_client.reporting` lays them out."""
+    tested: int
+    """Most samples that counts of the test data are of."""
+    held: int
+    """Most samples that counts of the training data are of."""
+
+
+def told(task: Assignment, parameters: Vector, buffers: Vector) -> Told:
+    """The vectors of an evaluation's update.
 
     Args:
         task: the task; its plan asks, and its ``shares`` say what is told.
-        parameters: of the model that is evaluated, ``[layout.size] float32``.
-        buffers: its buffers, flat float32.
+        parameters: of the model that is evaluated, ``[trained.size] float32``.
+        buffers: its buffers, ``[tracked.size] float32``.
 
     Raises:
         DataError: the data does not fit the bundle.
         TrainingError: the task was stopped, or the runtime failed.
     """
     manifest, plan, found = task.bundle.manifest, task.plan.report, dict[str, Vector]()
+    tested = held = rows = 0
     for name, layout in report_layouts(manifest, plan).items():
         if name not in task.shares:
             continue
         if name == CONFUSION:
-            found[name] = _flat(_confusion(task, parameters, buffers))
+            found[name], tested = _confusion(task, parameters, buffers)
         elif name == LABELS:
-            found[name] = _flat(_labels(manifest, _batches(task.train, task.stop)))
+            found[name], rows = _labels(manifest, _batches(task.train, task.stop))
         elif name == FEATURES:
-            found[name] = _features(manifest, plan, layout, _batches(task.train, task.stop))
-    return found
+            found[name], rows = _features(manifest, plan, layout, _batches(task.train, task.stop))
+        held = max(held, rows)
+    return Told(found, tested, held)
 
 
 def _flat(counts: Counts) -> Vector:
@@ -65,11 +79,12 @@ def _batches(source: DataSource, stop: Callable[[], bool]) -> Iterator[dict[str,
         yield batch
 
 
-def _confusion(task: Assignment, parameters: Vector, buffers: Vector) -> Counts:
-    """``[classes, classes]``, the classes of the test data by those that the model scores highest."""
+def _confusion(task: Assignment, parameters: Vector, buffers: Vector) -> tuple[Vector, int]:
+    """``[classes, classes]``, flat: the classes of the test data by those that the model scores highest; of how many
+    samples."""
     scored = classes(task.bundle.manifest)
     assert scored is not None
-    counts = np.zeros((scored.count, scored.count), np.int64)
+    counts, rows = np.zeros((scored.count, scored.count), np.int64), 0
     for batch, (scores, *_) in task.trainer.predict(parameters, task.test, buffers=buffers):
         if task.stop():
             raise TrainingError("stopped: the server has moved on")
@@ -78,28 +93,33 @@ def _confusion(task: Assignment, parameters: Vector, buffers: Vector) -> Counts:
         known = (wanted >= 0) & (wanted < scored.count)
         places = wanted[known] * scored.count + chosen[known]
         counts += np.bincount(places, minlength=counts.size).reshape(counts.shape)
-    return counts
+        rows += len(scores)
+    return _flat(counts), rows
 
 
-def _labels(manifest: Manifest, batches: Iterator[dict[str, npt.NDArray[np.generic]]]) -> Counts:
+def _labels(manifest: Manifest, batches: Iterator[dict[str, npt.NDArray[np.generic]]]) -> tuple[Vector, int]:
     scored = classes(manifest)
     assert scored is not None
-    counts = np.zeros(scored.count, np.int64)
+    counts, rows = np.zeros(scored.count, np.int64), 0
     for batch in batches:
-        labels = converted(batch, manifest.targets[0]).ravel().astype(np.int64)
+        given = converted(batch, manifest.targets[0])
+        rows += len(given)
+        labels = given.ravel().astype(np.int64)
         known = labels[(labels >= 0) & (labels < scored.count)]
         counts += np.bincount(known, minlength=scored.count)
-    return counts
+    return _flat(counts), rows
 
 
 def _features(
     manifest: Manifest, plan: ReportPlan, layout: Layout, batches: Iterator[dict[str, npt.NDArray[np.generic]]]
-) -> Vector:
-    histograms = [_Histogram(feature, plan) for feature in floats(manifest)]
+) -> tuple[Vector, int]:
+    histograms, rows = [_Histogram(feature, plan) for feature in floats(manifest)], 0
     for batch in batches:
-        for histogram in histograms:
-            histogram.add(converted(batch, histogram.feature))
-    return layout.flatten({histogram.feature.name: histogram.told() for histogram in histograms})
+        given = [converted(batch, histogram.feature) for histogram in histograms]
+        rows += len(given[0])
+        for histogram, values in zip(histograms, given, strict=True):
+            histogram.add(values)
+    return layout.flatten({histogram.feature.name: histogram.told() for histogram in histograms}), rows
 
 
 class _Histogram:

@@ -177,3 +177,24 @@ def test_counts_add_up_to_those_of_all_data_at_once():
         np.testing.assert_array_equal(sum(one[name] for one in told), at_once[name])
     counts = sum(one["features"].reshape(4, 10) for one in told)
     np.testing.assert_array_equal(counts[:, :6], at_once["features"].reshape(4, 10)[:, :6])
+
+
+class Recording:
+    """A source that each pass finds with another number of samples."""
+
+    def __init__(self, counts):
+        self.samples, self.left = counts[0], iter(counts)
+
+    def batches(self, size, *, seed):
+        self.samples = next(self.left)
+        return ArraySource(toy_data(self.samples)).batches(size, seed=seed)
+
+
+@pytest.mark.parametrize("counts", [[5, 9], [9, 5]], ids=["comes", "goes"])
+def test_a_device_claims_no_less_than_it_counts_while_its_samples_come_and_go(counts):
+    both = task(toy_data(9), toy_data(9))
+    asked = dataclasses.replace(both, train=Recording(counts), test=Recording(counts))
+    learned = assess(asked)
+    assert learned.scalars["samples"] >= learned.vectors["confusion"].sum() == counts[1]
+    assert learned.scalars["samples.held"] >= learned.vectors["labels"].sum() == counts[0]
+    assert learned.scalars["samples.held"] >= learned.vectors["features"].reshape(4, 10)[:, :6].sum(1).max()
