@@ -36,8 +36,8 @@ class EarlyStop:
     Args:
         loss: ``loss(model, buffers)``, the mean over what is kept aside.
         patience: so many epochs in a row without a better loss end training, 1 or more.
-        model: as received, ``[layout.size] float32``.
-        buffers: as received, flat float32.
+        model: as received, ``[trained.size] float32``.
+        buffers: as received, ``[tracked.size] float32``.
     """
 
     def __init__(self, loss: Callable[[Vector, Vector], float], patience: int, model: Vector, buffers: Vector) -> None:

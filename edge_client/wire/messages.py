@@ -21,7 +21,8 @@ RECEIVED_LOSS = "loss.received"
 """The scalar of an update that holds the mean loss of the model as received, where `TrainPlan.measure` asks for it."""
 DISTANCE = "distance"
 """The scalar that says how far the steps of an update go where each gradient is 1: with SGD the sum of their learning
-rates, with momentum more. Of Adam, whose steps are no sums of gradients, it is the sum of its rates too."""
+rates, with momentum more. Of Adam, whose steps are no sums of gradients, and of momentum while a schedule lets the rate
+fall, it is the sum of the rates too."""
 CORRECTION = "correction"
 """The scalar that says how long (L2) the vector was that `TrainPlan.method` had added to each gradient."""
 
