@@ -1,0 +1,52 @@
+"""What federations learn on uneven, unreliable, hostile data: ``make bench-learning``.
+
+Each finished trial stays in ``build/bench/learning/runs``, and a benchmark that was broken off goes on from there. What
+came of it is ``build/bench/learning.json``, with plots beside it.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.bench.federations import BUILD, BenchError, machine, write_json
+from tests.bench.learning import mcmahan
+from tests.bench.learning.trials import Bench
+
+Measure = Callable[[Bench, bool], dict[str, Any]]
+Plot = Callable[[dict[str, Any], Path], None]
+PARTS: Mapping[str, tuple[Measure, Plot]] = {
+    "mcmahan": (mcmahan.measure, mcmahan.plot),
+}
+
+
+def main() -> int:
+    """Measure the parts and write the result."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.learning", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--full", action="store_true", default=bool(os.environ.get("FULL")), help="the long rows too")
+    parser.add_argument("--jobs", type=int, default=0, help="federations at once; one for each core by default")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"{min(unknown)!r} is no part; there are {', '.join(PARTS)}")
+    path = BUILD / "bench" / "learning.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    result["machine"] = machine()
+    try:
+        for name in arguments.parts or PARTS:
+            measure, plot = PARTS[name]
+            found = measure(Bench(jobs=arguments.jobs), arguments.full)
+            result |= found
+            write_json(path, result)
+            plot(found, BUILD / "bench" / "learning" / f"{name}.svg")
+    except BenchError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
