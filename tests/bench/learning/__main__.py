@@ -1,6 +1,6 @@
 """What federations learn on uneven, unreliable, hostile data: ``make bench-learning``.
 
-Each finished trial stays in ``build/bench/learning/runs``, and a benchmark that was broken off goes on from there. What
+Each finished trial stays in ``build/bench/learning``, and a benchmark that was broken off goes on from there. What
 came of it is ``build/bench/learning.json``, with plots beside it.
 """
 
@@ -38,7 +38,7 @@ def main() -> int:
     try:
         for name in arguments.parts or PARTS:
             measure, plot = PARTS[name]
-            found = measure(Bench(jobs=arguments.jobs), arguments.full)
+            found = measure(Bench(name, arguments.jobs), arguments.full)
             result |= found
             write_json(path, result)
             plot(found, BUILD / "bench" / "learning" / f"{name}.svg")

@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.bench.learning.figures import rounds_to
 from tests.bench.learning.plots import INK, QUIET, panels, save
-from tests.bench.learning.trials import Bench, Result, Trial
+from tests.bench.learning.trials import Bench, Result, Trial, accuracy, traffic
 
 CODECS = ("quantized", "none")
 SPLITS = {"iid": {"simulation.split": "iid"}, "shards": {"simulation.split": "shards", "simulation.shards": 2}}
@@ -48,7 +48,7 @@ def trials(row: Row, codec: str) -> dict[float, Trial]:
     """By learning rate; each ends at the target, or where the paper's has reached it."""
     return {
         rate: Trial(
-            f"mcmahan-{row.model}-{row.split}-{row.epochs}-{codec}-{rate:g}",
+            f"{row.model}-{row.split}-{row.epochs}-{codec}-{rate:g}",
             row.model,
             "mnist",
             {
@@ -82,7 +82,8 @@ def measure(bench: Bench, full: bool) -> dict[str, Any]:
 
 def line(row: Row, codec: str, rate: float, result: Result) -> dict[str, Any]:
     """One run's fields; ``rounds`` is None where it stayed below the target."""
-    accuracy = [one["metrics"]["accuracy"] for one in result["rounds"]]
+    curve = accuracy(result)
+    rounds = rounds_to(curve, row.target)
     return {
         "model": row.model,
         "split": row.split,
@@ -90,14 +91,13 @@ def line(row: Row, codec: str, rate: float, result: Result) -> dict[str, Any]:
         "codec": codec,
         "target": row.target,
         "paper_rounds": row.paper_rounds,
-        "rounds": rounds_to(accuracy, row.target),
+        "rounds": rounds,
         "lr": rate,
         "seed": 0,
-        "accuracy": max(accuracy),
-        "bytes_up": sum(one["bytes_up"] for one in result["rounds"]),
-        "bytes_down": sum(one["bytes_down"] for one in result["rounds"]),
+        "accuracy": max(curve),
+        "bytes": traffic(result)[-1],
         "seconds": result["seconds"],
-        "curve": accuracy,
+        "curve": curve,
     }
 
 
