@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.federations import BUILD, BenchError, machine, write_json
-from tests.bench.learning import mcmahan
+from tests.bench.learning import buffered, hostile, mcmahan
 from tests.bench.learning.trials import Bench
 
 Measure = Callable[[Bench, bool], dict[str, Any]]
 Plot = Callable[[dict[str, Any], Path], None]
 PARTS: Mapping[str, tuple[Measure, Plot]] = {
     "mcmahan": (mcmahan.measure, mcmahan.plot),
+    "hostile": (hostile.measure, hostile.plot),
+    "buffered": (buffered.measure, buffered.plot),
 }
 
 

@@ -19,6 +19,8 @@ HONEST = "edge_client.emulator"
 MODELS: Mapping[str, str] = {
     "2nn": "export.models.mcmahan:mnist_2nn",
     "cnn": "export.models.mcmahan:mnist_cnn",
+    "mlp": "tests.bench.learning.models:perceptron",
+    "mlp-norm": "tests.bench.learning.models:normalized",
 }
 """Factories of the models on images of 28 x 28; a name may go on with ``+proximal`` and ``+control``."""
 Settings = Mapping[str, object]
