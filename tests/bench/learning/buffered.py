@@ -124,7 +124,7 @@ def measure(bench: Bench, full: bool) -> dict[str, Any]:
 
 
 def line(result: Result) -> dict[str, Any]:
-    """A run's ``seconds`` until it reached the target (None where it did not), since its first version was asked for."""
+    """A run's ``seconds`` until it reached the target, since it first asked clients; None where it did not."""
     curve = smoothed(accuracy(result))
     started = result["stamps"][0] - result["rounds"][0]["seconds"]
     stamps = [stamp - started for stamp in result["stamps"]]

@@ -1,8 +1,8 @@
 """Part 4: a fifth of the clients attack, and aggregation rules that are made for it stand beside FedAvg.
 
-Fashion-MNIST over 30 clients by Dirichlet(0.5), all of them in every round, six of them attackers: an update with its
-sign flipped and ten times as long, flipped labels, or "a little is enough" (tests/byzantine.py). What counts is the mean
-accuracy of the last rounds, and how far below clean FedAvg it is.
+Fashion-MNIST over 20 clients by Dirichlet(0.5), all of them in every round, four of them attackers: an update with its
+sign flipped and ten times as long, flipped labels, or "a little is enough" (tests/byzantine.py). What counts is the
+mean accuracy of the last rounds, and how far below clean FedAvg it is.
 """
 
 from collections.abc import Mapping
@@ -14,13 +14,12 @@ from tests.bench.learning.plots import COLORS, INK, panels, save
 from tests.bench.learning.trials import HONEST, Bench, Settings, Trial, accuracy
 
 SEEDS = (0, 1, 2)
-CLIENTS, ROUNDS = 30, 40
+CLIENTS, ROUNDS = 20, 30
 CLEAN = "none"
 ATTACKS = (CLEAN, "sign flip", "label flip", "little is enough")
 RULES: Mapping[str, Settings] = {
     "fedavg": {},
     "norm bounding": {"aggregation.norm": 1.0},
-    "median": {"aggregation.algorithm": "median"},
     "trimmed mean": {"aggregation.algorithm": "trimmed-mean"},
     "geometric median": {"aggregation.algorithm": "geometric-median"},
     "multi-krum": {"aggregation.algorithm": "multi-krum"},

@@ -25,7 +25,7 @@ class PacedPhone(fleet.Phone):
         due = loop.time() + float(os.environ["FEDGE_TRAINING_SECONDS"]) / self.profile.speed
         stop = self._stop
         answer = await Device._perform(self, work)
-        while not stop.is_set() and loop.time() < due:
+        while not stop.is_set() and loop.time() < due:  # noqa: ASYNC110 - the flag is a thread's
             await asyncio.sleep(min(GLANCE, max(0.0, due - loop.time())))
         return answer
 
