@@ -7,7 +7,7 @@ SECONDS ?= 300
 # Threads are fedge's to place; libraries that each start their own pool take the cores from one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads bench-attacks bench-aggregation simulate-faults prove-kills test-pi clean
+.PHONY: help demo test lint fuzz bench bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads bench-attacks bench-aggregation bench-learning simulate-faults prove-kills test-pi clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-uploads   memory of server and broker while 300 clients upload at once; results in build/bench/uploads.json"
 	@echo "make bench-attacks   attacks on real brokers and a real server, and what refused them; results in build/bench/attacks.json"
 	@echo "make bench-aggregation  speed and memory of aggregation rules; results in build/bench/aggregation.json"
+	@echo "make bench-learning  what federations learn from uneven, hostile and personal data; an hour, FULL=1 many, resumed; results in build/bench/learning.json"
 	@echo "make bench           every benchmark"
 	@echo "make simulate-faults  whole federations under faults, an hour of them; results in build/bench/faults.json"
 	@echo "make prove-kills     50 rounds in which server, clients and broker are killed; results in build/bench/kills.json"
@@ -69,11 +70,15 @@ bench-attacks: $(VENV)/.dev
 bench-aggregation: $(VENV)/.dev
 	$(BIN)/python tests/bench/aggregation.py $(ARGS)
 
+# ARGS='mcmahan hostile' for some of its parts.
+bench-learning: $(VENV)/.dev
+	$(BIN)/python -m tests.bench.learning $(ARGS)
+
 # NNCodec is built from its source distribution, in an environment of its own.
 bench-codec: $(VENV)/.dev
 	$(BIN)/python tests/bench/codec.py $(ARGS)
 
-bench: bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads bench-attacks bench-aggregation
+bench: bench-round bench-training bench-memory bench-codec bench-bytes bench-uploads bench-attacks bench-aggregation bench-learning
 	for run in fashion-mnist mnist-writers shakespeare; do $(BIN)/python tests/bench/real.py $$run || exit 1; done
 
 # ARGS='--seconds 60' for a taste; ARGS='--first SEED --trace' shows what happens in one run.

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.federations import BUILD, BenchError, machine, write_json
-from tests.bench.learning import buffered, hostile, mcmahan
+from tests.bench.learning import algorithms, buffered, hostile, mcmahan, personal
 from tests.bench.learning.trials import Bench
 
 Measure = Callable[[Bench, bool], dict[str, Any]]
 Plot = Callable[[dict[str, Any], Path], None]
 PARTS: Mapping[str, tuple[Measure, Plot]] = {
     "mcmahan": (mcmahan.measure, mcmahan.plot),
+    "algorithms": (algorithms.measure, algorithms.plot),
+    "personal": (personal.measure, personal.plot),
     "hostile": (hostile.measure, hostile.plot),
     "buffered": (buffered.measure, buffered.plot),
 }
@@ -29,7 +31,7 @@ def main() -> int:
     """Measure the parts and write the result."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.learning", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--full", action="store_true", default=bool(os.environ.get("FULL")), help="the long rows too")
+    parser.add_argument("--full", action="store_true", default=os.environ.get("FULL", "0") != "0", help="the long rows too")
     parser.add_argument("--jobs", type=int, default=0, help="federations at once; one for each core by default")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from broker_server.metrics import MEAN, SPREAD, WORST
 from tests.bench.learning.figures import deviation, mean, rounds_to, smoothed
 from tests.bench.learning.plots import COLORS, INK, panels, save
 from tests.bench.learning.trials import Bench, Result, Settings, Trial, accuracy, traffic
@@ -176,9 +177,10 @@ def line(results: Mapping[int, Result], targets: Mapping[int, float]) -> dict[st
         "bytes": mean([traffic(results[seed])[number - 1] for seed, number in rounds.items() if number])
         if reached
         else None,
-        "client_accuracy": mean([one["client_accuracy"] for one in last]),
-        "client_accuracy_worst": mean([one["client_accuracy_worst"] for one in last]),
-        "client_accuracy_spread": mean([one["client_accuracy_spread"] for one in last]),
+        **{
+            f"client_accuracy{figure}": mean([one[f"client_accuracy{figure}"] for one in last])
+            for figure in (MEAN, WORST, SPREAD)
+        },
         "seeds": {str(seed): {"accuracy": curves[seed][-1], "rounds": rounds[seed]} for seed in results},
         "curve": [mean(values) for values in zip(*curves.values(), strict=False)],
     }

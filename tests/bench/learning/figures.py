@@ -1,4 +1,4 @@
-"""What curves of accuracy say: rounds to a target, what is left of noise, and how evenly clients fare."""
+"""What curves of accuracy say: rounds to a target, and what is left of noise."""
 
 import math
 from collections.abc import Sequence
@@ -18,12 +18,6 @@ def rounds_to(accuracy: Sequence[float], target: float) -> int | None:
 def smoothed(accuracy: Sequence[float], window: int = WINDOW) -> list[float]:
     """Mean of the last ``window`` rounds, of fewer at the beginning."""
     return [math.fsum(accuracy[max(0, end - window) : end]) / min(end, window) for end in range(1, len(accuracy) + 1)]
-
-
-def worst_decile(accuracy: Sequence[float]) -> float:
-    """Mean of the worst tenth of clients, rounded up to whole clients."""
-    worst = sorted(accuracy)[: math.ceil(len(accuracy) / 10)]
-    return math.fsum(worst) / len(worst)
 
 
 def mean(values: Sequence[float]) -> float:
