@@ -31,7 +31,8 @@ def main() -> int:
     """Measure the parts and write the result."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.learning", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--full", action="store_true", default=os.environ.get("FULL", "0") != "0", help="the long rows too")
+    full = os.environ.get("FULL", "0") != "0"
+    parser.add_argument("--full", action="store_true", default=full, help="the long rows too")
     parser.add_argument("--jobs", type=int, default=0, help="federations at once; one for each core by default")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
