@@ -7,7 +7,7 @@ end. Clients keep a fifth of their samples aside, and evaluate the last model on
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ class Case:
 
     data: str
     settings: Settings
-    rates: tuple[float, float]
-    """Clients' learning rates: what suits FedAvg, and a smaller one."""
+    rates: tuple[float, ...]
+    """Clients' learning rates, the first two of them for those that have something else to tune."""
 
 
 CASES: Mapping[str, Case] = {
@@ -41,9 +41,10 @@ CASES: Mapping[str, Case] = {
             "simulation.alpha": 0.1,
             "round.cohort": 10,
             "train.batch_size": 32,
-            "stop.rounds": 60,
+            "train.epochs": 5,
+            "stop.rounds": 50,
         },
-        (0.1, 0.03),
+        (0.1, 0.03, 0.2, 0.3),
     ),
     "mnist-writers": Case(
         "mnist-writers",
@@ -53,9 +54,9 @@ CASES: Mapping[str, Case] = {
             "simulation.key": "user",
             "round.cohort": 20,
             "train.batch_size": 10,
-            "stop.rounds": 40,
+            "stop.rounds": 30,
         },
-        (0.3, 0.1),
+        (0.3, 0.1, 0.2, 0.6),
     ),
 }
 HOLDOUT = 0.2
@@ -66,8 +67,8 @@ class Method:
     """An algorithm and what is tuned of it."""
 
     settings: Settings
-    tuned: Mapping[str, tuple[object, object]]
-    """Two values of one setting, crossed with both learning rates."""
+    tuned: Mapping[str, tuple[object, object]] = field(default_factory=dict)
+    """Two values of one setting, crossed with two learning rates; where there is none, four learning rates."""
     options: tuple[str, ...] = ()
     """Of the export."""
 
@@ -79,13 +80,13 @@ def adaptive(optimizer: str, *rates: float) -> Method:
 
 
 METHODS: Mapping[str, Method] = {
-    "FedAvg": Method({}, {"server.learning_rate": (1.0, 0.5)}),
+    "FedAvg": Method({}),
     "FedAvgM": Method({}, {"server.options.momentum": (0.5, 0.9)}),
     "FedAdam": adaptive("adam", 0.01, 0.03),
     "FedYogi": adaptive("yogi", 0.01, 0.03),
     "FedAdagrad": adaptive("adagrad", 0.03, 0.1),
     "FedProx": Method({}, {"train.hypers.mu": (0.01, 0.1)}, ("proximal",)),
-    "FedNova": Method({"aggregation.algorithm": "fednova"}, {"server.learning_rate": (1.0, 0.5)}),
+    "FedNova": Method({"aggregation.algorithm": "fednova"}),
     "q-FedAvg": Method({"aggregation.algorithm": "qfedavg"}, {"aggregation.options.q": (0.1, 1.0)}),
     "SCAFFOLD": Method({"aggregation.algorithm": "scaffold"}, {"server.learning_rate": (1.0, 0.5)}, ("control",)),
     "FedDyn": Method(
@@ -98,16 +99,15 @@ WINNERS = ("FedAdam", "FedYogi", "FedAdagrad", "SCAFFOLD", "FedDyn")
 
 def variants(case: Case, method: Method) -> dict[str, Settings]:
     """The settings to try, by what is tuned of them."""
-    ((key, values),) = method.tuned.items()
-    return {
-        f"lr {rate:g}, {key.rpartition('.')[2]} {value}": {
-            **method.settings,
-            "train.hypers.lr": rate,
-            key: value,
-        }
-        for rate in case.rates
-        for value in values
-    }
+    found: dict[str, Settings] = {}
+    crossed = [(key, value) for key, values in method.tuned.items() for value in values]
+    for rate in case.rates[:2] if crossed else case.rates:
+        alone: Settings = {**method.settings, "train.hypers.lr": rate}
+        for key, value in crossed:
+            found[f"lr {rate:g}, {key.rpartition('.')[2]} {value}"] = {**alone, key: value}
+        if not crossed:
+            found[f"lr {rate:g}"] = alone
+    return found
 
 
 def trial(case: str, method: str, variant: str, seed: int) -> Trial:
