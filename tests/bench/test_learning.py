@@ -11,7 +11,7 @@ from broker_server.broker import find_mosquitto
 from broker_server.config import load
 from tests import datasets
 from tests.bench.federations import BenchError
-from tests.bench.learning import algorithms, buffered, figures, hostile, mcmahan, trials
+from tests.bench.learning import algorithms, buffered, figures, hostile, mcmahan, personal, trials
 from tests.bench.learning.trials import Bench, Trial
 from tests.toy import toy_bundle, toy_data
 
@@ -101,6 +101,36 @@ def test_algorithms_are_tuned_by_as_many_trials_and_compared_with_fedavg():
     assert [one.settings["server.learning_rate"] for one in best] == [0.03]
 
 
+def test_a_model_of_ones_own_beats_the_global_one_and_solitude_for_mean_and_worst(monkeypatch):
+    def answer(trial):
+        mean, worst = (0.9, 0.6) if "Ditto-0.3" in trial.name else (0.95, 0.4) if "FedRep" in trial.name else (0.8, 0.5)
+        names = ("client_accuracy", "personal_accuracy")
+        told = {name + figure: value for name in names for figure, value in (("_mean", mean), ("_worst", worst))}
+        return result([0.0], **told)
+
+    alone = {"_mean": 0.85, "_worst": 0.45}
+    monkeypatch.setattr(personal, "alone", lambda bench, case, epochs, seed: alone)
+    found = personal.measure(bench(answer), full=False)["personal"]["cases"]["mnist-writers"]
+    assert found["winners"] == ["Ditto"]
+    assert found["lines"]["Ditto"]["tuned"] == 0.3
+    assert found["lines"]["alone"]["mean"] == pytest.approx(0.85)
+    assert {len(settings) for settings in found["tried"].values()} == {2}
+
+
+def test_clients_that_train_alone_have_what_they_have_in_the_federation(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "BUILD", tmp_path)
+    monkeypatch.setitem(datasets.LOADERS, "toy", lambda: datasets.DataSet(toy_data(200), toy_data(20)))
+    settings = {"simulation.clients": 5, "simulation.split": "iid", "train.batch_size": 8}
+    monkeypatch.setitem(personal.CASES, "toy", personal.Case("toy", settings, 0.5))
+    made = Bench("personal")
+    (made.folder / "bundles").mkdir(parents=True)
+    (made.folder / "bundles" / "mlp.fedge").write_bytes(toy_bundle())
+    found = personal.alone(made, "toy", 20, 0)
+    assert 0.5 < found["_worst"] <= found["_mean"] <= 1
+    monkeypatch.setattr(personal, "solitude", None)
+    assert personal.alone(made, "toy", 20, 0) == found
+
+
 def test_rules_are_compared_with_clean_fedavg():
     def answer(trial):
         broken = trial.variables.get("FEDGE_ATTACK") == "sign flip" and trial.name.startswith("fedavg")
@@ -138,6 +168,12 @@ def test_both_ways_are_tuned_by_as_many_trials():
         *(one for row in mcmahan.ROWS for one in mcmahan.trials(row, "quantized").values()),
         *(hostile.trial(rule, "none", 0) for rule in hostile.RULES),
         *(buffered.trial(mode, name, 0) for mode, names in buffered.GRIDS.items() for name in names),
+        *(
+            personal.trial(case, way, variant, 0)
+            for case in personal.CASES
+            for way, how in personal.WAYS.items()
+            for variant in next(iter(how.tuned.values()))
+        ),
         *(
             algorithms.trial(case, method, variant, 0)
             for case in algorithms.CASES
