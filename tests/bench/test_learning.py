@@ -12,6 +12,7 @@ from broker_server.config import load
 from tests import datasets
 from tests.bench.federations import BenchError
 from tests.bench.learning import algorithms, buffered, figures, hostile, mcmahan, personal, trials
+from tests.bench.learning.__main__ import PARTS
 from tests.bench.learning.trials import Bench, Trial
 from tests.toy import toy_bundle, toy_data
 
@@ -232,3 +233,20 @@ def test_a_round_that_counts_too_few_updates_makes_no_fair_trial(tmp_path, monke
     with pytest.raises(BenchError, match=r"one: rounds \[1, 2\] counted other than 2 updates"):
         Bench("part").run([Trial("one", "toy", "toy", {"round.cohort": 2})])
     assert Bench("part").run([Trial("one", "toy", "toy", {"round.cohort": 2}, exact=False)])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_has_its_plot(part, tmp_path, monkeypatch):
+    def answer(trial):
+        fair = {
+            f"{who}_accuracy{figure}": 0.5
+            for who in ("client", "personal")
+            for figure in ("_mean", "_worst", "_spread")
+        }
+        return result([0.1, 0.5, 0.9, 0.99], **fair)
+
+    monkeypatch.setattr(personal, "alone", lambda bench, case, epochs, seed: {"_mean": 0.5, "_worst": 0.4})
+    measure, plot = PARTS[part]
+    found = measure(bench(answer), False)
+    plot(json.loads(json.dumps(found)), tmp_path / "plot.svg")
+    assert "</svg>" in (tmp_path / "plot.svg").read_text()
