@@ -89,21 +89,22 @@ class Way:
     """What clients measure: their own model, or where empty the global one."""
 
 
-GLOBAL = Way({}, {"train.epochs": (1, 3)})
 WAYS: Mapping[str, Way] = {
-    "global": GLOBAL,
-    "FedPer": Way({"personal.layers": [HEAD]}, {"train.epochs": (1, 3)}, personal="personal_"),
+    "global": Way({}, {"train.epochs": (3, 5)}),
+    "FedPer": Way({"personal.layers": [HEAD]}, {"train.epochs": (3, 5)}, personal="personal_"),
     "FedRep": Way(
-        {"personal.layers": [HEAD], "train.epochs": 1}, {"personal.head_epochs": (1, 5)}, personal="personal_"
+        {"personal.layers": [HEAD], "train.epochs": 3}, {"personal.head_epochs": (1, 5)}, personal="personal_"
     ),
-    "FedBN": Way({"personal.layers": ["norm"]}, {"train.epochs": (1, 3)}, model="mlp-norm", personal="personal_"),
+    "FedBN": Way({"personal.layers": ["norm"]}, {"train.epochs": (3, 5)}, model="mlp-norm", personal="personal_"),
     "Ditto": Way(
-        {"personal.method": "ditto", "personal.epochs": 3},
+        {"personal.method": "ditto", "train.epochs": 3, "personal.epochs": 3},
         {"personal.lambda": (0.03, 0.3)},
         model="mlp+proximal",
         personal="personal_",
     ),
-    "fine-tuned": Way({"personal.method": "fine-tune"}, {"personal.epochs": (1, 5)}, personal="personal_"),
+    "fine-tuned": Way(
+        {"personal.method": "fine-tune", "train.epochs": 3}, {"personal.epochs": (1, 5)}, personal="personal_"
+    ),
 }
 ALONE = "alone"
 ALONE_EPOCHS = (10, 40)
