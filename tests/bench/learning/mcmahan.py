@@ -15,6 +15,8 @@ from tests.bench.learning.plots import INK, QUIET, panels, save
 from tests.bench.learning.trials import Bench, Result, Trial, accuracy, traffic
 
 CODECS = ("quantized", "none")
+MOMENTUM = 0.5
+"""Quantization delays what clients learn, and momentum makes up for that."""
 SPLITS = {"iid": {"simulation.split": "iid"}, "shards": {"simulation.split": "shards", "simulation.shards": 2}}
 COLORS = {"quantized": "#c1121f", "none": "#1d3557"}
 
@@ -28,59 +30,63 @@ class Row:
     epochs: int
     target: float
     paper_rounds: int
-    rates: tuple[float, ...]
-    """Learning rates to try."""
+    grid: tuple[tuple[float, float], ...]
+    """Learning rates of clients to try, each with a momentum of the server."""
     default: bool = True
     """Whether the run without ``FULL=1`` has it."""
 
 
 ROWS = (
-    Row("2nn", "iid", 1, 0.97, 87, (0.1, 0.2, 0.3)),
-    Row("2nn", "shards", 1, 0.97, 664, (0.05, 0.1)),
-    Row("cnn", "iid", 1, 0.99, 34, (0.1, 0.2)),
-    Row("cnn", "iid", 5, 0.99, 20, (0.1, 0.2)),
-    Row("cnn", "shards", 1, 0.99, 350, (0.05, 0.1), default=False),
-    Row("cnn", "shards", 5, 0.99, 229, (0.05, 0.1), default=False),
+    Row("2nn", "iid", 1, 0.97, 87, ((0.1, 0.0), (0.2, 0.0), (0.3, 0.0))),
+    Row("2nn", "shards", 1, 0.97, 664, ((0.05, 0.0), (0.1, 0.0))),
+    Row("cnn", "iid", 1, 0.99, 34, ((0.2, 0.0), (0.2, MOMENTUM))),
+    Row("cnn", "iid", 5, 0.99, 20, ((0.2, 0.0), (0.2, MOMENTUM))),
+    Row("cnn", "shards", 1, 0.99, 350, ((0.05, 0.0), (0.1, 0.0)), default=False),
+    Row("cnn", "shards", 5, 0.99, 229, ((0.05, 0.0), (0.1, 0.0)), default=False),
 )
 
 
-def trials(row: Row, codec: str) -> dict[float, Trial]:
-    """By learning rate; each ends at the target, or where the paper's has reached it."""
-    return {
-        rate: Trial(
-            f"{row.model}-{row.split}-{row.epochs}-{codec}-{rate:g}",
-            row.model,
-            "mnist",
-            {
-                **SPLITS[row.split],
-                "simulation.clients": 100,
-                "round.cohort": 10,
-                "train.batch_size": 10,
-                "train.epochs": row.epochs,
-                "train.hypers.lr": rate,
-                "codec.kind": codec,
-                "stop.target": row.target,
-                "stop.rounds": row.paper_rounds,
-            },
-        )
-        for rate in row.rates
-    }
+def trials(row: Row, codec: str) -> dict[tuple[float, float], Trial]:
+    """By learning rate and momentum; each ends at the target, or where the paper's has reached it."""
+    return {(rate, momentum): trial(row, codec, rate, momentum) for rate, momentum in row.grid}
+
+
+def trial(row: Row, codec: str, rate: float, momentum: float) -> Trial:
+    """One setting of a row."""
+    moved = {"server.options.momentum": momentum} if momentum else {}
+    return Trial(
+        f"{row.model}-{row.split}-{row.epochs}-{codec}-{rate:g}" + (f"-{momentum:g}" if momentum else ""),
+        row.model,
+        "mnist",
+        {
+            **SPLITS[row.split],
+            **moved,
+            "simulation.clients": 100,
+            "round.cohort": 10,
+            "train.batch_size": 10,
+            "train.epochs": row.epochs,
+            "train.hypers.lr": rate,
+            "codec.kind": codec,
+            "stop.target": row.target,
+            "stop.rounds": row.paper_rounds,
+        },
+    )
 
 
 def measure(bench: Bench, full: bool) -> dict[str, Any]:
     """The fields ``mcmahan`` and ``mcmahan_tried``: each row with its best learning rate, and all that were tried."""
     rows = [row for row in ROWS if full or row.default]
     grid = {(row, codec): trials(row, codec) for row in rows for codec in CODECS}
-    found = bench.run([trial for rates in grid.values() for trial in rates.values()])
+    found = bench.run([one for rates in grid.values() for one in rates.values()])
     best, tried = [], []
     for (row, codec), rates in grid.items():
-        lines = {rate: line(row, codec, rate, found[trial.name]) for rate, trial in rates.items()}
-        tried += lines.values()
-        best.append(min(lines.values(), key=lambda one: (one["rounds"] or row.paper_rounds + 1, -one["accuracy"])))
+        lines = [line(row, codec, *setting, found[one.name]) for setting, one in rates.items()]
+        tried += lines
+        best.append(min(lines, key=lambda one: (one["rounds"] or row.paper_rounds + 1, -one["accuracy"])))
     return {"mcmahan": best, "mcmahan_tried": tried}
 
 
-def line(row: Row, codec: str, rate: float, result: Result) -> dict[str, Any]:
+def line(row: Row, codec: str, rate: float, momentum: float, result: Result) -> dict[str, Any]:
     """One run's fields; ``rounds`` is None where it stayed below the target."""
     curve = accuracy(result)
     rounds = rounds_to(curve, row.target)
@@ -93,6 +99,7 @@ def line(row: Row, codec: str, rate: float, result: Result) -> dict[str, Any]:
         "paper_rounds": row.paper_rounds,
         "rounds": rounds,
         "lr": rate,
+        "momentum": momentum,
         "seed": 0,
         "accuracy": max(curve),
         "bytes": traffic(result)[-1],
