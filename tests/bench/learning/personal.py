@@ -1,6 +1,6 @@
 """Part 3: models of their own for clients, beside the global model and beside training alone.
 
-MNIST over its 539 writers, and Fashion-MNIST over 100 clients by Dirichlet(0.5). Each client keeps a third of its
+MNIST over 200 of its writers, and Fashion-MNIST over 100 clients by Dirichlet(0.5). Each client keeps a third of its
 samples aside, and is measured on them with the model that it would use. Alone, it trains as long as suits it on what it
 has: nothing travels, so that this is done here, by the same trainer on the same samples as in the federations. Every
 way is tuned by the same number of trials with the first seed, for the mean client's accuracy.
@@ -53,10 +53,10 @@ CASES: Mapping[str, Case] = {
     "mnist-writers": Case(
         "mnist-writers",
         {
-            "simulation.clients": 539,
+            "simulation.clients": 200,
             "simulation.split": "natural",
             "simulation.key": "user",
-            "round.cohort": 40,
+            "round.cohort": 20,
             "train.batch_size": 10,
             "stop.rounds": 40,
         },
@@ -91,7 +91,6 @@ class Way:
 
 WAYS: Mapping[str, Way] = {
     "global": Way({}, {"train.epochs": (3, 5)}),
-    "FedPer": Way({"personal.layers": [HEAD]}, {"train.epochs": (3, 5)}, personal="personal_"),
     "FedRep": Way(
         {"personal.layers": [HEAD], "train.epochs": 3}, {"personal.head_epochs": (1, 5)}, personal="personal_"
     ),
@@ -101,9 +100,6 @@ WAYS: Mapping[str, Way] = {
         {"personal.lambda": (0.03, 0.3)},
         model="mlp+proximal",
         personal="personal_",
-    ),
-    "fine-tuned": Way(
-        {"personal.method": "fine-tune", "train.epochs": 3}, {"personal.epochs": (1, 5)}, personal="personal_"
     ),
 }
 ALONE = "alone"
