@@ -17,11 +17,11 @@ from tests.bench.learning.plots import INK, QUIET, panels, save
 from tests.bench.learning.trials import Bench, Result, Settings, Trial, accuracy
 
 SEEDS = (0, 1, 2)
-TARGET = 0.8
+TARGET = 0.78
 SECONDS = 120.0
 """Of each trial."""
-JOBS = 2
-"""Trials at once for each core: they mostly wait."""
+JOBS = 1
+"""Trials at once for each core: they mostly wait, and must not wait for each other."""
 COMMON: Settings = {
     "simulation.clients": 100,
     "simulation.split": "dirichlet",
