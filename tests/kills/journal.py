@@ -35,7 +35,7 @@ def keep(folder: Path, tell: Callable[[str], object] = lambda line: None) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).touch()
     _synchronise(folder)
-    commit, settle, result = Store.commit, Store.settle, Worker._result
+    commit, settle, learn = Store.commit, Store.settle, Worker._learned
 
     def note(**facts: object) -> None:
         # One write of one line, appended: a kill leaves all of it or nothing. A power cut leaves what is synchronised.
@@ -63,9 +63,9 @@ def keep(folder: Path, tell: Callable[[str], object] = lambda line: None) -> Non
     def began(self: Worker, invitation: Any, model: Any, trainer: Any, stop: Any) -> Any:
         vector = model.parameters(trainer.bundle.initial())
         note(what="began", version=invitation.version, sha256=hashlib.sha256(vector.tobytes()).hexdigest())
-        return result(self, invitation, model, trainer, stop)
+        return learn(self, invitation, model, trainer, stop)
 
-    Store.commit, Store.settle, Worker._result = committed, settled, began  # type: ignore[method-assign]
+    Store.commit, Store.settle, Worker._learned = committed, settled, began  # type: ignore[method-assign]
 
 
 def _synchronise(folder: Path) -> None:
