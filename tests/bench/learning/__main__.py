@@ -38,14 +38,13 @@ def main() -> int:
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"{min(unknown)!r} is no part; there are {', '.join(PARTS)}")
     path = BUILD / "bench" / "learning.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    result["machine"] = machine()
     try:
         for name in arguments.parts or PARTS:
             measure, plot = PARTS[name]
             found = measure(Bench(name, arguments.jobs), arguments.full)
-            result |= found
-            write_json(path, result)
+            # Read anew, as another part may have been measured meanwhile.
+            before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+            write_json(path, before | found | {"machine": machine()})
             plot(found, BUILD / "bench" / "learning" / f"{name}.svg")
     except BenchError as error:
         print(error, file=sys.stderr)
