@@ -103,7 +103,7 @@ WAYS: Mapping[str, Way] = {
     ),
 }
 ALONE = "alone"
-ALONE_EPOCHS = (10, 40)
+ALONE_EPOCHS = (40, 100)
 WINNERS = ("FedRep", "FedBN", "Ditto")
 
 
