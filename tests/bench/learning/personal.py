@@ -97,7 +97,7 @@ WAYS: Mapping[str, Way] = {
     "FedBN": Way({"personal.layers": ["norm"]}, {"train.epochs": (3, 5)}, model="mlp-norm", personal="personal_"),
     "Ditto": Way(
         {"personal.method": "ditto", "train.epochs": 3, "personal.lambda": 0.03},
-        {"personal.epochs": (3, 10)},
+        {"personal.epochs": (3, 60)},
         model="mlp+proximal",
         personal="personal_",
     ),
