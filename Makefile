@@ -23,7 +23,7 @@ help:
 	@echo "make bench-uploads   memory of server and broker while 300 clients upload at once; results in build/bench/uploads.json"
 	@echo "make bench-attacks   attacks on real brokers and a real server, and what refused them; results in build/bench/attacks.json"
 	@echo "make bench-aggregation  speed and memory of aggregation rules; results in build/bench/aggregation.json"
-	@echo "make bench-learning  what federations learn from uneven, hostile and personal data; an hour, FULL=1 many, resumed; results in build/bench/learning.json"
+	@echo "make bench-learning  what federations learn from uneven, hostile and personal data; two hours, FULL=1 many, resumed; results in build/bench/learning.json"
 	@echo "make bench           every benchmark"
 	@echo "make simulate-faults  whole federations under faults, an hour of them; results in build/bench/faults.json"
 	@echo "make prove-kills     50 rounds in which server, clients and broker are killed; results in build/bench/kills.json"
